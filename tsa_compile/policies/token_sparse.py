@@ -1,0 +1,132 @@
+"""Token Sparse Attention (arXiv 2602.03216, ICML 2026): prefill attention among the tokens the last queries look at.
+
+Per layer, the last `window` queries score all keys; per head the heaviest tokens that together hold a share
+1 - `coverage` of the mass are kept, with the last `window`; only kept tokens attend, and only to kept tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tsa_compile.policies.base import Policy, check_int
+
+if TYPE_CHECKING:
+    import torch.fx as fx
+
+    from tsa_compile.passes.site import AttentionSite
+
+ENGINES = ("auto", "fused", "packed", "reference")
+MAX_HEAD_DIM = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """A narrow strip of keys that every row reads beside the kept ones, so that no row is left without attention.
+
+    Not in the paper, which gives rows that are not kept a zero output. One softmax over the union.
+
+    Args:
+        window: the row's own and preceding tokens, in tokens.
+        sinks: the first tokens of the sequence.
+        heavy: the head's heaviest tokens by selection score.
+    """
+
+    window: int = 256
+    sinks: int = 4
+    heavy: int = 256
+
+    def __post_init__(self) -> None:
+        check_int(self, "window", 1)
+        check_int(self, "sinks", 0)
+        check_int(self, "heavy", 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenSparse(Policy):
+    """Token Sparse Attention for prefill; decode steps stay dense.
+
+    Args:
+        coverage: share of the attention mass that may be dropped, in [0, 1) (the paper's tau; 0.005 for Llama-3.1-8B).
+            0 keeps every token.
+        window: last queries that score the keys; their tokens are always kept.
+        pool: width of the average pooling of the scores, odd, in tokens.
+        min_tokens: kept tokens beside the window, at least; rows of up to `min_tokens + window` tokens run dense.
+        layers: layers that become sparse; None: all of them. The paper takes the half with the lowest drift.
+        completion: what rows that are not kept read; None: nothing, their attention output is zero, as in the paper.
+        engine: who computes the attention: "auto", "fused" (Triton), "packed" (vendor library) or "reference".
+
+    Raises:
+        ValueError: a field is outside its range; the message names it.
+    """
+
+    coverage: float = 0.005
+    window: int = 128
+    pool: int = 7
+    min_tokens: int = 1024
+    layers: tuple[int, ...] | None = None
+    completion: Completion | None = None
+    engine: str = "auto"
+
+    def __post_init__(self) -> None:
+        c = self.coverage
+        if isinstance(c, bool) or not isinstance(c, (int, float)) or not math.isfinite(c) or not 0 <= c < 1:
+            raise ValueError(f"TokenSparse.coverage must be a number in [0, 1), got {c!r}")
+        check_int(self, "window", 1)
+        check_int(self, "pool", 1)
+        if self.pool % 2 == 0:
+            raise ValueError(f"TokenSparse.pool must be odd, got {self.pool}")
+        check_int(self, "min_tokens", 1)
+        if self.engine not in ENGINES:
+            raise ValueError(f"TokenSparse.engine must be one of {ENGINES}, got {self.engine!r}")
+        self._check_layers()
+        if self.completion is not None and not isinstance(self.completion, Completion):
+            raise ValueError(f"TokenSparse.completion must be a Completion or None, got {self.completion!r}")
+        if self.completion is not None and self.completion.heavy > self.min_tokens:
+            raise ValueError(
+                f"Completion.heavy must be <= TokenSparse.min_tokens ({self.min_tokens}), got {self.completion.heavy}"
+            )
+
+    def _check_layers(self) -> None:
+        if self.layers is None:
+            return
+        if isinstance(self.layers, (list, range)):
+            object.__setattr__(self, "layers", tuple(self.layers))
+        ok = isinstance(self.layers, tuple) and all(type(i) is int and i >= 0 for i in self.layers)
+        if not ok:
+            raise ValueError(f"TokenSparse.layers must be None or ints >= 0, got {self.layers!r}")
+
+    @classmethod
+    def _from_fields(cls, fields: dict[str, Any]) -> Policy:
+        fields = dict(fields)
+        if isinstance(fields.get("completion"), dict):
+            fields["completion"] = Completion(**fields["completion"])
+        return super()._from_fields(fields)
+
+    def refuse(self, site: AttentionSite) -> str | None:
+        if self.layers is not None and site.layer not in self.layers:
+            return f"layer {site.layer} is not among the policy's layers"
+        if site.head_dim > MAX_HEAD_DIM:
+            return f"head dim {site.head_dim} is above {MAX_HEAD_DIM}"
+        return None
+
+    def lower(self, graph: fx.Graph, site: AttentionSite) -> fx.Node:
+        from tsa_compile.passes.operands import attention_operands
+
+        q, k, v, key_mask = attention_operands(graph, site)
+        strip = self.completion or Completion(window=1, sinks=0, heavy=0)
+        strip_window = self.completion.window if self.completion else 0
+        selection = graph.call_function(
+            torch.ops.tsa.select_tokens.default,
+            (q, k, key_mask, site.scale, float(self.coverage), self.window, self.pool, self.min_tokens, strip.heavy),
+        )
+        indices, counts, heavy = (graph.call_function(operator.getitem, (selection, i)) for i in range(3))
+        dense_below = self.min_tokens + self.window
+        return graph.call_function(
+            torch.ops.tsa.sparse_attention.default,
+            (q, k, v, indices, counts, heavy, key_mask, site.scale, strip_window, strip.sinks, dense_below, self.engine),
+        )
