@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 Tensor = torch.Tensor
 _BLOCK_ROWS = 256
+_HIDDEN = -1e30  # added to a score that takes no part; finite, since a row may have no other
 
 
 class Strip(NamedTuple):
@@ -157,67 +158,75 @@ def _attend_kept(
 def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float, need_lse: bool) -> tuple[Tensor, Tensor | None]:
     """Causal attention, aligned at the end. q [G, g, m, D], k [G, 1, n, D], v [G, 1, n, Dv], m <= n."""
     m, n = q.shape[-2], k.shape[-2]
-    k, v = (x.expand(*q.shape[:2], *x.shape[2:]) for x in (k, v))
     if m == n and not need_lse:
+        k, v = (x.expand(*q.shape[:2], *x.shape[2:]) for x in (k, v))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale), None
-    if m == n and q.device.type == "cpu" and q.shape[-1] == v.shape[-1]:
-        # F.scaled_dot_product_attention runs this on CPU too, but does not return the log-sum-exp.
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
+    if m == n:
+        return _attend(q, k, v, scale, None)
     parts = []
     for first in range(0, m, _BLOCK_ROWS):
         last = min(first + _BLOCK_ROWS, m)
         end = n - m + last
-        scores = q[..., first:last, :] * scale @ k[..., :end, :].mT
-        hidden = torch.ones(last - first, last - first, dtype=torch.bool, device=q.device).triu(1)
-        scores[..., end - (last - first) :].masked_fill_(hidden, -torch.inf)
-        parts.append(_softmax_times(scores, v[..., :end, :]))
+        hidden = q.new_full((last - first, end), _HIDDEN).triu(end - (last - first) + 1)
+        parts.append(_attend(q[..., first:last, :], k[..., :end, :], v[..., :end, :], scale, hidden))
     return torch.cat([out for out, _ in parts], -2), torch.cat([lse for _, lse in parts], -1)
 
 
-def _softmax_times(scores: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """softmax(scores) @ v and the log-sum-exp; a row without a key gives 0 and -inf. Overwrites `scores`."""
-    weights, lse = _softmax(scores)
-    return weights @ v, lse
-
-
-def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights and log-sum-exp of the last dimension; a row without a key gives 0 and -inf. Overwrites `scores`."""
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """softmax(scale * q k^T + bias) v and its log-sum-exp. Shapes as in `_causal`; without a bias: causal, m == n."""
+    k, v = (x.expand(*q.shape[:2], *x.shape[2:]) for x in (k, v))
+    if q.device.type == "cpu":
+        # What F.scaled_dot_product_attention runs on CPU, called directly because only so does it return the
+        # log-sum-exp. It wants one head dim; zero columns change nothing.
+        v_dim, dim = v.shape[-1], max(q.shape[-1], v.shape[-1])
+        q, k, v = (F.pad(x, (0, dim - x.shape[-1])) if x.shape[-1] < dim else x for x in (q, k, v))
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        bias = None if bias is None else bias.expand(*q.shape[:2], *bias.shape[-2:])
+        out, lse = flash(q, k, v, 0.0, bias is None, attn_mask=bias, scale=scale)
+        return out[..., :v_dim], lse
+    if bias is None:
+        bias = q.new_full((q.shape[-2], q.shape[-2]), _HIDDEN).triu(1)
+    scores = q @ k.mT * scale + bias
     lse = scores.logsumexp(-1, keepdim=True)
-    return scores.sub_(lse.masked_fill(lse == -torch.inf, 0.0)).exp_(), lse.squeeze(-1)
+    return (scores - lse).exp() @ v, lse.squeeze(-1)
 
 
 def _merge_strip(
     q: Tensor, k: Tensor, v: Tensor, kept: Tensor, strip: Strip, scale: float, out: Tensor, lse: Tensor
 ) -> None:
-    """Adds the strip to out [H, Lq, Dv], whose softmax over the kept keys has the log-sum-exp lse [H, Lq]."""
-    (heads, q_len, _), (kv_heads, k_len, _) = q.shape, k.shape
-    kept_here = _members(kept, k_len, heads)
-    far, far_ok = _far_keys(strip, k_len)
-    kv_head = torch.arange(far.shape[0], device=q.device)[:, None] * kv_heads // far.shape[0]
-    k_far, v_far = k[kv_head, far], v[kv_head, far]
-    far, far_ok = (x.repeat_interleave(heads // far.shape[0], 0) for x in (far, far_ok))
+    """Adds the strip to out [H, Lq, Dv], whose softmax over the kept keys has the log-sum-exp lse [H, Lq].
+
+    One more feature, `selected(i)` in q and `_HIDDEN * kept(j)` in k, takes the kept keys out of the selected rows.
+    """
+    lists, (q_len, k_len), device = kept.shape[0], (q.shape[1], k.shape[1]), q.device
+    member = _members(kept, k_len, lists).to(q.dtype)[:, None, :, None]
+    kv_head = torch.arange(lists, device=device)[:, None] * k.shape[0] // lists
+    far, far_hidden = _far_keys(strip, k_len)
+    q_lists = q.unflatten(0, (lists, -1))
+    q_lists = torch.cat([q_lists, member[:, :, k_len - q_len :].expand(*q_lists.shape[:3], 1)], -1)
     for first in range(0, q_len, _BLOCK_ROWS):
         rows = slice(first, min(first + _BLOCK_ROWS, q_len))
-        at = torch.arange(rows.start, rows.stop, device=q.device)[:, None] + (k_len - q_len)
-        near = torch.arange(max(int(at[0]) - strip.window + 1, 0), int(at[-1]) + 1, device=q.device)
-        selected = kept_here[:, at[:, 0], None]
-        near_ok = (near <= at) & (near > at - strip.window) & ~(selected & kept_here[:, None, near])
-        far_read = far_ok[:, None] & (far[:, None] <= at - strip.window) & ~(selected & kept_here.gather(1, far)[:, None])
-        q_rows = q[:, rows] * scale
-        scores = torch.cat([_grouped(q_rows, k_far.mT), _grouped(q_rows, k[:, near].mT)], -1)
-        weights, part_lse = _softmax(scores.masked_fill_(~torch.cat([far_read, near_ok], -1), -torch.inf))
-        part = _grouped(weights[..., : far.shape[1]], v_far) + _grouped(weights[..., far.shape[1] :], v[:, near])
-        share = torch.sigmoid(part_lse - lse[:, rows]).nan_to_num(0.0)[..., None]  # nan: neither part has a key
-        out[:, rows] = torch.lerp(out[:, rows], part, share)
+        at = torch.arange(rows.start, rows.stop, device=device)[:, None] + (k_len - q_len)
+        near = torch.arange(max(int(at[0]) - strip.window + 1, 0), int(at[-1]) + 1, device=device)
+        columns = torch.cat([far, near.expand(lists, -1)], 1)
+        near_hidden = (near > at) | (near <= at - strip.window)
+        hidden = far_hidden[:, None] | (far[:, None] > at - strip.window)
+        hidden = torch.cat([hidden, near_hidden.expand(lists, -1, -1)], -1)
+        bias = torch.where(hidden, _HIDDEN, 0.0).to(q.dtype)[:, None]
+        kept_column = member[:, 0, :, 0].gather(1, columns)[..., None] * (_HIDDEN / scale)
+        k_strip = torch.cat([k[kv_head, columns], kept_column], -1)[:, None]
+        part, part_lse = _attend(q_lists[:, :, rows], k_strip, v[kv_head, columns][:, None], scale, bias)
+        _merge(out[:, rows], lse[:, rows], part.flatten(0, 1), part_lse.flatten(0, 1))
+
+
+def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+    """Adds a second part of one softmax to `out` in place; lse -inf, part_lse <= _HIDDEN / 2: a part without keys."""
+    share = torch.sigmoid(part_lse.masked_fill(part_lse <= _HIDDEN / 2, -torch.inf) - lse)
+    out.lerp_(part, share.nan_to_num(0.0)[..., None])  # nan: neither part has a key
 
 
 def _far_keys(strip: Strip, k_len: int) -> tuple[Tensor, Tensor]:
-    """The sinks and the heavy tokens that are none of them, [G, c], and which of those columns hold a token."""
+    """The sinks and the heavy tokens, [G, c], and which of those columns hold no token or one that came before."""
     sinks = torch.arange(min(strip.sinks, k_len), device=strip.heavy.device).expand(strip.heavy.shape[0], -1)
-    ok = torch.cat([torch.ones_like(sinks, dtype=torch.bool), strip.heavy >= strip.sinks], 1)
-    return torch.cat([sinks, strip.heavy.clamp(min=0)], 1), ok
-
-
-def _grouped(x: Tensor, y: Tensor) -> Tensor:
-    """x [H, m, a] @ y [G, a, b], where H / G consecutive heads share y. -> [H, m, b]."""
-    return (x.unflatten(0, (y.shape[0], -1)) @ y[:, None]).flatten(0, 1)
+    hidden = torch.cat([torch.zeros_like(sinks, dtype=torch.bool), strip.heavy < strip.sinks], 1)
+    return torch.cat([sinks, strip.heavy.clamp(min=0)], 1), hidden
