@@ -1,0 +1,83 @@
+"""A small emitter of standard ONNX operators: `op.Add(x, 1)` appends a node and returns its output."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from tsa_compile.export.require import require
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+FLOAT, INT64, BOOL, DOUBLE = 1, 7, 9, 11  # onnx.TensorProto data types
+
+
+class Ops:
+    """Nodes of the default domain, in the order they are emitted.
+
+    `op.<OperatorName>(*inputs, **attributes)` takes values, None (an absent optional input), Python numbers (int: int64
+    scalar, float: float32 scalar) and lists of ints (int64, 1-D). An operator with several outputs gives its first;
+    `op.outputs(n, ...)` gives `n`.
+    """
+
+    def __init__(self, opset: int, names: Iterator[int] | None = None) -> None:
+        self._ir = require("onnx_ir", "onnx")
+        self._tape = require("onnx_ir.tape", "onnx").Tape()
+        self._names = names or itertools.count()  # inner graphs share it: names are unique in the whole function
+        self._constants: dict[Any, ir.Value] = {}
+        self.opset = opset
+
+    def __getattr__(self, op_type: str) -> Callable[..., ir.Value]:
+        if not op_type[:1].isupper():
+            raise AttributeError(op_type)
+        return lambda *inputs, **attributes: self.outputs(1, op_type, *inputs, **attributes)[0]
+
+    def outputs(self, count: int, op_type: str, *inputs: Any, **attributes: Any) -> Sequence[ir.Value]:
+        """A node with `count` outputs."""
+        values = [self._ir.Value(name=f"v{next(self._names)}") for _ in range(count)]
+        name = f"{op_type}_{values[0].name}"
+        return self._tape.op_multi_out(op_type, self._values(inputs), attributes, outputs=values, name=name)
+
+    def attribute(self, name: str, kind: str) -> ir.Value:
+        """The value of the function's attribute `name`; `kind` is "int", "float" or "tensor"."""
+        key = ("attribute", name)
+        if key not in self._constants:
+            target = {"int": "value_int", "float": "value_float", "tensor": "value"}[kind]
+            ref = self._ir.RefAttr(target, name, getattr(self._ir.AttributeType, kind.upper()))
+            self._constants[key] = self.Constant(**{target: ref})
+        return self._constants[key]
+
+    def constant(self, value: float | Sequence[float]) -> ir.Value:
+        """A constant; equal ones are shared."""
+        key = (type(value).__name__, tuple(value) if isinstance(value, (list, tuple)) else value)
+        if key not in self._constants:
+            self._constants[key] = self.Constant(**self._literal(value))
+        return self._constants[key]
+
+    def loop(
+        self, trips: int, initial: Sequence[ir.Value], body: Callable[..., Sequence[ir.Value]]
+    ) -> Sequence[ir.Value]:
+        """`trips` rounds of `body(op, round, *carried) -> carried`; values of this graph may be read inside."""
+        ir, inner = self._ir, Ops(self.opset, self._names)
+        scalar = ir.Shape(())
+        step = ir.Value(name=f"v{next(self._names)}", type=ir.TensorType(ir.DataType.INT64), shape=scalar)
+        go = ir.Value(name=f"v{next(self._names)}", type=ir.TensorType(ir.DataType.BOOL), shape=scalar)
+        carried = [ir.Value(name=f"v{next(self._names)}") for _ in initial]
+        results = list(body(inner, step, *carried))
+        graph = inner.graph([step, go, *carried], [inner.Identity(go), *results], "rounds")
+        return self.outputs(len(initial), "Loop", trips, self.Cast(1, to=BOOL), *initial, body=graph)
+
+    def graph(self, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], name: str) -> ir.Graph:
+        """Everything emitted so far as a graph."""
+        return self._ir.Graph(inputs, outputs, nodes=self._tape.nodes, opset_imports={"": self.opset}, name=name)
+
+    def _values(self, inputs: Sequence[Any]) -> list[ir.Value | None]:
+        return [x if x is None or isinstance(x, self._ir.Value) else self.constant(x) for x in inputs]
+
+    @staticmethod
+    def _literal(value: Any) -> dict[str, Any]:
+        if isinstance(value, (list, tuple)):
+            return {"value_ints": list(value)} if isinstance(value[0], int) else {"value_floats": list(value)}
+        return {"value_int": value} if isinstance(value, int) else {"value_float": value}

@@ -1,0 +1,20 @@
+"""Imports of optional dependencies, with a message that says what to install."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+_EXTRAS = {
+    "onnx": "pip install 'tsa-compile[onnx]'",
+    "tensorrt": "pip install 'tsa-compile[tensorrt]'",
+    "triton": "pip install 'tsa-compile[triton]'",
+}
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """The module, or an ImportError that names the extra to install."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"this export needs the module {module!r} ({error}): {_EXTRAS[extra]}") from error
