@@ -1,0 +1,55 @@
+"""Block sizes and warps of the Triton kernels, by head dim, dtype and GPU; never by length, so no length recompiles.
+
+Chosen on an H200 (docs/performance.md); where nothing was measured, the largest tiles that fit shared memory.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+LOG2_E = 1.4426950408889634
+
+
+class Config(NamedTuple):
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def prefill_config(block_d: int, dtype: torch.dtype, capability: tuple[int, int]) -> Config:
+    """For `sparse_prefill_kernel`; block_d: the larger head dim, rounded up to a power of two."""
+    if dtype == torch.float32:
+        return Config(64, 32, 4, 2) if block_d <= 128 else Config(32, 16, 4, 2)
+    if capability[0] == 9:
+        return Config(128, 128, 8, 2) if block_d <= 128 else Config(128, 64, 8, 2)
+    return Config(128, 64, 4 if block_d <= 64 else 8, 2) if block_d <= 128 else Config(64, 32, 4, 2)
+
+
+def strip_config(block_d: int, dtype: torch.dtype, capability: tuple[int, int]) -> Config:
+    """For `strip_kernel`: short loops, so smaller tiles and several programs on a multiprocessor."""
+    if dtype == torch.float32:
+        return Config(64, 32, 4, 2) if block_d <= 128 else Config(32, 16, 4, 2)
+    return Config(64, 64, 4, 2) if block_d <= 128 else Config(64, 32, 4, 2)
+
+
+def section_heads(heads: int, kv_heads: int, k_len: int, row_bytes: int) -> int:
+    """Query heads that advance together, so that their keys and values (row_bytes a token) fit 32 MB of L2.
+
+    All of them while they fit, which also starts the longest tiles of all heads first; a divisor of `heads`.
+    """
+    fit = max(1, (32 << 20) // max(1, k_len * row_bytes))
+    kv_section = max(n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and n <= max(fit, 1))
+    return kv_section * (heads // kv_heads)
+
+
+def capability_of(device: torch.device) -> tuple[int, int]:
+    """Compute capability; (9, 0) for CPU tensors, which only Triton's interpreter takes."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How `tl.dot` multiplies: three tf32 products carry float32's digits at a multiple of the speed of ieee."""
+    return "tf32x3" if dtype == torch.float32 else "ieee"

@@ -1,0 +1,86 @@
+"""Memory movers: pack kept rows to contiguous storage, put packed results back, invert lists, order by rank. Triton."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["i_sb", "i_sg", "s_sb", "s_sg", "lists"])
+def invert_kernel(indices, counts, slots, i_sb, i_sg, s_sb, s_sg, lists, BLOCK: tl.constexpr):
+    """slots[b, g, indices[b, g, c]] = c for c < counts[b]; the caller filled `slots` with -1."""
+    b, g = (tl.program_id(1) // lists).to(tl.int64), (tl.program_id(1) % lists).to(tl.int64)
+    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    ok = c < tl.load(counts + b)
+    at = tl.load(indices + b * i_sb + g * i_sg + c, mask=ok, other=0)
+    tl.store(slots + b * s_sb + g * s_sg + at, c, mask=ok)
+
+
+@triton.jit(do_not_specialize=["k_len"])
+def order_kernel(ranks, order, k_len, BLOCK: tl.constexpr):
+    """order[b]: the real positions, ascending, then the padding. ranks [B, Lk]: running count of real positions."""
+    ranks += tl.program_id(1).to(tl.int64) * k_len
+    order += tl.program_id(1).to(tl.int64) * k_len
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    ok = at < k_len
+    rank = tl.load(ranks + at, mask=ok, other=0)
+    real = rank > tl.load(ranks + at - 1, mask=ok & (at > 0), other=0)
+    tl.store(order + tl.where(real, rank - 1, tl.load(ranks + k_len - 1) + at - rank), at, mask=ok)
+
+
+@triton.jit
+def copy_rows(x, to, at, stride_l, stride_d, slots, ok, write, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """to[slots] = x[at] where ok, zero otherwise, for the slots that `write` names; `to` is [capacity, D]."""
+    d = tl.arange(0, BLOCK_D)
+    column_ok = (d < D)[None, :]
+    x += at[:, None] * stride_l + d[None, :] * stride_d
+    rows = tl.load(x, mask=ok[:, None] & column_ok, other=0.0)
+    tl.store(to + slots.to(tl.int64)[:, None] * D + d[None, :], rows, mask=write[:, None] & column_ok)
+
+
+@triton.jit(do_not_specialize=["capacity", "i_sb", "i_sg", "heads", "kv_heads", "lists"])
+def pack_kernel(
+    q, k, v, packed_q, packed_k, packed_v, indices, counts,
+    q_sb, q_sh, q_sl, q_sd, k_sb, k_sh, k_sl, k_sd, v_sb, v_sh, v_sl, v_sd, i_sb, i_sg,
+    heads, kv_heads, lists, capacity,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """Kept rows of q per head, and of k and v per list, to packed_* [B, H or G, capacity, D].
+
+    TAIL rows after the last are zeroed: an engine that reads whole key tiles must find finite numbers there.
+    """
+    b, h = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
+    n = tl.load(counts + b)
+    first = tl.program_id(0) * BLOCK
+    if first >= n + TAIL:
+        return
+    slots = first + tl.arange(0, BLOCK)
+    ok, write = slots < n, slots < capacity
+    g = h * lists // heads
+    at = tl.load(indices + b * i_sb + g * i_sg + slots, mask=ok, other=0).to(tl.int64)
+    to_q = packed_q + (b * heads + h) * capacity * D
+    copy_rows(q + b * q_sb + h * q_sh, to_q, at, q_sl, q_sd, slots, ok, write, D, BLOCK_D)
+    if h % (heads // lists) == 0:
+        kv_head = h * kv_heads // heads
+        to_k = packed_k + (b * lists + g) * capacity * D
+        to_v = packed_v + (b * lists + g) * capacity * DV
+        copy_rows(k + b * k_sb + kv_head * k_sh, to_k, at, k_sl, k_sd, slots, ok, write, D, BLOCK_D)
+        copy_rows(v + b * v_sb + kv_head * v_sh, to_v, at, v_sl, v_sd, slots, ok, write, DV, BLOCK_DV)
+
+
+@triton.jit(do_not_specialize=["q_len", "s_sb", "s_sg", "heads", "lists"])
+def scatter_kernel(
+    packed, out, slots, p_sb, p_sh, p_sl, o_sb, o_sh, o_sl, s_sb, s_sg, heads, lists, q_len,
+    DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Every row of out: its packed row, or zero where slots [B, G, Lq] is -1."""
+    b, h = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    slot = tl.load(slots + b * s_sb + h * lists // heads * s_sg + rows, mask=rows < q_len, other=-1)
+    d = tl.arange(0, BLOCK_DV)
+    packed += b * p_sb + h * p_sh
+    values = tl.load(
+        packed + slot.to(tl.int64)[:, None] * p_sl + d[None, :], mask=(slot >= 0)[:, None] & (d < DV)[None, :], other=0.0
+    )
+    out += b * o_sb + h * o_sh
+    o_at = out + rows.to(tl.int64)[:, None] * o_sl + d[None, :]
+    tl.store(o_at, values, mask=(rows < q_len)[:, None] & (d < DV)[None, :])
