@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from tsa_compile.kernels.sparse_prefill.configs import LOG2_E, capability_of, precision, prefill_config, section_heads
-from tsa_compile.kernels.sparse_prefill.strip import add_strip, invert
+from tsa_compile.kernels.sparse_prefill.strip import add_strip, invert, rank_order
 
 Tensor = torch.Tensor
 
@@ -29,8 +29,9 @@ def fused_attention(
     lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device) if strip else None
     launch_prefill(q, k, v, out, lse, indices, counts, scale)
     if strip:
+        order = None if key_mask is None else rank_order(key_mask)
         slots = invert(indices, counts)
-        add_strip(q, k, v, out, out, lse, slots, heavy_indices, key_mask, scale, strip_window, strip_sinks)
+        add_strip(q, k, v, out, out, lse, slots, heavy_indices, order, scale, strip_window, strip_sinks)
     return out
 
 

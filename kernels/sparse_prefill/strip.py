@@ -44,7 +44,7 @@ def add_strip(
     part_lse: Tensor,
     slots: Tensor,
     heavy_indices: Tensor,
-    key_mask: Tensor | None,
+    order: tuple[Tensor, Tensor] | None,
     scale: float,
     window: int,
     sinks: int,
@@ -54,6 +54,7 @@ def add_strip(
     Args:
         part, part_lse: `out` itself and [B, H, Lq] by row; or, packed, [B, H, Lk, Dv] and [B, H, Lk] by slot.
         slots: from `invert`.
+        order: from `rank_order`; None: no padding.
     """
     import triton
 
@@ -62,13 +63,13 @@ def add_strip(
     (batch, heads, q_len, dim), (kv_heads, k_len), v_dim = q.shape, k.shape[1:3], v.shape[-1]
     block_d, block_dv = (max(16, triton.next_power_of_2(d)) for d in (dim, v_dim))
     config = strip_config(max(block_d, block_dv), q.dtype, capability_of(q.device))
-    order, ranks = (slots, slots) if key_mask is None else rank_order(key_mask)
+    positions, ranks = order or (slots, slots)
     strip_kernel[(triton.cdiv(q_len, config.block_m), batch * heads)](
-        q, k, v, out, part, part_lse, slots, heavy_indices, order, ranks,
+        q, k, v, out, part, part_lse, slots, heavy_indices, positions, ranks,
         *q.stride(), *k.stride(), *v.stride(), *out.stride()[:3], *part.stride()[:3],
         *part_lse.stride()[:2], *slots.stride()[:2], *heavy_indices.stride()[:2],
         heads, kv_heads, slots.shape[1], q_len, k_len, heavy_indices.shape[-1], window, sinks, scale * LOG2_E,
         D=dim, DV=v_dim, BLOCK_D=block_d, BLOCK_DV=block_dv, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        PADDED=key_mask is not None, PACKED=part is not out, PRECISION=precision(q.dtype),
+        PADDED=order is not None, PACKED=part is not out, PRECISION=precision(q.dtype),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

@@ -1,0 +1,115 @@
+"""The dense engines behind `packed`, and the choice that `auto` makes.
+
+An inner engine runs causal attention over packed rows whose number only the device knows: the tensors have the capacity,
+`counts` says how many rows are used, and nothing synchronises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+Tensor = torch.Tensor
+#: q [B, H, C, D], k [B, G, C, D], v [B, G, C, Dv], counts [B], scale, need_lse
+#: -> out [B, H, C, Dv] and, if asked for, the natural log-sum-exp [B, H, C]; rows beyond the count are undefined
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor, float, bool], "tuple[Tensor, Tensor | None]"]
+
+
+class InnerEngine(NamedTuple):
+    name: str
+    missing: Callable[[Tensor, Tensor], str | None]  # (q, v) -> why it cannot run, or None
+    attend: Attend
+
+
+def flash4_missing(q: Tensor, v: Tensor) -> str | None:
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"FlashAttention-4 takes float16 and bfloat16, not {q.dtype}"
+    if q.device.type != "cuda" or torch.cuda.get_device_capability(q.device)[0] not in (9, 10):
+        return "FlashAttention-4 needs a GPU of compute capability 9.x or 10.x"
+    if max(q.shape[-1], v.shape[-1]) > 128 or q.shape[-1] % 8 or v.shape[-1] % 8:
+        return f"FlashAttention-4 takes head dims up to 128, multiples of 8, not {q.shape[-1]} and {v.shape[-1]}"
+    try:
+        import flash_attn.cute  # noqa: F401
+    except ImportError:
+        return "the package flash-attn-4 is not installed"
+    return None
+
+
+def flash4_attend(
+    q: Tensor, k: Tensor, v: Tensor, counts: Tensor, scale: float, need_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """FlashAttention-4 reads the lengths on the device (`seqused`); compiled once per head dim and dtype."""
+    from flash_attn.cute import flash_attn_varlen_func
+
+    result = flash_attn_varlen_func(
+        *(x.transpose(1, 2) for x in (q, k, v)),
+        seqused_q=counts,
+        seqused_k=counts,
+        softmax_scale=scale,
+        causal=True,
+        return_lse=need_lse,
+    )
+    out, lse = result if isinstance(result, tuple) else (result, None)
+    return out.transpose(1, 2), lse
+
+
+def cudnn_missing(q: Tensor, v: Tensor) -> str | None:
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"cuDNN attention takes float16 and bfloat16, not {q.dtype}"
+    if q.device.type != "cuda" or torch.cuda.get_device_capability(q.device)[0] < 9:
+        return "cuDNN attention over ragged rows needs a GPU of compute capability 9.0 or more"
+    if max(q.shape[-1], v.shape[-1]) > 128 or q.shape[-1] % 8 or v.shape[-1] % 8:
+        return f"cuDNN attention takes head dims up to 128, multiples of 8, not {q.shape[-1]} and {v.shape[-1]}"
+    return None
+
+
+def cudnn_attend(
+    q: Tensor, k: Tensor, v: Tensor, counts: Tensor, scale: float, need_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """PyTorch's cuDNN attention with cumulative lengths on the device, one call a batch row.
+
+    Ragged rows must follow each other without gaps, which rows at the start of their capacity do not.
+    """
+    parts = []
+    for b in range(q.shape[0]):
+        lengths = torch.nn.functional.pad(counts[b : b + 1], (1, 0))
+        rows = (x[b].transpose(0, 1) for x in (q, k, v))
+        capacity = q.shape[2]
+        parts.append(
+            torch.ops.aten._cudnn_attention_forward(
+                *rows, None, lengths, lengths, capacity, capacity, need_lse, 0.0, True, False, scale=scale
+            )[:2]
+        )
+    out = torch.stack([out.transpose(0, 1) for out, _ in parts])
+    if not need_lse:
+        return out, None
+    return out, torch.stack([lse.reshape(q.shape[2], q.shape[1]).T for _, lse in parts])
+
+
+#: fastest first
+INNER = (
+    InnerEngine("flash4", flash4_missing, flash4_attend),
+    InnerEngine("cudnn", cudnn_missing, cudnn_attend),
+)
+
+
+def find_inner(q: Tensor, v: Tensor) -> InnerEngine:
+    """The fastest inner engine that can run q [B, H, L, D] and v [B, Hk, L, Dv].
+
+    Raises:
+        RuntimeError: none can; the message says why for each.
+    """
+    reasons = []
+    for engine in INNER:
+        reason = engine.missing(q, v)
+        if reason is None:
+            return engine
+        reasons.append(reason)
+    raise RuntimeError(f"engine 'packed' cannot run: {'; '.join(reasons)}; use 'fused'")
+
+
+def choose(q: Tensor, k: Tensor, v: Tensor) -> str:
+    """The engine that `auto` takes for q [B, H, Lq, D], k [B, Hk, Lk, D], v [B, Hk, Lk, Dv]."""
+    return "fused"
