@@ -7,3 +7,24 @@ if not _os.path.isdir(_os.path.join(_os.path.dirname(__file__), "kernels")) and 
     _os.path.join(_root, "pyproject.toml")
 ):
     __path__.append(_root)  # a checkout: passes/, kernels/ and export/ lie beside this folder
+
+from tsa_compile.api import explain, report, restore, transform
+from tsa_compile.backend import register as _register
+from tsa_compile.plan import Plan
+from tsa_compile.policies.dense import Dense
+from tsa_compile.policies.token_sparse import Completion, TokenSparse
+from tsa_compile.report import Report
+
+__version__ = "0.1.0"
+__all__ = [
+    "Completion",
+    "Dense",
+    "Plan",
+    "Report",
+    "TokenSparse",
+    "explain",
+    "report",
+    "restore",
+    "transform",
+]
+_register()

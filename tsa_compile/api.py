@@ -1,0 +1,97 @@
+"""The one-line interface: `transform`, `restore`, `report`, `explain`."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from tsa_compile.backend import Backend
+from tsa_compile.plan import Plan, as_plan
+from tsa_compile.policies.base import Policy
+from tsa_compile.report import Report
+
+M = TypeVar("M", bound=nn.Module)
+_BACKENDS: weakref.WeakKeyDictionary[nn.Module, Backend] = weakref.WeakKeyDictionary()
+
+
+def transform(
+    model: M,
+    policy_or_plan: Policy | Plan | Mapping[str, Any] | None = None,
+    *,
+    compiler: str = "eager",
+    fullgraph: bool = False,
+    inductor_options: Mapping[str, Any] | None = None,
+) -> M:
+    """Make the attention of `model` token-sparse, in place; returns the same module.
+
+    Works through `nn.Module.compile`: parameters, `state_dict`, `.to()`, hooks and `generate()` stay as they are; a copy or a
+    pickle of the model is dense again. Graphs are traced at the first calls; `report(model)` then says what was replaced.
+    Sites are replaced only where gradients are off (`torch.no_grad()`, `torch.inference_mode()`).
+
+    Args:
+        model: any module; attention is found in its traced graphs, not by its class.
+        policy_or_plan: a policy for all layers, a plan, either as a dict, or None for `TokenSparse()`.
+        compiler: "eager" runs the rewritten graphs as they are (starts fastest); "inductor" compiles them.
+        fullgraph: raise if the model's forward does not trace to one graph.
+        inductor_options: Inductor configuration for `compiler="inductor"`.
+
+    Raises:
+        TypeError: `model` is not a module, or `policy_or_plan` is none of the above.
+        RuntimeError: the model is transformed or compiled already; `restore` it first.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"transform takes a torch.nn.Module, got {type(model).__name__}")
+    if model._compiled_call_impl is not None:
+        raise RuntimeError("the model is compiled already; call tsa_compile.restore(model) before transforming it again")
+    backend = Backend(as_plan(policy_or_plan), compiler, inductor_options)
+    model.compile(backend=backend, fullgraph=fullgraph)
+    _BACKENDS[model] = backend
+    return model
+
+
+def restore(model: M) -> M:
+    """Undo `transform`; returns the same module.
+
+    Raises:
+        ValueError: the model was not transformed.
+    """
+    _backend_of(model)
+    del _BACKENDS[model]
+    model._compiled_call_impl = None
+    return model
+
+
+def report(model: nn.Module) -> Report:
+    """What `transform` has done so far: one entry for each site of each graph traced.
+
+    Raises:
+        ValueError: the model was not transformed.
+    """
+    return _backend_of(model).report
+
+
+def explain(
+    model: nn.Module,
+    *args: Any,
+    policy: Policy | Plan | Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> Report:
+    """Run `model(*args, **kwargs)` once under `torch.no_grad()` and say which sites `policy` would replace, and why not.
+
+    The model is left as it was. `explain(model, **tokenizer(text, return_tensors="pt"))` is the usual call.
+    """
+    backend = Backend(as_plan(policy), "eager")
+    compiled = torch.compile(model._call_impl, backend=backend)
+    with torch.no_grad():
+        compiled(*args, **kwargs)
+    return backend.report
+
+
+def _backend_of(model: nn.Module) -> Backend:
+    if model not in _BACKENDS:
+        raise ValueError(f"{type(model).__name__} was not transformed by tsa_compile.transform")
+    return _BACKENDS[model]
