@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from tsa_compile.passes.pipeline import pipeline_identity, run_pipeline
 from tsa_compile.plan import Plan, as_plan
 from tsa_compile.policies.token_sparse import TokenSparse
 from tsa_compile.report import Report
@@ -47,6 +46,8 @@ class Backend:
         self.report = Report()
 
     def __call__(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        from tsa_compile.passes.pipeline import run_pipeline
+
         result = run_pipeline(gm, self.plan.policy_for, example_inputs=example_inputs)
         self.report.add(result)
         for warning in result.warnings:
@@ -57,6 +58,8 @@ class Backend:
 
     def _inductor(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         from torch._inductor.compile_fx import compile_fx
+
+        from tsa_compile.passes.pipeline import pipeline_identity
 
         # The compile caches do not see what an operator's fake does: its source joins the user's own tag.
         tag = f"{torch.compiler.config.cache_key_tag}|tsa:{pipeline_identity(self.plan.to_dict())}"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tsa_compile.kernels import ops  # noqa: F401 - registers torch.ops.tsa
 from tsa_compile.policies.base import Policy, check_int
 
 if TYPE_CHECKING:
@@ -118,15 +119,15 @@ class TokenSparse(Policy):
         from tsa_compile.passes.operands import attention_operands
 
         q, k, v, key_mask = attention_operands(graph, site)
-        strip = self.completion or Completion(window=1, sinks=0, heavy=0)
-        strip_window = self.completion.window if self.completion else 0
+        c = self.completion
+        strip_window, strip_sinks, strip_heavy = (c.window, c.sinks, c.heavy) if c else (0, 0, 0)
         selection = graph.call_function(
             torch.ops.tsa.select_tokens.default,
-            (q, k, key_mask, site.scale, float(self.coverage), self.window, self.pool, self.min_tokens, strip.heavy),
+            (q, k, key_mask, site.scale, float(self.coverage), self.window, self.pool, self.min_tokens, strip_heavy),
         )
         indices, counts, heavy = (graph.call_function(operator.getitem, (selection, i)) for i in range(3))
         dense_below = self.min_tokens + self.window
         return graph.call_function(
             torch.ops.tsa.sparse_attention.default,
-            (q, k, v, indices, counts, heavy, key_mask, site.scale, strip_window, strip.sinks, dense_below, self.engine),
+            (q, k, v, indices, counts, heavy, key_mask, site.scale, strip_window, strip_sinks, dense_below, self.engine),
         )

@@ -1,0 +1,72 @@
+"""Checks of arguments that all operators share. They read shapes and dtypes only, never data."""
+
+from __future__ import annotations
+
+import torch
+
+Tensor = torch.Tensor
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MAX_HEAD_DIM = 256
+
+
+def check_attention(name: str, q: Tensor, k: Tensor, v: Tensor | None, key_mask: Tensor | None) -> None:
+    """Raise a ValueError naming operator `name` and the argument, unless the shapes of docs/operators.md hold."""
+    tensors = {"q": q, "k": k} | ({} if v is None else {"v": v})
+    for label, x in tensors.items():
+        if x.dim() != 4:
+            raise ValueError(f"{name}: {label} must be [batch, heads, length, head_dim], got shape {tuple(x.shape)}")
+        if x.dtype not in DTYPES:
+            raise ValueError(f"{name}: {label} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(f"{name}: {label} is {x.dtype} on {x.device}, but q is {q.dtype} on {q.device}")
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"{name}: q {tuple(q.shape)} and k {tuple(k.shape)} differ in batch or head dim")
+    if v is not None and v.shape[:3] != k.shape[:3]:
+        raise ValueError(f"{name}: k {tuple(k.shape)} and v {tuple(v.shape)} differ in batch, heads or length")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"{name}: {q.shape[1]} query heads are no multiple of {k.shape[1]} KV heads")
+    if q.shape[2] > k.shape[2]:
+        raise ValueError(f"{name}: {q.shape[2]} queries for {k.shape[2]} keys; queries are the last positions")
+    if not 1 <= q.shape[3] <= MAX_HEAD_DIM:
+        raise ValueError(f"{name}: head dim must be 1 to {MAX_HEAD_DIM}, got {q.shape[3]}")
+    _check_mask(name, q, k, key_mask)
+
+
+def _check_mask(name: str, q: Tensor, k: Tensor, key_mask: Tensor | None) -> None:
+    if key_mask is None:
+        return
+    expected = (k.shape[0], k.shape[2])
+    if key_mask.dtype != torch.bool or tuple(key_mask.shape) != expected or key_mask.device != q.device:
+        raise ValueError(
+            f"{name}: key_mask must be bool {expected} on {q.device}, "
+            f"got {key_mask.dtype} {tuple(key_mask.shape)} on {key_mask.device}"
+        )
+
+
+def check_selection_arguments(name: str, coverage: float, window: int, pool: int, min_tokens: int, heavy: int) -> None:
+    """Raise a ValueError naming operator `name` and the argument that is outside its range."""
+    if not 0 <= coverage < 1:
+        raise ValueError(f"{name}: coverage must be in [0, 1), got {coverage}")
+    if window < 1 or min_tokens < 1:
+        raise ValueError(f"{name}: window and min_tokens must be at least 1, got {window} and {min_tokens}")
+    if pool < 1 or pool % 2 == 0:
+        raise ValueError(f"{name}: pool must be odd and at least 1, got {pool}")
+    if not 0 <= heavy <= min_tokens:
+        raise ValueError(f"{name}: heavy must be from 0 to min_tokens ({min_tokens}), got {heavy}")
+
+
+def check_selection(
+    name: str, q: Tensor, k: Tensor, indices: Tensor, counts: Tensor, heavy_indices: Tensor
+) -> None:
+    """Raise a ValueError naming operator `name`, unless the selection fits `q` and `k`."""
+    (batch, heads), (kv_heads, k_len) = q.shape[:2], k.shape[1:3]
+    for label, x, dims in (("indices", indices, 3), ("counts", counts, 1), ("heavy_indices", heavy_indices, 3)):
+        if x.dtype != torch.int32 or x.dim() != dims or x.device != q.device:
+            raise ValueError(f"{name}: {label} must be a {dims}-d int32 tensor on {q.device}, got {x.dtype}, {x.dim()}-d")
+    lists = indices.shape[1]
+    if lists not in (heads, kv_heads):
+        raise ValueError(f"{name}: indices has {lists} lists; expected one for each of {heads} heads or {kv_heads} KV heads")
+    if tuple(indices.shape) != (batch, lists, k_len) or tuple(counts.shape) != (batch,):
+        raise ValueError(f"{name}: indices {tuple(indices.shape)} and counts {tuple(counts.shape)} do not fit the keys")
+    if tuple(heavy_indices.shape[:2]) != (batch, lists):
+        raise ValueError(f"{name}: heavy_indices {tuple(heavy_indices.shape)} does not fit indices {tuple(indices.shape)}")

@@ -1,0 +1,104 @@
+"""The registered operators: opcheck, dispatch, errors, no gradient."""
+
+import pytest
+import torch
+
+from tsa_compile.kernels import ops
+
+SELECT = (0.3, 0.05, 8, 3, 16, 4)  # scale, coverage, window, pool, min_tokens, heavy
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def qkv(batch=2, heads=4, kv_heads=2, q_len=64, k_len=64, dim=16, v_dim=16, device="cpu", dtype=torch.float32):
+    g = torch.Generator().manual_seed(0)
+    make = lambda h, n, d: torch.randn(batch, n, h, d, generator=g).to(device, dtype).transpose(1, 2)  # noqa: E731
+    return make(heads, q_len, dim), make(kv_heads, k_len, dim), make(kv_heads, k_len, v_dim)
+
+
+def padding(batch, k_len, device="cpu"):
+    return (torch.arange(k_len)[None] >= 5 * torch.arange(batch)[:, None]).to(device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("q_len", [64, 24])
+def test_opcheck(device, masked, q_len):
+    q, k, v = qkv(q_len=q_len, v_dim=32, device=device)
+    mask = padding(2, 64, device) if masked else None
+    select = (q, k, mask, *SELECT)
+    torch.library.opcheck(torch.ops.tsa.select_tokens.default, select)
+    selection = torch.ops.tsa.select_tokens(*select)
+    torch.library.opcheck(torch.ops.tsa.sparse_attention.default, (q, k, v, *selection, mask, 0.3, 8, 2, 24, "auto"))
+    one = (q, k, v, mask, *SELECT[:5], 8, 2, 4, "auto")
+    torch.library.opcheck(torch.ops.tsa.token_sparse_attention.default, one)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_one_operator_is_the_two_composed(device):
+    q, k, v = qkv(device=device)
+    selection = torch.ops.tsa.select_tokens(q, k, None, *SELECT)
+    two = torch.ops.tsa.sparse_attention(q, k, v, *selection, None, 0.3, 8, 2, 24, "auto")
+    one = torch.ops.tsa.token_sparse_attention(q, k, v, None, *SELECT[:5], 8, 2, 4, "auto")
+    assert torch.equal(one, two)
+    assert one.transpose(1, 2).is_contiguous()
+
+
+def test_gradient_is_refused_with_the_operators_name():
+    q, k, v = (x.requires_grad_() for x in qkv())
+    out = torch.ops.tsa.token_sparse_attention(q, k, v, None, *SELECT[:5], 0, 0, 0, "auto")
+    with pytest.raises(NotImplementedError, match="tsa::token_sparse_attention is forward only"):
+        out.sum().backward()
+
+
+def broken(**changes):
+    names = ("q", "k", "v", "mask", "scale", "coverage", "window", "pool", "min_tokens", "sw", "ss", "heavy", "engine")
+    values = dict(zip(names, (*qkv(), None, *SELECT[:5], 0, 0, 0, "auto"), strict=True))
+    return tuple((values | changes).values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"q": torch.randn(2, 3, 64, 16)}, "3 query heads are no multiple of 2"),
+        ({"q": torch.randn(2, 4, 65, 16)}, "65 queries for 64 keys"),
+        ({"q": torch.randn(2, 4, 64, 8)}, "batch or head dim"),
+        ({"q": torch.randn(4, 64, 16)}, "q must be"),
+        ({"v": torch.randn(2, 2, 63, 16)}, "k .* and v .* differ"),
+        ({"v": torch.randn(2, 2, 64, 16).half()}, "v is torch.float16"),
+        ({"q": torch.ones(2, 4, 64, 16, dtype=torch.int32)}, "q must be float16"),
+        ({"mask": torch.ones(2, 63, dtype=torch.bool)}, "key_mask must be bool"),
+        ({"mask": torch.ones(2, 64)}, "key_mask must be bool"),
+        ({"coverage": 1.0}, "coverage must be in"),
+        ({"coverage": float("nan")}, "coverage must be in"),
+        ({"pool": 4}, "pool must be odd"),
+        ({"window": 0}, "window and min_tokens"),
+        ({"heavy": 17}, "heavy must be from 0 to min_tokens"),
+        ({"engine": "magic"}, "unknown engine 'magic'"),
+    ],
+)
+def test_bad_arguments_name_the_argument(changes, message):
+    with pytest.raises(ValueError, match=message):
+        torch.ops.tsa.token_sparse_attention(*broken(**changes))
+
+
+@pytest.mark.parametrize("engine", ["fused", "packed"])
+def test_an_engine_that_cannot_run_raises(engine):
+    with pytest.raises(RuntimeError, match=f"engine '{engine}' needs CUDA"):
+        torch.ops.tsa.token_sparse_attention(*broken(engine=engine))
+
+
+def test_dynamic_shapes_trace_to_one_graph():
+    def f(q, k, v):
+        return torch.ops.tsa.token_sparse_attention(q, k, v, None, *SELECT[:5], 0, 0, 0, "auto")
+
+    compiled = torch.compile(f, backend="aot_eager", fullgraph=True, dynamic=True)
+    counter = torch._dynamo.utils.counters
+    counter.clear()
+    for length in (40, 64, 97):
+        q, k, v = qkv(q_len=length, k_len=length)
+        assert torch.equal(compiled(q, k, v), f(q, k, v))
+    assert counter["stats"]["unique_graphs"] == 1
+
+
+def test_source_tag_names_this_source():
+    assert len(ops.source_tag()) == 16
