@@ -56,7 +56,7 @@ class Variant:
 
     @property
     def attributes(self) -> tuple[str, ...]:
-        """Attributes the body reads; the node must carry them all (defaults of functions are not applied everywhere)."""
+        """Attributes the body reads; the node must carry them all (not every runtime applies a function's defaults)."""
         coverage = "coverage_q56" if self.target == "tensorrt" else "coverage"
         strip = ("strip_window", "strip_sinks", "heavy") if self.strip else ()
         return ("scale", coverage, "window", "pool", "min_tokens", *strip)
@@ -65,8 +65,8 @@ class Variant:
 def function(variant: Variant, opset: int = 21) -> ir.Function:
     """The function body.
 
-    Inputs q [B, H, Lq, D], k [B, Hk, Lk, D], v [B, Hk, Lk, Dv] (float32, float16 or bfloat16), and key_mask [B, Lk] bool
-    if `variant.masked`; output [B, H, Lq, Dv].
+    Inputs q [B, H, Lq, D], k [B, Hk, Lk, D], v [B, Hk, Lk, Dv] (float32, float16 or bfloat16), and key_mask [B, Lk]
+    bool if `variant.masked`; output [B, H, Lq, Dv].
     """
     ir = require("onnx_ir", "onnx")
     op = Ops(opset)

@@ -106,7 +106,7 @@ class Call:
         return op.GatherElements(x, self.per_head(self._position_of_rank), axis=2)
 
     def rows(self, x: ir.Value, heads: ir.Value, index: ir.Value) -> ir.Value:
-        """Rows of x [B, Hx, n, E] for `heads` heads (a multiple of Hx). index: [B, heads or 1, m] -> [B, heads, m, E]."""
+        """Rows of x [B, Hx, n, E] for `heads` heads (multiple of Hx). index: [B, heads or 1, m] -> [B, heads, m, E]."""
         op = self.op
         x_heads, n, e = (op.Shape(x, start=i, end=i + 1) for i in (1, 2, 3))
         head = op.Div(op.Mul(self.range(heads), x_heads), heads)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 from tsa_compile.export.body_call import Call
-from tsa_compile.export.ops import BOOL, DOUBLE, FLOAT, INT64, Ops
+from tsa_compile.export.ops import DOUBLE, INT64, Ops
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -57,24 +57,23 @@ class Sort:
 class Bisect:
     """For TensorRT: no sort (its TopK stops at 3,840), no float64; thresholds are built bit by bit from counts.
 
-    `largest` treats scores below 2**-126 as zero. `dropped` takes the coverage as `coverage_q56` (coverage * 2**56,
-    rounded), so its target differs from the reference's by a few units of 2**-52.
+    `dropped` takes the coverage as `coverage_q56` (coverage * 2**56, rounded), so its target differs from the
+    reference's by a few units of 2**-52.
     """
 
     _UNIT_BITS = 62  # units < 2**52 * heads
 
     def largest(self, call: Call, score: ir.Value, count: ir.Value) -> ir.Value:
         op = call.op
-        scaled = op.Mul(score, 2.0**40)
-        scaled = op.Where(op.And(op.GreaterOrEqual(scaled, 0.0), op.Less(scaled, 2.0**-86)), 0.0, scaled)
+        scaled = op.Mul(score, 2.0**40)  # exact, and no score is subnormal any more: the least is 2**-109
 
         def enough(op: Ops, value: ir.Value) -> ir.Value:
             hits = op.Cast(op.GreaterOrEqual(scaled, value), to=INT64)
             return op.GreaterOrEqual(op.ReduceSum(hits, [2], keepdims=1), count)
 
-        start = op.Expand(2.0**-86, call.shape(call.batch, call.heads, 1))
+        start = op.Expand(2.0**-109, call.shape(call.batch, call.heads, 1))
         positive = enough(op, start)
-        factors = op.constant([2.0 ** (2**i) for i in range(6, -1, -1)])
+        factors = op.constant([2.0**i for i in (64, 32, 32, 16, 8, 4, 2, 1)])
 
         def exponent(op: Ops, step: ir.Value, value: ir.Value) -> list[ir.Value]:
             higher = op.Mul(value, op.Gather(factors, step))
@@ -84,7 +83,7 @@ class Bisect:
             higher = op.Add(value, delta)
             return [op.Where(enough(op, higher), higher, value), op.Mul(delta, 0.5)]
 
-        power = op.loop(7, [start], exponent)[0]
+        power = op.loop(8, [start], exponent)[0]
         value = op.loop(23, [power, op.Mul(power, 0.5)], mantissa)[0]
         return _members(op, scaled, op.Where(positive, value, 0.0), count)
 

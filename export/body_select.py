@@ -9,7 +9,6 @@ from tsa_compile.export.ops import FLOAT, INT64
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-
     from tsa_compile.export.body_rank import Ranking
 
 
@@ -18,7 +17,8 @@ class Kept(NamedTuple):
 
     slots: [B, H, Lk] place of each token in its head's list, -1 if it is not kept.
     tokens: [B, H, n] the lists, ascending; n is the longest row's count.
-    heavy: [B, H, heavy] the heaviest tokens, ascending; only the first `heavy_count` [B, 1] of a row are used. None: not asked.
+    heavy: [B, H, heavy] the heaviest tokens, ascending; only the first `heavy_count` [B, 1] of a row are used.
+        None: not asked.
     """
 
     slots: ir.Value
@@ -45,7 +45,7 @@ def select_tokens(call: Call, ranking: Ranking, with_heavy: bool) -> Kept:
     in_window = op.And(op.GreaterOrEqual(call.column, before), op.Less(call.column, call.length))
     slots = _slots(call, op.Or(top, op.Unsqueeze(in_window, [1])))
     count = op.Add(n_keep, op.Min(window, call.length))
-    capacity = op.ReduceMax(op.Reshape(count, [-1]), [0], keepdims=1)
+    capacity = op.Max(op.ReduceMax(op.Reshape(count, [-1]), [0], keepdims=1), 1)  # 1: no empty tensors
     tokens = call.compact(slots, capacity, axis=2)
     if not with_heavy:
         return Kept(slots, tokens, None, None)

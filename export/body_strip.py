@@ -60,7 +60,10 @@ def _rows(call: Call, kept: Kept, attended: Attended) -> _Rows:
 
 
 def _near(call: Call, kept: Kept, rows: _Rows) -> tuple[ir.Value, ir.Value]:
-    """Scores [B, H, rows, 2 * block] of the local window, HIDDEN where a key is not read, and V [B, Hk, 1, blocks, 2 * block, Dv]."""
+    """Scores and values of the local window.
+
+    Returns scores [B, H, rows, 2 * block], HIDDEN where a key is not read, and V [B, Hk, 1, blocks, 2 * block, Dv].
+    """
     op = call.op
     block, blocks = rows.block, rows.count
     width = op.Mul(block, 2)

@@ -1,0 +1,65 @@
+"""Two operators -> one: deployment targets get `tsa::token_sparse_attention`, one node with one output."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+
+class ExportError(RuntimeError):
+    """The model, or one of its attention sites, cannot be exported as asked; the message names it."""
+
+
+def fuse_selection(gm: fx.GraphModule) -> list[fx.Node]:
+    """Replace each `select_tokens` + `sparse_attention` pair by `token_sparse_attention`, in place; returns the nodes.
+
+    Raises:
+        ExportError: a `sparse_attention` reads a selection made from other operands (shared between layers): one node
+            cannot express it.
+    """
+    fused = []
+    for node in list(gm.graph.find_nodes(op="call_function", target=torch.ops.tsa.sparse_attention.default)):
+        call = _arguments(node)
+        selection = _selection(node, call)
+        chosen = _arguments(selection)
+        for name in ("q", "k", "key_mask", "scale"):
+            if chosen[name] is not call[name] and chosen[name] != call[name]:
+                raise ExportError(f"{node.name}: its tokens were selected with another {name} ({selection.name})")
+        order = ("q", "k", "v", "key_mask", "scale", "coverage", "window", "pool", "min_tokens")
+        order += ("strip_window", "strip_sinks", "heavy", "engine")
+        with gm.graph.inserting_before(node):
+            one = gm.graph.call_function(
+                torch.ops.tsa.token_sparse_attention.default, tuple({**chosen, **call}[name] for name in order)
+            )
+        one.meta = dict(node.meta)
+        node.replace_all_uses_with(one)
+        gm.graph.erase_node(node)
+        fused.append(one)
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+    return fused
+
+
+def _selection(node: fx.Node, call: dict[str, Any]) -> fx.Node:
+    """The `select_tokens` node whose three outputs `node` reads."""
+    sources = []
+    for position, name in enumerate(("indices", "counts", "heavy_indices")):
+        item = call[name]
+        if not isinstance(item, fx.Node) or item.target is not operator.getitem or item.args[1] != position:
+            raise ExportError(f"{node.name}: {name} is not output {position} of a tsa::select_tokens node")
+        sources.append(item.args[0])
+    first = sources[0]
+    if any(s is not first for s in sources) or first.target is not torch.ops.tsa.select_tokens.default:
+        raise ExportError(f"{node.name}: indices, counts and heavy_indices come from different selections")
+    return first
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    """Arguments by name, defaults filled in."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    values = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
+    values.update({a.name: value for a, value in zip(schema.arguments, node.args, strict=False)})
+    return {**values, **node.kwargs}
