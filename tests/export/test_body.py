@@ -66,6 +66,7 @@ def ragged_mask(batch, k_len):
     """Holes in row 0, left padding in row 1, right padding in row 2."""
     mask = torch.ones(batch, k_len, dtype=torch.bool)
     mask[0] = torch.rand(k_len) > 0.25
+    mask[0, -1] = True
     if batch > 1:
         mask[1, : k_len // 2] = False
     if batch > 2:
