@@ -99,7 +99,8 @@ def test_equals_the_reference_at_any_batch_and_length(variant):
         (2, 49, 49),
         (3, 513, 513),
         (2, 40, 200),
-        (3, 5, 130),
+        (3, 60, 130),
+        (1, 5, 130),
     ]:
         q, k, v = operands(batch, q_len, k_len)
         mask = ragged_mask(batch, k_len) if variant.masked else None
