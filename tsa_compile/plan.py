@@ -72,7 +72,7 @@ def as_plan(policy_or_plan: Policy | Plan | Mapping[str, Any] | None) -> Plan:
         TypeError: anything else.
     """
     if policy_or_plan is None:
-        return Plan(TokenSparse())
+        return Plan(default_policy())
     if isinstance(policy_or_plan, Plan):
         return policy_or_plan
     if isinstance(policy_or_plan, Policy):
@@ -80,3 +80,8 @@ def as_plan(policy_or_plan: Policy | Plan | Mapping[str, Any] | None) -> Plan:
     if isinstance(policy_or_plan, Mapping):
         return Plan.from_dict(policy_or_plan) if "format" in policy_or_plan else Plan(from_dict(dict(policy_or_plan)))
     raise TypeError(f"expected a policy, a plan, a dict of either, or None; got {type(policy_or_plan).__name__}")
+
+
+def default_policy(coverage: float | None = None) -> TokenSparse:
+    """The policy of `transform(model)`, with another coverage if one is given."""
+    return TokenSparse() if coverage is None else TokenSparse(coverage=coverage)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 if TYPE_CHECKING:
     import torch.fx as fx
 
     from tsa_compile.passes.site import AttentionSite
 
+T = TypeVar("T")
 _REGISTRY: dict[str, type[Policy]] = {}
 
 
@@ -40,11 +41,7 @@ class Policy:
 
     @classmethod
     def _from_fields(cls, fields: dict[str, Any]) -> Policy:
-        known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        unknown = sorted(set(fields) - known)
-        if unknown:
-            raise ValueError(f"{cls.__name__} has no field {unknown[0]!r}; its fields are {sorted(known)}")
-        return cls(**fields)
+        return build(cls, fields)
 
 
 def from_dict(data: dict[str, Any]) -> Policy:
@@ -58,6 +55,15 @@ def from_dict(data: dict[str, Any]) -> Policy:
     if name not in _REGISTRY:
         raise ValueError(f"unknown policy {name!r}; known: {sorted(_REGISTRY)}")
     return _REGISTRY[name]._from_fields(fields)
+
+
+def build(cls: type[T], fields: dict[str, Any]) -> T:
+    """An instance of the dataclass `cls`; a ValueError names a field it does not have."""
+    known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(set(fields) - known)
+    if unknown:
+        raise ValueError(f"{cls.__name__} has no field {unknown[0]!r}; its fields are {sorted(known)}")
+    return cls(**fields)
 
 
 def check_int(owner: object, field: str, low: int, high: int | None = None) -> None:

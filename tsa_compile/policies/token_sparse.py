@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tsa_compile.kernels import ops  # noqa: F401 - registers torch.ops.tsa
-from tsa_compile.policies.base import Policy, check_int
+from tsa_compile.policies.base import Policy, build, check_int
 
 if TYPE_CHECKING:
     import torch.fx as fx
@@ -105,7 +105,7 @@ class TokenSparse(Policy):
     def _from_fields(cls, fields: dict[str, Any]) -> Policy:
         fields = dict(fields)
         if isinstance(fields.get("completion"), dict):
-            fields["completion"] = Completion(**fields["completion"])
+            fields["completion"] = build(Completion, fields["completion"])
         return super()._from_fields(fields)
 
     def refuse(self, site: AttentionSite) -> str | None:
