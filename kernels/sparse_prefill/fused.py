@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from tsa_compile.kernels.sparse_prefill import hopper
 from tsa_compile.kernels.sparse_prefill.configs import LOG2_E, capability_of, precision, prefill_config, section_heads
 from tsa_compile.kernels.sparse_prefill.strip import add_strip, invert, rank_order
 
@@ -39,6 +40,8 @@ def launch_prefill(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, indices: Tensor, counts: Tensor, scale: float
 ) -> None:
     """Attention among the kept tokens into `out`; `lse` None: the other rows are zeroed."""
+    if hopper.takes(q, k, v):
+        return hopper.launch(q, k, v, out, lse, indices, counts, scale)
     import triton
 
     from tsa_compile.kernels.sparse_prefill.device import sparse_prefill_kernel

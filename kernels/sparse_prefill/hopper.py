@@ -1,0 +1,47 @@
+"""Launch of the warp-specialised prefill kernel for compute capability 9.0."""
+
+from __future__ import annotations
+
+import torch
+
+from tsa_compile.kernels.sparse_prefill.configs import LOG2_E, capability_of, section_heads
+
+Tensor = torch.Tensor
+HEAD_DIMS = (64, 128)
+BLOCK_M, BLOCK_N, STAGES = 128, 128, 2
+
+
+def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the kernel runs this call: Hopper, half precision, head dim 64 or 128, rows of whole 16-byte pieces."""
+    return (
+        q.device.type == "cuda"
+        and capability_of(q.device) == (9, 0)
+        and q.dtype in (torch.float16, torch.bfloat16)
+        and q.shape[-1] == v.shape[-1]
+        and q.shape[-1] in HEAD_DIMS
+        and all(_aligned(x) for x in (q, k, v))
+    )
+
+
+def _aligned(x: Tensor) -> bool:
+    *outer, last = x.stride()
+    return last == 1 and x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in outer)
+
+
+def launch(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, indices: Tensor, counts: Tensor, scale: float
+) -> None:
+    """As `fused.launch_prefill`."""
+    import triton
+
+    from tsa_compile.kernels.sparse_prefill.hopper_device import sparse_prefill_hopper_kernel
+
+    (batch, heads, q_len, dim), (kv_heads, k_len) = q.shape, k.shape[1:3]
+    tiles = min(triton.cdiv(k_len, BLOCK_M), triton.cdiv(q_len, BLOCK_M) + 1)
+    section = section_heads(heads, kv_heads, k_len, 2 * dim * q.element_size())
+    sparse_prefill_hopper_kernel[(batch * heads * tiles,)](
+        q, k, v, out, out if lse is None else lse, indices, counts,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *indices.stride()[:2],
+        heads, kv_heads, indices.shape[1], q_len, k_len, tiles, section, scale * LOG2_E,
+        D=dim, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, STAGES=STAGES, STRIP=lse is not None, num_warps=4,
+    )  # fmt: skip
