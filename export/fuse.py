@@ -7,10 +7,7 @@ from typing import Any
 
 import torch
 import torch.fx as fx
-
-
-class ExportError(RuntimeError):
-    """The model, or one of its attention sites, cannot be exported as asked; the message names it."""
+from tsa_compile.export.errors import ExportError
 
 
 def fuse_selection(gm: fx.GraphModule) -> list[fx.Node]:

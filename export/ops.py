@@ -26,7 +26,7 @@ class Ops:
         self._ir = require("onnx_ir", "onnx")
         self._tape = require("onnx_ir.tape", "onnx").Tape()
         self._names = names or itertools.count()  # inner graphs share it: names are unique in the whole function
-        self._constants: dict[Any, ir.Value] = {}
+        self._made: dict[Any, Sequence[ir.Value]] = {}
         self.opset = opset
 
     def __getattr__(self, op_type: str) -> Callable[..., ir.Value]:
@@ -35,26 +35,25 @@ class Ops:
         return lambda *inputs, **attributes: self.outputs(1, op_type, *inputs, **attributes)[0]
 
     def outputs(self, count: int, op_type: str, *inputs: Any, **attributes: Any) -> Sequence[ir.Value]:
-        """A node with `count` outputs."""
-        values = [self._ir.Value(name=f"v{next(self._names)}") for _ in range(count)]
-        name = f"{op_type}_{values[0].name}"
-        return self._tape.op_multi_out(op_type, self._values(inputs), attributes, outputs=values, name=name)
+        """A node with `count` outputs; asked again for the same node, the first one's."""
+        operands = self._values(inputs)
+        key = (op_type, tuple(id(x) for x in operands), repr(sorted(attributes.items())))
+        if key not in self._made:
+            values = [self._ir.Value(name=f"v{next(self._names)}") for _ in range(count)]
+            name = f"{op_type}_{values[0].name}"
+            self._made[key] = self._tape.op_multi_out(op_type, operands, attributes, outputs=values, name=name)
+        return self._made[key]
 
     def attribute(self, name: str, kind: str) -> ir.Value:
         """The value of the function's attribute `name`; `kind` is "int", "float" or "tensor"."""
-        key = ("attribute", name)
-        if key not in self._constants:
-            target = {"int": "value_int", "float": "value_float", "tensor": "value"}[kind]
-            ref = self._ir.RefAttr(target, name, getattr(self._ir.AttributeType, kind.upper()))
-            self._constants[key] = self.Constant(**{target: ref})
-        return self._constants[key]
+        target = {"int": "value_int", "float": "value_float", "tensor": "value"}[kind]
+        return self.Constant(**{target: self._ir.RefAttr(target, name, getattr(self._ir.AttributeType, kind.upper()))})
 
     def constant(self, value: float | Sequence[float]) -> ir.Value:
-        """A constant; equal ones are shared."""
-        key = (type(value).__name__, tuple(value) if isinstance(value, (list, tuple)) else value)
-        if key not in self._constants:
-            self._constants[key] = self.Constant(**self._literal(value))
-        return self._constants[key]
+        """An int64 or float32 constant, scalar or 1-D."""
+        one = value if isinstance(value, (int, float)) else value[0]
+        kind = "int" if isinstance(one, int) else "float"
+        return self.Constant(**{f"value_{kind}": value} if one is value else {f"value_{kind}s": value})
 
     def loop(
         self, trips: int, initial: Sequence[ir.Value], body: Callable[..., Sequence[ir.Value]]
@@ -75,9 +74,3 @@ class Ops:
 
     def _values(self, inputs: Sequence[Any]) -> list[ir.Value | None]:
         return [x if x is None or isinstance(x, self._ir.Value) else self.constant(x) for x in inputs]
-
-    @staticmethod
-    def _literal(value: Any) -> dict[str, Any]:
-        if isinstance(value, (list, tuple)):
-            return {"value_ints": list(value)} if isinstance(value[0], int) else {"value_floats": list(value)}
-        return {"value_int": value} if isinstance(value, int) else {"value_float": value}

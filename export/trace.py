@@ -10,7 +10,8 @@ import torch
 import torch.fx as fx
 from torch import nn
 from torch.export import ExportedProgram
-from tsa_compile.export.fuse import ExportError, fuse_selection
+from tsa_compile.export.errors import ExportError
+from tsa_compile.export.fuse import fuse_selection
 
 from tsa_compile.plan import Plan, as_plan
 from tsa_compile.policies.base import Policy

@@ -27,5 +27,6 @@ struct Problem {
 
 ort::Status* run_cpu(const Attributes&, const Problem&, ort::KernelContext*);
 ort::Status* run_cuda(const Attributes&, const Problem&, ort::KernelContext*);
+ort::Status* check_cuda();  // an error that says why run_cuda cannot work here, or null
 
 }  // namespace tsa

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "workspace.h"
 
 namespace tsa {
 namespace {
@@ -97,7 +98,8 @@ struct Row {
 };
 
 struct Head {
-  std::vector<float> q, k, v, score;
+  std::vector<float> q, k, v;
+  float* score;  // [tokens before the window]
   std::vector<int64_t> kept;     // ascending
   std::vector<uint8_t> is_kept;  // [length]
   std::vector<int64_t> heavy;    // ascending
@@ -115,7 +117,7 @@ Row real_tokens(const Problem& p, int64_t b) {
 }
 
 // Steps 2 and 3: mean attention of the last queries, average-pooled, for the tokens before the window.
-std::vector<float> scores(const Attributes& a, const Row& row, const Head& head, int64_t dim) {
+void scores(const Attributes& a, const Row& row, const Head& head, int64_t dim) {
   const int64_t length = row.length(), queries = std::min<int64_t>(a.window, row.queries.size());
   const int64_t before = length - a.window;
   std::vector<float> mean(length, 0.f), weight(length);
@@ -126,14 +128,12 @@ std::vector<float> scores(const Attributes& a, const Row& row, const Head& head,
     for (int64_t j = 0; j <= i; ++j) sum += weight[j] = std::exp(weight[j] - top);
     for (int64_t j = 0; j <= i; ++j) mean[j] += weight[j] / sum;
   }
-  std::vector<float> pooled(before);
   for (int64_t j = 0; j < before; ++j) {
     float sum = 0;
     for (int64_t n = j - a.pool / 2; n <= j + a.pool / 2; ++n)
       if (n >= 0 && n < before) sum += mean[n] / queries;
-    pooled[j] = sum / a.pool;
+    head.score[j] = sum / a.pool;
   }
-  return pooled;
 }
 
 // Steps 4 and 5: kept tokens before the window, for all heads of the row.
@@ -150,10 +150,10 @@ int64_t count_kept(const Attributes& a, const std::vector<Head>& heads, int64_t 
 }
 
 // Indices of the `count` largest values, lowest index first among equals; ascending.
-std::vector<int64_t> largest(const std::vector<float>& value, int64_t count) {
-  std::vector<int64_t> index(value.size());
+std::vector<int64_t> largest(const float* value, int64_t size, int64_t count) {
+  std::vector<int64_t> index(size);
   std::iota(index.begin(), index.end(), 0);
-  count = std::min<int64_t>(count, index.size());
+  count = std::min(count, size);
   auto before = [&](int64_t x, int64_t y) { return value[x] != value[y] ? value[x] > value[y] : x < y; };
   std::nth_element(index.begin(), index.begin() + count, index.end(), before);
   index.resize(count);
@@ -233,20 +233,23 @@ Status* run_cpu(const Attributes& a, const Problem& p, ort::KernelContext* conte
     const int64_t length = row.length(), before = std::max<int64_t>(length - a.window, 0);
     const bool select = length > a.min_tokens + a.window && a.coverage > 0;
     std::vector<Head> heads(p.heads);
+    ort::Workspace workspace(context, "Cpu", 0);
+    float* all_scores = workspace.take<float>(p.heads * before);
+    std::fill_n(all_scores, p.heads * before, 0.f);
     auto score = [&](size_t h) {
       const int64_t kv = b * p.kv_heads + h / (p.heads / p.kv_heads);
       heads[h].q = load(p.q, (b * p.heads + h) * p.q_len, row.queries, p.dim, p.type);
       heads[h].k = load(p.k, kv * p.k_len, row.keys, p.dim, p.type);
       heads[h].v = load(p.v, kv * p.k_len, row.keys, p.v_dim, p.type);
-      if (select) heads[h].score = scores(a, row, heads[h], p.dim);
+      heads[h].score = all_scores + h * before;
+      if (select) scores(a, row, heads[h], p.dim);
     };
     ORT_RETURN_IF_ERROR(parallel(context, p.heads, score));
     const int64_t keep = select ? count_kept(a, heads, before) : before;
     auto finish = [&](size_t h) {
       Head& head = heads[h];
-      if (!select) head.score.assign(before, 0.f);
-      head.kept = largest(head.score, keep);
-      if (select && keep < before) head.heavy = largest(head.score, a.heavy);
+      head.kept = largest(head.score, before, keep);
+      if (select && keep < before) head.heavy = largest(head.score, before, a.heavy);
       for (int64_t j = before; j < length; ++j) head.kept.push_back(j);
       head.is_kept.assign(length, 0);
       for (int64_t j : head.kept) head.is_kept[j] = 1;

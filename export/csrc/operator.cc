@@ -163,6 +163,7 @@ Status* create(const ort::CustomOp* op, ort::Table, const ort::KernelInfo* info,
   auto made = std::make_unique<Kernel>();
   made->op = static_cast<const Op*>(op);
   Status* status = read_attributes(info, &made->attributes);
+  if (!status && made->op->provider) status = check_cuda();
   if (!status) {
     *kernel = made.release();
     return nullptr;

@@ -1,0 +1,48 @@
+"""AOTInductor: one `.pt2` package that `torch._inductor.aoti_load_package` runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+from tsa_compile.export.trace import trace
+
+from tsa_compile.plan import Plan
+from tsa_compile.policies.base import Policy
+
+
+def export_aoti(
+    model: nn.Module | ExportedProgram,
+    args: tuple[Any, ...],
+    path: str | Path,
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    policy: Policy | Plan | Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    inductor_options: Mapping[str, Any] | None = None,
+) -> Path:
+    """Compile `model` with token-sparse attention ahead of time; returns the package's path, which must end in ".pt2".
+
+    The operators stay calls to `torch.ops.tsa.*`: a process that loads the package must `import tsa_compile` first.
+
+    Args:
+        model, args, kwargs, policy, dynamic_shapes: as for `export_onnx`.
+        inductor_options: Inductor configuration, such as {"max_autotune": True}.
+
+    Raises:
+        ExportError: no attention site was replaced.
+        ValueError: `path` does not end in ".pt2".
+    """
+    if Path(path).suffix != ".pt2":
+        raise ValueError(f"an AOTInductor package's name ends in .pt2, got {str(path)!r}")
+    traced = trace(model, args, kwargs, policy=policy, dynamic_shapes=dynamic_shapes)
+    options = dict(inductor_options or {})
+    with torch.no_grad():
+        made = torch._inductor.aoti_compile_and_package(
+            traced.program, package_path=str(path), inductor_configs=options or None
+        )
+    return Path(made)
