@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from tsa_compile.kernels.sparse_prefill.configs import LOG2_E, capability_of, section_heads
@@ -39,9 +41,15 @@ def launch(
     (batch, heads, q_len, dim), (kv_heads, k_len) = q.shape, k.shape[1:3]
     tiles = min(triton.cdiv(k_len, BLOCK_M), triton.cdiv(q_len, BLOCK_M) + 1)
     section = section_heads(heads, kv_heads, k_len, 2 * dim * q.element_size())
-    sparse_prefill_hopper_kernel[(batch * heads * tiles,)](
+    total = batch * heads * tiles
+    sparse_prefill_hopper_kernel[(min(total, _multiprocessors(q.device)),)](
         q, k, v, out, out if lse is None else lse, indices, counts,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *indices.stride()[:2],
-        heads, kv_heads, indices.shape[1], q_len, k_len, tiles, section, scale * LOG2_E,
+        heads, kv_heads, indices.shape[1], q_len, k_len, total, tiles, section, scale * LOG2_E,
         D=dim, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, STAGES=STAGES, STRIP=lse is not None, num_warps=4,
     )  # fmt: skip
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
