@@ -84,10 +84,11 @@ def export_onnx(
     )
     assert program is not None
     nodes = _finish(program.model, form, target, opset)
+    _name_by_module(nodes, traced)
     _describe(program.model, traced, form, target)
     program.save(str(path))
     onnx.checker.check_model(str(path), full_check=True)
-    return OnnxExport(Path(path), nodes, traced.plan)
+    return OnnxExport(Path(path), tuple(node.name or "" for node in nodes), traced.plan)
 
 
 def _check_options(form: str, target: str, opset: int) -> None:
@@ -108,17 +109,25 @@ def _check_sites(traced: Traced) -> None:
             raise ExportError(f"{site.name}: q is {dtype}; ONNX exports take float32, float16 and bfloat16")
 
 
-def _finish(model: ir.Model, form: str, target: str, opset: int) -> tuple[str, ...]:
-    """Attach a body for each variant that occurs; returns the nodes' names."""
-    ir_nodes = site_node.sites(model)
-    for node in ir_nodes:
+def _finish(model: ir.Model, form: str, target: str, opset: int) -> list[ir.Node]:
+    """Attach a body for each variant that occurs; returns the sites' nodes in graph order."""
+    nodes = site_node.sites(model)
+    for node in nodes:
         if form == "portable":
             variant = site_node.variant_of(node, target)
             site_node.bind(node, variant)
             if variant.identifier not in model.functions:
                 model.functions[variant.identifier] = function(variant, opset)
     model.opset_imports.setdefault(DOMAIN, DOMAIN_VERSION)
-    return tuple(node.name or "" for node in ir_nodes)
+    return nodes
+
+
+def _name_by_module(nodes: list[ir.Node], traced: Traced) -> None:
+    """Nodes get the path of the module that attends, so that a runtime's messages say where they are."""
+    modules = [d.site.module for d in traced.decisions if d.reason is None]
+    if len(modules) == len(nodes) == len(set(modules)) and all(modules):
+        for node, module in zip(nodes, modules, strict=True):
+            node.name = f"{module}.token_sparse_attention"
 
 
 def _describe(model: ir.Model, traced: Traced, form: str, target: str) -> None:

@@ -63,7 +63,7 @@ def trace(
         )
     plan = as_plan(policy)
     program = model if isinstance(model, ExportedProgram) else _export(model, args, kwargs, dynamic_shapes)
-    result = run_pipeline(program.graph_module, plan.policy_for)
+    result = run_pipeline(program.graph_module, plan.policy_for, constants=_constants(program))
     sites = fuse_selection(program.graph_module)
     if require_sites and not sites:
         reasons = "; ".join(f"{d.site.module or d.site.layer}: {d.reason}" for d in result.decisions)
@@ -76,6 +76,16 @@ def _export(
 ) -> ExportedProgram:
     with torch.no_grad(), _plain_call(model):
         return torch.export.export(model, args, dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False)
+
+
+def _constants(program: ExportedProgram) -> dict[str, torch.Tensor]:
+    """Parameters, buffers and constants that no call changes, by placeholder name."""
+    signature = program.graph_signature
+    mutated = set(signature.buffers_to_mutate.values())
+    held: dict[str, torch.Tensor] = {**program.state_dict, **program.constants}
+    targets = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    targets.update(signature.inputs_to_lifted_tensor_constants)
+    return {name: held[target] for name, target in targets.items() if target not in mutated}
 
 
 @contextlib.contextmanager
