@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from tsa_compile.export.errors import ExportError
+from tsa_compile.export.session import load_model, metadata
 
 RUNTIMES = {"tensorrt": ("tensorrt",), "tensorrt_rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings")}
 _INSTALL = {"tensorrt": "pip install tensorrt", "tensorrt_rtx": "pip install 'tsa-compile[tensorrt]'"}
@@ -80,6 +81,7 @@ def build_engine(
         ValueError: unknown runtime or capability, or a profile that does not fit the inputs.
     """
     trt = load_runtime(runtime)
+    _check_target(onnx_path)
     parsed = Parsed(onnx_path, trt)
     config = parsed.builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # node names stay in the engine
@@ -90,6 +92,14 @@ def build_engine(
         raise ExportError(f"{onnx_path}: {runtime} could not build: " + "; ".join(parsed.messages))
     Path(path).write_bytes(bytes(engine))
     return Path(path)
+
+
+def _check_target(path: str | Path) -> None:
+    """A graph for ONNX Runtime parses, but its bodies differ by overload, which TensorRT ignores: a wrong result."""
+    model = load_model(path)
+    target = metadata(model).get("tsa_compile.target")
+    if any(f.overload for f in model.functions) or target not in (None, "tensorrt"):
+        raise ExportError(f'{path}: exported for {target or "another runtime"}; export it with target="tensorrt"')
 
 
 def _set_capabilities(config: Any, trt: ModuleType, names: Sequence[str]) -> None:

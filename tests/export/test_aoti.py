@@ -1,0 +1,52 @@
+"""AOTInductor packages of rewritten models, on CPU."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tsa_compile.export.trace import trace
+
+import tsa_compile as tsa
+from tsa_compile import export
+
+PAPER = tsa.TokenSparse(coverage=0.3, window=16, min_tokens=32)
+SHAPES = ({0: torch.export.Dim("batch", max=8), 1: torch.export.Dim("length", max=4096)},)
+
+
+class Block(nn.Module):
+    """One attention with grouped heads, as a transformer layer has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(64, 128), nn.Linear(64, 64)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).split((64, 32, 32), -1)
+        q, k, v = (t.unflatten(-1, (-1, 16)).transpose(1, 2) for t in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return x + self.out(y.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("completion", [None, tsa.Completion(24, 4, 20)], ids=["paper", "completed"])
+def test_a_package_equals_eager_at_other_sizes(tmp_path, completion):
+    model, example = Block().eval(), (torch.randn(2, 100, 64),)
+    policy = tsa.TokenSparse(coverage=0.3, window=16, min_tokens=32, completion=completion)
+    path = export.aoti(model, example, tmp_path / "block.pt2", policy=policy, dynamic_shapes=SHAPES)
+    loaded = torch._inductor.aoti_load_package(str(path))
+    traced = trace(model, example, policy=policy, dynamic_shapes=SHAPES).program.module()
+    for batch, length in [(2, 100), (3, 300), (2, 20)]:
+        x = 3 * torch.randn(batch, length, 64)
+        with torch.no_grad():
+            actual, sparse, dense = loaded(x), traced(x), model(x)
+        torch.testing.assert_close(actual, sparse, rtol=1e-4, atol=1e-5)
+        assert (length > 48) == (not torch.allclose(actual, dense, atol=1e-4))  # short rows stay dense
+
+
+def test_the_name_must_end_in_pt2(tmp_path):
+    with pytest.raises(ValueError, match=r"ends in \.pt2"):
+        export.aoti(Block(), (torch.randn(1, 60, 64),), tmp_path / "block.onnx", policy=PAPER)
+
+
+def test_nothing_to_replace_is_an_error(tmp_path):
+    with pytest.raises(export.ExportError, match="no attention site was replaced"):
+        export.aoti(nn.Linear(4, 4), (torch.randn(2, 4),), tmp_path / "linear.pt2", policy=PAPER)
