@@ -73,6 +73,7 @@ def sparse_prefill_kernel(
     Without a strip the program also zeroes the rows between its own that are not kept. With one it leaves them, and
     stores the log-sum-exp [B, H, Lq] of its rows for the merge.
     """
+    tl.static_assert(BLOCK_M % BLOCK_N == 0)
     head_index, from_longest = schedule(section, tiles)
     b, h = (head_index // heads).to(tl.int64), (head_index % heads).to(tl.int64)
     n = tl.load(counts + b)

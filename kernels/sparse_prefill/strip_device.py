@@ -18,11 +18,11 @@ LENGTHS = (
 @triton.jit
 def strip_step(acc, row_max, row_sum, scores, allowed, scale_log2, v, PRECISION: tl.constexpr):
     """An online softmax step in which a row may have had no key so far."""
-    scores = tl.where(allowed, scores * scale_log2, float("-inf"))
-    new_max = tl.maximum(row_max, tl.max(scores, 1))
+    scores = tl.where(allowed, scores, float("-inf"))
+    new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)
     finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
     shrink = tl.exp2(row_max - finite_max)
-    p = tl.exp2(scores - finite_max[:, None])
+    p = tl.exp2(scores * scale_log2 - finite_max[:, None])
     row_sum = row_sum * shrink + tl.sum(p, 1)
     acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
     return acc, new_max, row_sum
@@ -70,6 +70,9 @@ def strip_kernel(
     rows = at - (k_len - q_len)
     slot = tl.load(slots + at, mask=real, other=-1)
     selected = slot >= 0
+    # A kept key lies behind the horizon of a selected row: that row has it already. One multiply-add an element.
+    behind: tl.constexpr = 1 << 29
+    hides = selected.to(tl.int32)[:, None]
 
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     kv_head = h * kv_heads // heads
@@ -89,9 +92,9 @@ def strip_kernel(
         key_at = tl.minimum(key_rank, k_len - 1)
         if PADDED:
             key_at = tl.load(order + key_at)
-        kept = tl.load(slots + key_at) >= 0
-        allowed = (key_rank[None, :] <= rank[:, None]) & (key_rank[None, :] > rank[:, None] - window)
-        allowed = allowed & ~(selected[:, None] & kept[None, :])
+        kept = tl.where(tl.load(slots + key_at) >= 0, behind, 0)
+        distance = rank[:, None] - key_rank[None, :] - hides * kept[None, :]
+        allowed = distance.to(tl.uint32, bitcast=True) < window.to(tl.uint32)
         key_at = key_at.to(tl.int64)
         scores = tl.dot(q_tile, load_columns(k, key_at, k_sl, k_sd, d, D, BLOCK_D), input_precision=PRECISION)
         v_tile = load_rows(v, key_at, v_sl, v_sd, dv, DV, BLOCK_DV)
@@ -110,9 +113,9 @@ def strip_kernel(
         key_rank = tl.where(c < sinks, c, heavy_rank)
         present = present & ((c < sinks) | (heavy_rank >= sinks))
         key_at = tl.where(c < sinks, sink_at, heavy_at)
-        kept = tl.load(slots + key_at) >= 0
-        allowed = present[None, :] & (key_rank[None, :] <= rank[:, None] - window)
-        allowed = allowed & ~(selected[:, None] & kept[None, :])
+        kept = tl.where(tl.load(slots + key_at) >= 0, behind, 0)
+        key_rank = tl.where(present, key_rank, behind)
+        allowed = key_rank[None, :] + hides * kept[None, :] <= rank[:, None] - window
         key_at = key_at.to(tl.int64)
         scores = tl.dot(q_tile, load_columns(k, key_at, k_sl, k_sd, d, D, BLOCK_D), input_precision=PRECISION)
         v_tile = load_rows(v, key_at, v_sl, v_sd, dv, DV, BLOCK_DV)
