@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +11,8 @@ import torch.fx as fx
 from tsa_compile.passes.find_manual import is_attention_softmax, match_manual
 from tsa_compile.passes.find_sdpa import Match, match_sdpa
 from tsa_compile.passes.graph_names import is_zero, shape_of, value_of
+from tsa_compile.passes.mask_transfer import MaskReader
+from tsa_compile.passes.mutation import Writes
 from tsa_compile.passes.prove_mask import prove_masks, unproven
 from tsa_compile.passes.repeat_kv import unrepeat
 from tsa_compile.passes.site import AttentionSite
@@ -23,14 +24,15 @@ if TYPE_CHECKING:
 def find_attention(context: Context) -> int:
     """Fill `context.sites`; returns how many there are. Unrecognised softmaxes become warnings."""
     unknown: list[str] = []
+    reader = MaskReader(context.constants, Writes(context.gm.graph))
     for node in context.gm.graph.nodes:
         match = match_sdpa(node)
         if match is None and is_attention_softmax(node):
-            match = match_manual(node)
+            match = match_manual(node, reader)
             if match is None:
                 unknown.append(f"{node.name} {list(value_of(node).shape)} in {module_path(node) or 'the graph'}")
         if match is not None:
-            context.sites.append(_site(match, len(context.sites), context.constants))
+            context.sites.append(_site(match, len(context.sites), reader))
     if unknown:
         context.warnings.append(
             f"{len(unknown)} softmax(es) that may be attention were not recognised and stay as they are: "
@@ -40,14 +42,16 @@ def find_attention(context: Context) -> int:
     return len(context.sites)
 
 
-def _site(match: Match, index: int, constants: Mapping[str, torch.Tensor]) -> AttentionSite:
+def _site(match: Match, index: int, reader: MaskReader) -> AttentionSite:
     obstacle = match.obstacle or _obstacle(match)
     k, v = unrepeat(match.k), unrepeat(match.v)
     if obstacle is None and not _heads_fit(match.q, k, v):
         k, v = match.k, match.v
     if obstacle is None and not _heads_fit(match.q, k, v):
         obstacle = f"heads do not fit: q {_sizes(match.q)}, k {_sizes(k)}, v {_sizes(v)}"
-    mask = unproven("not examined") if obstacle else _prove(match, constants)
+    if obstacle is None and any(reader.writes.between(x, _first(match), match.node) for x in (match.q, match.k, match.v)):
+        obstacle = "query, key or value is written in place while it attends"
+    mask = unproven("not examined") if obstacle else prove_masks(list(match.masks), match.is_causal, match.q, match.k, reader)
     module = module_path(match.node)
     number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", module)
     layer = int(number.group(1)) if number else index
@@ -56,8 +60,9 @@ def _site(match: Match, index: int, constants: Mapping[str, torch.Tensor]) -> At
     )
 
 
-def _prove(match: Match, constants: Mapping[str, torch.Tensor]) -> Any:
-    return prove_masks(list(match.masks), match.is_causal, match.q, match.k, constants)
+def _first(match: Match) -> fx.Node:
+    """The first node of the attention that reads an operand."""
+    return match.node if match.product is None else match.product
 
 
 def _obstacle(match: Match) -> str | None:

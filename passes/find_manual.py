@@ -7,6 +7,8 @@ import dataclasses
 import torch.fx as fx
 
 from tsa_compile.passes.find_sdpa import Match
+from tsa_compile.passes.mask_transfer import HIDDEN_BELOW, MaskReader
+from tsa_compile.passes.mask_values import Affine
 from tsa_compile.passes.graph_names import (
     SHAPE_READERS,
     argument,
@@ -22,6 +24,7 @@ from tsa_compile.passes.graph_names import (
 class _Scores:
     """What lies between q k^T and the softmax, read from the softmax backwards."""
 
+    reader: MaskReader
     scale: float = 1.0
     masks: list[tuple[str, fx.Node]] = dataclasses.field(default_factory=list)
     softcap: bool = False
@@ -34,11 +37,11 @@ def is_attention_softmax(node: fx.Node) -> bool:
     return argument(node, 1, "dim") in (-1, len(shape_of(node)) - 1)
 
 
-def match_manual(softmax: fx.Node) -> Match | None:
+def match_manual(softmax: fx.Node, reader: MaskReader) -> Match | None:
     """The attention around a softmax; None if the softmax is none of an attention this pass understands."""
     if not is_attention_softmax(softmax) or len(shape_of(softmax)) != 4:
         return None
-    scores = _Scores()
+    scores = _Scores(reader)
     product = _read_scores(softmax.args[0], scores)
     if product is None:
         return None
@@ -49,9 +52,22 @@ def match_manual(softmax: fx.Node) -> Match | None:
     output, obstacle = _output(softmax)
     if output is None:
         return None
+    if _written_on_the_way(output, product, reader):
+        return None
     if scores.softcap:
         obstacle = "scores are soft-capped"
-    return Match(output, "manual", q, k, output.args[1], scores.scale, tuple(scores.masks), False, obstacle)
+    return Match(output, "manual", q, k, output.args[1], scores.scale, tuple(scores.masks), False, obstacle, product)
+
+
+def _written_on_the_way(output: fx.Node, product: fx.Node, reader: MaskReader) -> bool:
+    """Whether scores or weights are written in place by a node that is not itself on the way from product to output."""
+    chain, todo = {output}, [output.args[0]]
+    while todo:
+        x = todo.pop()
+        if isinstance(x, fx.Node) and x not in chain:
+            chain.add(x)
+            todo += x.all_input_nodes if x is not product else []
+    return any(w not in chain for x in chain if x not in (output, product) for w in reader.writes.of(x))
 
 
 def _read_scores(x: fx.Node, scores: _Scores) -> fx.Node | None:
@@ -92,10 +108,10 @@ def _read_where(x: fx.Node, scores: _Scores) -> fx.Node | None:
     if len(x.args) != 3:
         return None
     cond, yes, no = x.args
-    if _hides(no) and is_tensor(yes) and _leads_to_matmul(yes):
+    if _hides(no, scores.reader) and is_tensor(yes) and _leads_to_matmul(yes):
         scores.masks.append(("bool", cond))
         return yes
-    if _hides(yes) and is_tensor(no) and _leads_to_matmul(no):
+    if _hides(yes, scores.reader) and is_tensor(no) and _leads_to_matmul(no):
         scores.masks.append(("hidden", cond))
         return no
     return None
@@ -103,18 +119,15 @@ def _read_where(x: fx.Node, scores: _Scores) -> fx.Node | None:
 
 def _read_masked_fill(x: fx.Node, scores: _Scores) -> fx.Node | None:
     cond, fill = argument(x, 1, "mask"), argument(x, 2, "value")
-    if not _hides(fill):
+    if not _hides(fill, scores.reader):
         return None
     scores.masks.append(("hidden", cond))
     return x.args[0]
 
 
-def _hides(x: object) -> bool:
+def _hides(x: object, reader: MaskReader) -> bool:
     """Whether a value put in place of a score hides the key: a constant of at most -1e4."""
-    from tsa_compile.passes.mask_transfer import HIDDEN_BELOW, MaskReader
-    from tsa_compile.passes.mask_values import Affine
-
-    value = MaskReader({}).value(x)
+    value = reader.value(x)
     if not isinstance(value, Affine) or value.terms:
         return False
     return bool(value.const <= HIDDEN_BELOW)

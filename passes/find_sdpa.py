@@ -27,6 +27,7 @@ class Match:
     masks: tuple[tuple[str, fx.Node], ...]  # ("bool" | "hidden" | "add", node)
     is_causal: bool
     obstacle: str | None
+    product: fx.Node | None = None  # q k^T, where the graph has it
 
 
 def match_sdpa(node: fx.Node) -> Match | None:

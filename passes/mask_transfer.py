@@ -18,6 +18,7 @@ import torch.fx as fx
 from tsa_compile.passes import mask_values as mv
 from tsa_compile.passes.graph_names import argument, expression, is_tensor, is_zero, name_of, shape_of, value_of
 from tsa_compile.passes.mask_shapes import SHAPE_RULES
+from tsa_compile.passes.mutation import Writes
 from tsa_compile.passes.mask_values import ALWAYS, Additive, Affine, Data, Never, Truth, Value
 
 HIDDEN_BELOW = -1e4  # an additive mask's value from here down hides a key
@@ -33,10 +34,12 @@ class MaskReader:
 
     Args:
         constants: tensors that are part of the program and cannot change (an ExportedProgram's), by node name.
+        writes: where the graph writes in place; such memory is data, whatever computed it first.
     """
 
-    def __init__(self, constants: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, constants: Mapping[str, torch.Tensor], writes: Writes) -> None:
         self.constants = constants
+        self.writes = writes
         self._known: dict[fx.Node, Value] = {}
 
     def value(self, x: Any) -> Value | None:
@@ -49,6 +52,8 @@ class MaskReader:
 
     def _derive(self, node: fx.Node) -> Value:
         name = name_of(node)
+        if self.writes.of(node):
+            return _all_dims(node)
         if node.name in self.constants:
             return _constant_tensor(node, self.constants[node.name])
         rule = RULES.get(name)
@@ -58,11 +63,16 @@ class MaskReader:
         return self._opaque(node, name)
 
     def _opaque(self, node: fx.Node, name: str) -> Data:
-        dims = {-1 - i for i, n in enumerate(reversed(shape_of(node))) if n != 1}
-        if name in _ELEMENTWISE:
-            known = [self.value(x) for x in node.all_input_nodes if is_tensor(x)]
-            dims &= frozenset().union(*(v.dims for v in known if v is not None))
-        return data(node, dims)
+        if name not in _ELEMENTWISE:
+            return _all_dims(node)
+        known = [self.value(x) for x in node.all_input_nodes if is_tensor(x)]
+        varying = frozenset().union(*(v.dims for v in known if v is not None))
+        return data(node, varying & _all_dims(node).dims)
+
+
+def _all_dims(node: fx.Node) -> Data:
+    """Anything: it may vary along every dim that has more than one element."""
+    return data(node, {-1 - i for i, n in enumerate(reversed(shape_of(node))) if n != 1})
 
 
 def data(node: fx.Node, dims: Any) -> Data:
@@ -105,7 +115,7 @@ def _drop_unit_dims(value: Value, node: fx.Node) -> Value:
     shape = shape_of(node)
     for d in value.dims:
         if -d > len(shape):
-            return data(node, {-1 - i for i, n in enumerate(reversed(shape)) if n != 1})
+            return _all_dims(node)
         if shape[d] == 1:
             value = mv.shift(value, d, 0, 1, keep=False) or value
     return value
@@ -118,7 +128,7 @@ def _constant_tensor(node: fx.Node, tensor: torch.Tensor) -> Value:
         return number(tensor.reshape(-1)[0].item()) or data(node, ())
     if tensor.dim() >= 2 and tensor.dtype == torch.bool and bool((tensor == torch.ones_like(tensor).tril()).all()):
         return mv.relation(mv.affine({-1: 1, -2: -1}, sympy.Integer(0)), shape_of(node))
-    return data(node, {-1 - i for i, n in enumerate(reversed(tensor.shape)) if n != 1})
+    return _all_dims(node)
 
 
 # ---- numbers and positions

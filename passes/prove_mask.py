@@ -6,11 +6,9 @@ graph accepts and costs the same at 128K x 128K. Whatever is not understood leav
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import sympy
-import torch
 import torch.fx as fx
 
 from tsa_compile.passes.graph_names import is_zero, name_of, not_negative, shape_of, value_of
@@ -30,7 +28,7 @@ def prove_masks(
     is_causal: bool,
     q: fx.Node,
     k: fx.Node,
-    constants: Mapping[str, torch.Tensor],
+    reader: MaskReader,
 ) -> MaskFacts:
     """The facts of all masks of one attention together.
 
@@ -38,10 +36,10 @@ def prove_masks(
         masks: how each mask is applied ("bool": true may be read; "hidden": true may not; "add": added to the scores), and its node.
         is_causal: the attention's own flag, aligned at the top left as PyTorch defines it.
         q, k: nodes `[B, H, Lq, D]` and `[B, Hk, Lk, D]`.
-        constants: tensors that cannot change, by node name (of an ExportedProgram).
+        reader: of the graph.
     """
     q_len, k_len = shape_of(q)[2], shape_of(k)[2]
-    reader, whole = MaskReader(constants), Truth(frozenset())
+    whole = Truth(frozenset())
     for kind, node in masks:
         visible = _visible(kind, reader.value(node), shape_of(node))
         if isinstance(visible, str):

@@ -10,6 +10,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 
 from tsa_compile.passes.decide_policy import Decision
 from tsa_compile.passes.graph_names import value_of
+from tsa_compile.passes.mutation import is_impure
 from tsa_compile.passes.verify_graph import check_result
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def rewrite_attention(context: Context) -> int:
             _replace(graph, decision)
             replaced += 1
     if replaced:
-        graph.eliminate_dead_code()
+        graph.eliminate_dead_code(is_impure)
         context.gm.recompile()
     return replaced
 

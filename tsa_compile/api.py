@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -28,13 +28,13 @@ def transform(
 ) -> M:
     """Make the attention of `model` token-sparse, in place; returns the same module.
 
-    Works through `nn.Module.compile`: parameters, `state_dict`, `.to()`, hooks and `generate()` stay as they are; a copy or a
+    Works as `nn.Module.compile` does: parameters, `state_dict`, `.to()`, hooks and `generate()` stay as they are; a copy or a
     pickle of the model is dense again. Graphs are traced at the first calls; `report(model)` then says what was replaced.
     Sites are replaced only where gradients are off (`torch.no_grad()`, `torch.inference_mode()`).
 
     Args:
         model: any module; attention is found in its traced graphs, not by its class.
-        policy_or_plan: a policy for all layers, a plan, either as a dict, or None for `TokenSparse()`.
+        policy_or_plan: a policy for all layers, a plan, either as a dict, or None for `plan.default_policy()`.
         compiler: "eager" runs the rewritten graphs as they are (starts fastest); "inductor" compiles them.
         fullgraph: raise if the model's forward does not trace to one graph.
         inductor_options: Inductor configuration for `compiler="inductor"`.
@@ -48,7 +48,7 @@ def transform(
     if model._compiled_call_impl is not None:
         raise RuntimeError("the model is compiled already; call tsa_compile.restore(model) before transforming it again")
     backend = Backend(as_plan(policy_or_plan), compiler, inductor_options)
-    model.compile(backend=backend, fullgraph=fullgraph)
+    model._compiled_call_impl = torch.compile(_isolated(model), backend=backend, fullgraph=fullgraph)
     _BACKENDS[model] = backend
     return model
 
@@ -85,10 +85,24 @@ def explain(
     The model is left as it was. `explain(model, **tokenizer(text, return_tensors="pt"))` is the usual call.
     """
     backend = Backend(as_plan(policy), "eager")
-    compiled = torch.compile(model._call_impl, backend=backend)
+    compiled = torch.compile(_isolated(model), backend=backend)
     with torch.no_grad():
         compiled(*args, **kwargs)
     return backend.report
+
+
+def _isolated(model: nn.Module) -> Callable[..., Any]:
+    """The model's call as a function with a code object of its own.
+
+    Dynamo keeps compiled code, and counts recompilations, by code object; a model's forward is shared by all models of its class,
+    which would use up each other's limit and then run dense without a word.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return model._call_impl(*args, **kwargs)
+
+    call.__code__ = call.__code__.replace()
+    return call
 
 
 def _backend_of(model: nn.Module) -> Backend:

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tsa_compile.policies.base import Policy, from_dict
-from tsa_compile.policies.token_sparse import TokenSparse
+from tsa_compile.policies.token_sparse import Completion, TokenSparse
 
 if TYPE_CHECKING:
     from tsa_compile.passes.site import AttentionSite
 
 FORMAT_VERSION = 1
+DEFAULT_COVERAGE = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Plan:
 
 
 def as_plan(policy_or_plan: Policy | Plan | Mapping[str, Any] | None) -> Plan:
-    """A plan from what users pass: None (the default policy), a policy, a plan, or either as a dict.
+    """A plan from what users pass: None (`default_policy()`), a policy, a plan, or either as a dict.
 
     Raises:
         TypeError: anything else.
@@ -83,5 +84,5 @@ def as_plan(policy_or_plan: Policy | Plan | Mapping[str, Any] | None) -> Plan:
 
 
 def default_policy(coverage: float | None = None) -> TokenSparse:
-    """The policy of `transform(model)`, with another coverage if one is given."""
-    return TokenSparse() if coverage is None else TokenSparse(coverage=coverage)
+    """The policy of `transform(model)`: token-sparse with completion, which keeps retrieval in nearly all layers (docs/design)."""
+    return TokenSparse(coverage=DEFAULT_COVERAGE if coverage is None else coverage, completion=Completion())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,10 @@ def gguf_file(name: str) -> Path:
 
 def load_packaged(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """(model, tokenizer) of a packaged model, in evaluation mode on `device`."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the caller shows its own progress; read when tqdm is imported
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
     path = gguf_file(name)
-    logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
     return model.to(device).eval(), tokenizer
