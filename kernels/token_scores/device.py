@@ -1,0 +1,139 @@
+"""Window scores on the GPU: log-sum-exp of the window's queries, then the mean attention each key gets. Triton.
+
+Everything is in rank space: rank r of a row is its r-th real token. Without padding ranks are positions. K is read twice; nothing
+of size window x length is stored. Programs of the heads that share a KV head run side by side and share its keys in L2.
+"""
+
+import triton
+import triton.language as tl
+
+LENGTHS = ("heads", "kv_heads", "q_len", "k_len", "window", "splits", "span", "pool")
+
+
+@triton.jit
+def row_extent(ranks, b, q_len, k_len, window, PADDED: tl.constexpr):
+    """(real tokens of the row, scoring queries): the last `window` real tokens, as far as they are queries."""
+    if PADDED:
+        length = tl.load(ranks + b * k_len + k_len - 1, mask=k_len > 0, other=0)
+        before = tl.load(ranks + b * k_len + k_len - q_len - 1, mask=k_len > q_len, other=0)
+        queries = length - before
+    else:
+        length, queries = k_len, q_len
+    return length, tl.minimum(queries, window)
+
+
+@triton.jit
+def positions_of(order, b, rank, ok, k_len, PADDED: tl.constexpr):
+    """Positions of the tokens with these ranks."""
+    if PADDED:
+        return tl.load(order + b * k_len + rank, mask=ok, other=0).to(tl.int64)
+    return tl.where(ok, rank, 0).to(tl.int64)
+
+
+@triton.jit
+def load_queries(
+    q, order, b, first, rows, length, q_len, k_len, q_sl, q_sd, d,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """(tile of scoring queries [BLOCK_M, BLOCK_D], their ranks, which exist)."""
+    r = first + tl.arange(0, BLOCK_M)
+    ok = r < rows
+    rank = length - rows + r
+    at = positions_of(order, b, rank, ok, k_len, PADDED) - (k_len - q_len)
+    at = tl.where(ok, at, 0)
+    tile = tl.load(q + at[:, None] * q_sl + d[None, :] * q_sd, mask=ok[:, None] & (d < D)[None, :], other=0.0)
+    return tile, rank, ok
+
+
+@triton.jit
+def scaled_scores(
+    q_tile, k, order, b, start, rank, length, k_len, k_sl, k_sd, d, scale_log2,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """scale * log2(e) * q k^T [BLOCK_M, BLOCK_N] of the keys from rank `start` on; -inf for later keys."""
+    j = start + tl.arange(0, BLOCK_N)
+    at = positions_of(order, b, j, j < length, k_len, PADDED)
+    k_tile = tl.load(k + at[None, :] * k_sl + d[:, None] * k_sd, mask=(d < D)[:, None], other=0.0)
+    scores = tl.dot(q_tile, k_tile, input_precision=PRECISION) * scale_log2
+    return tl.where((j[None, :] <= rank[:, None]) & (j < length)[None, :], scores, float("-inf"))
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def score_lse_kernel(
+    q, k, part_max, part_sum, order, ranks,
+    q_sb, q_sh, q_sl, q_sd, k_sb, k_sh, k_sl, k_sd,
+    heads, kv_heads, q_len, k_len, window, splits, span, scale_log2,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PADDED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Running maximum and sum (base 2) of BLOCK_M scoring queries over one span of keys, to [B, H, splits, window]."""
+    head_index, split, first = tl.program_id(0), tl.program_id(1), tl.program_id(2) * BLOCK_M
+    b, h = (head_index // heads).to(tl.int64), (head_index % heads).to(tl.int64)
+    length, rows = row_extent(ranks, b, q_len, k_len, window, PADDED)
+    d = tl.arange(0, BLOCK_D)
+    q += b * q_sb + h * q_sh
+    k += b * k_sb + (h * kv_heads // heads) * k_sh
+    q_tile, rank, ok = load_queries(
+        q, order, b, first, rows, length, q_len, k_len, q_sl, q_sd, d, D, BLOCK_M, PADDED
+    )
+    row_max = tl.full([BLOCK_M], -1.0e30, tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    for start in tl.range(split * span, tl.minimum(split * span + span, length), BLOCK_N):
+        scores = scaled_scores(
+            q_tile, k, order, b, start, rank, length, k_len, k_sl, k_sd, d, scale_log2, D, BLOCK_N, PADDED, PRECISION
+        )
+        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        row_sum = row_sum * tl.exp2(row_max - new_max) + tl.sum(tl.exp2(scores - new_max[:, None]), 1)
+        row_max = new_max
+    at = (head_index.to(tl.int64) * splits + split) * window + first + tl.arange(0, BLOCK_M)
+    tl.store(part_max + at, row_max, mask=ok)
+    tl.store(part_sum + at, row_sum, mask=ok)
+
+
+@triton.jit
+def merged_lse(part_max, part_sum, base, splits, window, row, ok, BLOCK_M: tl.constexpr):
+    """The log-sum-exp (base 2) of each row over all spans."""
+    top = tl.full([BLOCK_M], -1.0e30, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    for s in tl.range(0, splits):
+        at = (base + s) * window + row
+        m = tl.load(part_max + at, mask=ok, other=-1.0e30)
+        new = tl.maximum(top, m)
+        total = total * tl.exp2(top - new) + tl.load(part_sum + at, mask=ok, other=1.0) * tl.exp2(m - new)
+        top = new
+    return tl.where(ok, top + tl.log2(total), 0.0)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def score_mean_kernel(
+    q, k, part_max, part_sum, mean, order, ranks,
+    q_sb, q_sh, q_sl, q_sd, k_sb, k_sh, k_sl, k_sd,
+    heads, kv_heads, q_len, k_len, window, splits, span, scale_log2,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PADDED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Mean attention of the scoring queries to each key of one span, to mean [B, H, Lk] by rank; keys before the window."""
+    head_index, split = tl.program_id(0), tl.program_id(1)
+    b, h = (head_index // heads).to(tl.int64), (head_index % heads).to(tl.int64)
+    length, rows = row_extent(ranks, b, q_len, k_len, window, PADDED)
+    d = tl.arange(0, BLOCK_D)
+    q += b * q_sb + h * q_sh
+    k += b * k_sb + (h * kv_heads // heads) * k_sh
+    mean += head_index.to(tl.int64) * k_len
+    last = tl.minimum(split * span + span, length - window)
+    for first in tl.range(0, rows, BLOCK_M):
+        q_tile, rank, ok = load_queries(
+            q, order, b, first, rows, length, q_len, k_len, q_sl, q_sd, d, D, BLOCK_M, PADDED
+        )
+        base = head_index.to(tl.int64) * splits
+        lse = merged_lse(part_max, part_sum, base, splits, window, first + tl.arange(0, BLOCK_M), ok, BLOCK_M)
+        for start in tl.range(split * span, last, BLOCK_N):
+            scores = scaled_scores(
+                q_tile, k, order, b, start, rank, length, k_len, k_sl, k_sd, d, scale_log2, D, BLOCK_N, PADDED, PRECISION
+            )
+            p = tl.where(ok[:, None], tl.exp2(scores - lse[:, None]), 0.0)
+            j = start + tl.arange(0, BLOCK_N)
+            total = tl.sum(p, 0) / rows
+            if first > 0:  # this program alone writes these keys
+                total += tl.load(mean + j, mask=j < last, other=0.0)
+            tl.store(mean + j, total, mask=j < last)

@@ -1,0 +1,208 @@
+"""Selection by Triton: from the same scores exactly the reference's sets; scores against float64; properties."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tsa_compile.kernels.sparse_prefill.strip import rank_order
+from tsa_compile.kernels.token_select import host
+from tsa_compile.kernels.token_select.reference import count_dropped, largest, select_tokens_reference
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def random_means(generator, heads, n, kind):
+    """Means whose pooled sums are exact in float32: multiples of 2**-20."""
+    if kind == "ties":
+        x = torch.randint(0, 3, (heads, n), generator=generator)
+    elif kind == "equal":
+        x = torch.full((heads, n), 5)
+    elif kind == "zero":
+        x = torch.zeros(heads, n)
+    elif kind == "near":  # equal after rounding to few digits, not equal
+        x = (1 << 18) + torch.randint(0, 4, (heads, n), generator=generator)
+    else:
+        x = torch.randint(0, 1 << 18, (heads, n), generator=generator) >> torch.randint(0, 17, (heads, n), generator=generator)
+    return (x.float() / (1 << 20) / 4).to(DEVICE)
+
+
+def expected(mean, coverage, window, pool, min_tokens, heavy):
+    """Kept and heaviest ranks of one row without padding: the contract, from the means."""
+    heads, n = mean.shape
+    length = n + window
+    everything = [list(range(length))] * heads, [[]] * heads
+    if length <= min_tokens + window:
+        return everything
+    scores = torch.nn.functional.avg_pool1d(mean.cpu(), pool, 1, pool // 2)
+    n_drop = count_dropped(scores, coverage)
+    if n_drop == 0:
+        return everything
+    kept = largest(scores, max(min_tokens, n - (n_drop + 1))).tolist()
+    tail = list(range(n, length))
+    return [row + tail for row in kept], largest(scores, min(heavy, n)).tolist()
+
+
+@pytest.mark.parametrize("case", range(200))
+def test_the_same_sets_as_the_reference(case):
+    g = torch.Generator().manual_seed(case)
+    pick = lambda *xs: xs[int(torch.randint(len(xs), (), generator=g))]  # noqa: E731
+    batch, heads, k_len = pick(1, 3), pick(1, 4), pick(20, 37, 64, 131, 700)
+    window, pool, min_tokens, heavy = pick(1, 8, 13), pick(1, 3, 7), pick(1, 8, 16), pick(0, 1)
+    coverage, kind = pick(0.001, 0.05, 0.5, 0.99), pick("ties", "equal", "zero", "near", "wide", "wide")
+    q_len = pick(k_len, max(1, k_len // 2), 1)
+    mask = None
+    if batch > 1:
+        position = torch.arange(k_len)
+        lengths = torch.randint(0, k_len + 1, (batch, 1), generator=g)
+        side = pick("left", "right", "holes")
+        mask = position >= k_len - lengths if side == "left" else position < lengths
+        mask = torch.rand(batch, k_len, generator=g) < 0.7 if side == "holes" else mask
+        mask = mask.to(DEVICE)
+    order, ranks = rank_order(mask) if mask is not None else (torch.empty(1, dtype=torch.int32, device=DEVICE),) * 2
+    means = torch.full((batch, heads, k_len), float("nan"), device=DEVICE)
+    rows = []
+    for b in range(batch):
+        real = torch.arange(k_len) if mask is None else mask[b].nonzero().squeeze(1).cpu()
+        n = max(len(real) - window, 0)
+        means[b, :, :n] = random_means(g, heads, n, kind)
+        has_query = bool((real >= k_len - q_len).any())
+        kept, top = expected(means[b, :, :n], coverage, window, pool, min_tokens if has_query else k_len, heavy)
+        rows.append((real, kept if n else [list(range(len(real)))] * heads, top if n else [[]] * heads))
+    got = host.select_from_means(
+        means, q_len, order, ranks, mask is not None, coverage, window, pool, min_tokens, heavy
+    )
+    for b, (real, kept, top) in enumerate(rows):
+        for h in range(heads):
+            want = [int(real[i]) for i in kept[h]]
+            assert int(got[1][b]) == len(want), (case, b)
+            assert got[0][b, h].tolist() == want + [-1] * (k_len - len(want))
+            heaviest = [int(real[i]) for i in top[h]]
+            assert got[2][b, h].tolist() == heaviest + [-1] * (heavy - len(heaviest))
+
+
+def structured(batch, heads, kv_heads, q_len, k_len, dim, dtype, seed=0):
+    """Queries and keys with sinks, local decay and a few tokens that the last queries look for."""
+    g = torch.Generator().manual_seed(seed)
+    k = torch.randn(batch, kv_heads, k_len, dim, generator=g)
+    q = torch.randn(batch, heads, q_len, dim, generator=g)
+    q += k[:, :, k_len // 3 : k_len // 3 + 1].repeat_interleave(heads // kv_heads, 1)
+    k[:, :, :2] *= 2
+    layout = lambda x: x.transpose(1, 2).contiguous().transpose(1, 2) if seed % 2 else x  # noqa: E731
+    return layout(q).to(DEVICE, dtype), layout(k).to(DEVICE, dtype)
+
+
+# Half-precision inputs are exact in float64; products accumulate in float32, so only float32's own rounding remains.
+TOLERANCE = 2e-5
+DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dim", "window", "q_len"), [(16, 8, 90), (80, 128, 200), (64, 5, 3), (256, 16, 200)])
+@pytest.mark.parametrize("padded", [False, True])
+def test_scores_against_float64(dtype, dim, window, q_len, padded):
+    k_len = 200
+    q, k = structured(2, 4, 2, q_len, k_len, dim, dtype, seed=dim + window)
+    mask = (torch.arange(k_len, device=DEVICE) >= torch.tensor([[0], [29]], device=DEVICE)) if padded else None
+    order, ranks = host._order(q, k, mask)
+    got = host.window_scores(q, k, order, ranks, padded, dim**-0.5, window)
+    for b in range(2):
+        real = slice(29, None) if padded and b else slice(None)
+        length = 171 if padded and b else 200
+        from tsa_compile.kernels.token_scores.reference import token_scores_reference
+
+        rows = min(q_len, length)
+        want = token_scores_reference(
+            q[b].double().cpu()[:, q_len - rows :], k[b, :, real].double().cpu(), dim**-0.5, window, 1
+        )
+        error = (got[b, :, : length - window].double().cpu() - want).norm() / want.norm()
+        assert error < TOLERANCE, error
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    k_len=st.integers(1, 150),
+    q_share=st.floats(0.01, 1),
+    window=st.integers(1, 40),
+    min_tokens=st.integers(1, 60),
+    coverage=st.floats(0, 0.99),
+    padded=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_properties_of_any_selection(k_len, q_share, window, min_tokens, coverage, padded, seed):
+    q_len, heavy = max(1, int(k_len * q_share)), min(min_tokens, 4)
+    q, k = structured(2, 2, 1, q_len, k_len, 16, torch.float32, seed)
+    mask = (torch.rand(2, k_len, generator=torch.Generator().manual_seed(seed)) < 0.8).to(DEVICE) if padded else None
+    indices, counts, heaviest = host.select_tokens(q, k, mask, 0.25, coverage, window, 3, min_tokens, heavy)
+    for b in range(2):
+        real = torch.ones(k_len, dtype=torch.bool) if mask is None else mask[b].cpu()
+        positions, n = real.nonzero().squeeze(1), int(counts[b])
+        assert min(len(positions), min_tokens + window) <= n <= len(positions)
+        for h in range(2):
+            kept = indices[b, h, :n].cpu()
+            assert (indices[b, h, n:] == -1).all()
+            assert (kept[1:] > kept[:-1]).all()
+            assert ((kept >= 0) & (kept < k_len)).all()
+            assert real[kept.long()].all()
+            assert set(positions[-window:].tolist()) <= set(kept.tolist())
+            top = heaviest[b, h][heaviest[b, h] >= 0].tolist()
+            assert set(top) <= set(kept.tolist())
+            assert top == sorted(set(top))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("padded", [False, True])
+def test_whole_selection_agrees_with_float64_but_for_rounding_at_the_threshold(dtype, padded):
+    q, k = structured(2, 4, 2, 300, 300, 64, dtype)
+    mask = (torch.arange(300, device=DEVICE) < torch.tensor([[300], [251]], device=DEVICE)) if padded else None
+    arguments = (0.125, 0.3, 16, 7, 32, 8)
+    got = host.select_tokens(q, k, mask, *arguments)
+    cpu_mask = None if mask is None else mask.cpu()
+    want = select_tokens_reference(q.double().cpu(), k.double().cpu(), cpu_mask, *arguments)
+    for b in range(2):
+        assert abs(int(got[1][b]) - int(want[1][b])) <= 1
+        for h in range(4):
+            a, c = (set(x[0][b, h].tolist()) - {-1} for x in (got, want))
+            assert len(a ^ c) <= 2, (b, h, a ^ c)
+
+
+@pytest.mark.gpu
+def test_no_synchronisation_and_graph_replay():
+    q, k = structured(2, 8, 2, 4096, 4096, 128, torch.bfloat16)
+    mask = torch.arange(4096, device="cuda") >= torch.tensor([[0], [900]], device="cuda")
+    arguments = (0.09, 0.1, 128, 7, 256, 64)
+    for m in (None, mask):
+        want = host.select_tokens(q, k, m, *arguments)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            host.select_tokens(q, k, m, *arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = host.select_tokens(q, k, m, *arguments)
+        for x in got:
+            x.fill_(-7)
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.gpu
+def test_a_new_length_compiles_nothing():
+    from tsa_compile.kernels.token_scores import device as scores
+    from tsa_compile.kernels.token_select import device as select
+
+    kernels = [scores.score_lse_kernel, scores.score_mean_kernel, select.pool_kernel, select.mass_level_kernel]
+    kernels += [select.count_kernel, select.select_kernel]
+
+    def compiled():
+        return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
+
+    for n, length in enumerate((2048, 2049, 3000, 3001, 4096, 5000, 1777, 6144, 7001, 8192)):
+        q, k = structured(1, 4, 2, length, length, 64, torch.bfloat16)
+        host.select_tokens(q, k, None, 0.125, 0.1, 128, 7, 256, 64)
+        if n == 1:
+            after_two = compiled()
+    assert compiled() == after_two > 0
