@@ -21,11 +21,14 @@ class Config(NamedTuple):
 
 def prefill_config(block_d: int, dtype: torch.dtype, capability: tuple[int, int]) -> Config:
     """For `sparse_prefill_kernel`; block_d: the larger head dim, rounded up to a power of two."""
+    # Three stages: positions are read one block before the rows that they name; with two, 239 instead of 387 TFLOP/s.
     if dtype == torch.float32:
-        return Config(64, 32, 4, 2) if block_d <= 128 else Config(32, 16, 4, 2)
+        return Config(64, 32, 4, 3) if block_d <= 128 else Config(32, 16, 4, 3)
     if capability[0] == 9:
-        return Config(128, 128, 8, 2) if block_d <= 128 else Config(128, 64, 8, 2)
-    return Config(128, 64, 4 if block_d <= 64 else 8, 2) if block_d <= 128 else Config(64, 32, 4, 2)
+        return Config(128, 128, 8, 3) if block_d <= 128 else Config(128, 64, 8, 3)
+    if block_d <= 128:
+        return Config(128, 64, 4 if block_d <= 64 else 8, 3)
+    return Config(64, 32, 4, 3)
 
 
 def strip_config(block_d: int, dtype: torch.dtype, capability: tuple[int, int]) -> Config:

@@ -26,10 +26,12 @@ class InnerEngine(NamedTuple):
 def flash4_missing(q: Tensor, v: Tensor) -> str | None:
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"FlashAttention-4 takes float16 and bfloat16, not {q.dtype}"
-    if q.device.type != "cuda" or torch.cuda.get_device_capability(q.device)[0] not in (9, 10):
+    major = torch.cuda.get_device_capability(q.device)[0] if q.device.type == "cuda" else 0
+    if major not in (9, 10):
         return "FlashAttention-4 needs a GPU of compute capability 9.x or 10.x"
-    if max(q.shape[-1], v.shape[-1]) > 128 or q.shape[-1] % 8 or v.shape[-1] % 8:
-        return f"FlashAttention-4 takes head dims up to 128, multiples of 8, not {q.shape[-1]} and {v.shape[-1]}"
+    widest = 256 if major == 9 else 128
+    if max(q.shape[-1], v.shape[-1]) > widest or q.shape[-1] % 8 or v.shape[-1] % 8:
+        return f"FlashAttention-4 takes head dims up to {widest}, multiples of 8, not {q.shape[-1]} and {v.shape[-1]}"
     try:
         import flash_attn.cute  # noqa: F401
     except ImportError:
@@ -55,43 +57,9 @@ def flash4_attend(
     return out.transpose(1, 2), lse
 
 
-def cudnn_missing(q: Tensor, v: Tensor) -> str | None:
-    if q.dtype not in (torch.float16, torch.bfloat16):
-        return f"cuDNN attention takes float16 and bfloat16, not {q.dtype}"
-    if q.device.type != "cuda" or torch.cuda.get_device_capability(q.device)[0] < 9:
-        return "cuDNN attention over ragged rows needs a GPU of compute capability 9.0 or more"
-    if max(q.shape[-1], v.shape[-1]) > 128 or q.shape[-1] % 8 or v.shape[-1] % 8:
-        return f"cuDNN attention takes head dims up to 128, multiples of 8, not {q.shape[-1]} and {v.shape[-1]}"
-    return None
-
-
-def cudnn_attend(
-    q: Tensor, k: Tensor, v: Tensor, counts: Tensor, scale: float, need_lse: bool
-) -> tuple[Tensor, Tensor | None]:
-    """PyTorch's cuDNN attention with cumulative lengths on the device, one call a batch row.
-
-    Ragged rows must follow each other without gaps, which rows at the start of their capacity do not.
-    """
-    parts = []
-    for b in range(q.shape[0]):
-        lengths = torch.nn.functional.pad(counts[b : b + 1], (1, 0))
-        rows = (x[b].transpose(0, 1) for x in (q, k, v))
-        capacity = q.shape[2]
-        parts.append(
-            torch.ops.aten._cudnn_attention_forward(
-                *rows, None, lengths, lengths, capacity, capacity, need_lse, 0.0, True, False, scale=scale
-            )[:2]
-        )
-    out = torch.stack([out.transpose(0, 1) for out, _ in parts])
-    if not need_lse:
-        return out, None
-    return out, torch.stack([lse.reshape(q.shape[2], q.shape[1]).T for _, lse in parts])
-
-
 #: fastest first
 INNER = (
     InnerEngine("flash4", flash4_missing, flash4_attend),
-    InnerEngine("cudnn", cudnn_missing, cudnn_attend),
 )
 
 

@@ -45,6 +45,36 @@ def strip_rows(order, ranks, tile, q_len, k_len, PADDED: tl.constexpr, BLOCK_M: 
     return t, at, before + t, real, before + tile * BLOCK_M, before + tl.minimum((tile + 1) * BLOCK_M, n) - 1
 
 
+@triton.jit
+def strip_columns(
+    block, near_first, near_blocks, heavy, order, n_heavy, sinks, k_len, PADDED: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Positions of a block's keys (-1: none), their number in order of rank, and which of them are heavy tokens.
+
+    The first `near_blocks` blocks are the window, from rank `near_first` on; then come the sinks and the heavy tokens.
+    """
+    is_near = block < near_blocks
+    number = tl.where(is_near, near_first + block * BLOCK_N, (block - near_blocks) * BLOCK_N) + tl.arange(0, BLOCK_N)
+    is_heavy = (number >= sinks) & (not is_near)
+    at = tl.load(heavy + number - sinks, mask=is_heavy & (number < sinks + n_heavy), other=-1)
+    by_rank = tl.minimum(number, k_len - 1)
+    if PADDED:
+        by_rank = tl.load(order + by_rank)
+    return tl.where(is_heavy, at, by_rank), number, is_heavy
+
+
+@triton.jit
+def strip_ranks(at, number, is_heavy, slots, ranks, sinks, BEHIND: tl.constexpr, PADDED: tl.constexpr):
+    """Ranks of a block's keys, BEHIND where there is none or it came as a sink; and BEHIND for kept keys, else 0."""
+    there = tl.maximum(at, 0)
+    heavy_rank = there
+    if PADDED:
+        heavy_rank = tl.load(ranks + there) - 1
+    heavy_rank = tl.where((at >= 0) & (heavy_rank >= sinks), heavy_rank, BEHIND)
+    kept = tl.where(tl.load(slots + there) >= 0, BEHIND, 0)
+    return tl.where(is_heavy, heavy_rank, number), kept
+
+
 @triton.jit(do_not_specialize=LENGTHS)
 def strip_kernel(
     q, k, v, out, part, part_lse, slots, heavy, order, ranks,
@@ -66,13 +96,9 @@ def strip_kernel(
     order += b * k_len
     ranks += b * k_len
     t, at, rank, real, first, last = strip_rows(order, ranks, tile, q_len, k_len, PADDED, BLOCK_M)
-    any_real = last >= first
     rows = at - (k_len - q_len)
     slot = tl.load(slots + at, mask=real, other=-1)
     selected = slot >= 0
-    # A kept key lies behind the horizon of a selected row: that row has it already. One multiply-add an element.
-    behind: tl.constexpr = 1 << 29
-    hides = selected.to(tl.int32)[:, None]
 
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     kv_head = h * kv_heads // heads
@@ -87,39 +113,38 @@ def strip_kernel(
     row_max = tl.load(part_lse + b * l_sb + h * l_sh + part_row, mask=selected, other=float("-inf")) * log2_e
     row_sum = tl.where(selected, 1.0, 0.0)
 
-    for start in tl.range(tl.maximum(first - window + 1, 0), tl.where((window > 0) & any_real, last + 1, 0), BLOCK_N):
-        key_rank = tl.minimum(start + tl.arange(0, BLOCK_N), last + 1)  # last + 1: hidden from all rows
-        key_at = tl.minimum(key_rank, k_len - 1)
-        if PADDED:
-            key_at = tl.load(order + key_at)
-        kept = tl.where(tl.load(slots + key_at) >= 0, behind, 0)
-        distance = rank[:, None] - key_rank[None, :] - hides * kept[None, :]
-        allowed = distance.to(tl.uint32, bitcast=True) < window.to(tl.uint32)
-        key_at = key_at.to(tl.int64)
+    BEHIND: tl.constexpr = 1 << 29  # as a rank: behind every row's horizon
+    hides = selected.to(tl.int32)[:, None]  # a kept key is behind the horizon of a selected row, which has it already
+    near_first = tl.maximum(first - window + 1, 0)
+    near_blocks = tl.where((window > 0) & (last >= first), tl.cdiv(last + 1 - near_first, BLOCK_N), 0)
+    far_blocks = tl.where((last >= window) & (last >= first), tl.cdiv(sinks + n_heavy, BLOCK_N), 0)
+    # For the mask, positions are read two blocks ahead and what depends on them one block ahead, by hand: the compiler
+    # pipelines only what a product reads.
+    mask_at, number, is_heavy = strip_columns(
+        0, near_first, near_blocks, heavy, order, n_heavy, sinks, k_len, PADDED, BLOCK_N
+    )
+    key_rank, kept = strip_ranks(mask_at, number, is_heavy, slots, ranks, sinks, BEHIND, PADDED)
+    next_at, number, is_heavy = strip_columns(
+        1, near_first, near_blocks, heavy, order, n_heavy, sinks, k_len, PADDED, BLOCK_N
+    )
+    for block in tl.range(0, near_blocks + far_blocks):
+        next_rank, next_kept = strip_ranks(next_at, number, is_heavy, slots, ranks, sinks, BEHIND, PADDED)
+        key_at, _, _ = strip_columns(
+            block, near_first, near_blocks, heavy, order, n_heavy, sinks, k_len, PADDED, BLOCK_N
+        )
+        next_at, number, is_heavy = strip_columns(
+            block + 2, near_first, near_blocks, heavy, order, n_heavy, sinks, k_len, PADDED, BLOCK_N
+        )
+        # near: 0 <= distance < window; far: window <= distance
+        nearest = tl.where(block < near_blocks, 0, window)
+        reach = tl.where(block < near_blocks, window, BEHIND).to(tl.uint32)
+        distance = (rank - nearest)[:, None] - (key_rank[None, :] + hides * kept[None, :])
+        allowed = distance.to(tl.uint32, bitcast=True) < reach
+        key_at = tl.maximum(key_at, 0).to(tl.int64)
         scores = tl.dot(q_tile, load_columns(k, key_at, k_sl, k_sd, d, D, BLOCK_D), input_precision=PRECISION)
         v_tile = load_rows(v, key_at, v_sl, v_sd, dv, DV, BLOCK_DV)
         acc, row_max, row_sum = strip_step(acc, row_max, row_sum, scores, allowed, scale_log2, v_tile, PRECISION)
-
-    for start in tl.range(0, tl.where((last >= window) & any_real, sinks + n_heavy, 0), BLOCK_N):
-        c = start + tl.arange(0, BLOCK_N)
-        sink_at = tl.minimum(c, k_len - 1)
-        heavy_at = tl.load(heavy + c - sinks, mask=(c >= sinks) & (c < sinks + n_heavy), other=-1)
-        present = (c < sinks) | (heavy_at >= 0)
-        heavy_at = tl.maximum(heavy_at, 0)
-        heavy_rank = heavy_at
-        if PADDED:
-            sink_at = tl.load(order + sink_at)
-            heavy_rank = tl.load(ranks + heavy_at) - 1
-        key_rank = tl.where(c < sinks, c, heavy_rank)
-        present = present & ((c < sinks) | (heavy_rank >= sinks))
-        key_at = tl.where(c < sinks, sink_at, heavy_at)
-        kept = tl.where(tl.load(slots + key_at) >= 0, behind, 0)
-        key_rank = tl.where(present, key_rank, behind)
-        allowed = key_rank[None, :] + hides * kept[None, :] <= rank[:, None] - window
-        key_at = key_at.to(tl.int64)
-        scores = tl.dot(q_tile, load_columns(k, key_at, k_sl, k_sd, d, D, BLOCK_D), input_precision=PRECISION)
-        v_tile = load_rows(v, key_at, v_sl, v_sd, dv, DV, BLOCK_DV)
-        acc, row_max, row_sum = strip_step(acc, row_max, row_sum, scores, allowed, scale_log2, v_tile, PRECISION)
+        key_rank, kept = next_rank, next_kept
 
     acc = tl.where((real & (row_sum > 0))[:, None], acc / tl.where(row_sum > 0, row_sum, 1.0)[:, None], 0.0)
     o_at = out + b * o_sb + h * o_sh + rows.to(tl.int64)[:, None] * o_sl + dv[None, :]
