@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """One site, its policy, and the reason it stays dense (None: it is replaced)."""
+    """A site, its policy, and the reason why it stays dense; None: it is replaced."""
 
     site: AttentionSite
     policy: Policy
@@ -25,12 +25,12 @@ def decide_policy(context: Context) -> int:
     """Fill `context.decisions`; returns how many sites will be replaced."""
     for site in context.sites:
         policy = context.policy_for(site)
-        context.decisions.append(Decision(site, policy, _common_reason(site) or policy.refuse(site)))
+        context.decisions.append(Decision(site, policy, _dense_reason(site) or policy.refuse(site)))
     return sum(d.reason is None for d in context.decisions)
 
 
-def _common_reason(site: AttentionSite) -> str | None:
-    """Reasons that hold for every policy of today: the operators are causal and for prefill."""
+def _dense_reason(site: AttentionSite) -> str | None:
+    """What rules out any policy: the operators are for causal prefill."""
     if site.obstacle is not None:
         return site.obstacle
     if isinstance(site.q_len, int) and site.q_len == 1:

@@ -1,107 +1,149 @@
-"""Pass 1: find every attention of the graph and prove its mask. Changes nothing."""
+"""Pass 1: find every attention of the graph and prove what its mask says. Changes nothing."""
 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 import torch.fx as fx
 
-from tsa_compile.passes.find_manual import is_attention_softmax, match_manual
-from tsa_compile.passes.find_sdpa import Match, match_sdpa
-from tsa_compile.passes.graph_names import is_zero, shape_of, value_of
-from tsa_compile.passes.mask_transfer import MaskReader
-from tsa_compile.passes.mutation import Writes
-from tsa_compile.passes.prove_mask import prove_masks, unproven
-from tsa_compile.passes.repeat_kv import unrepeat
-from tsa_compile.passes.site import AttentionSite
+from tsa_compile.passes.find_manual import match_manual
+from tsa_compile.passes.find_sdpa import match_sdpa
+from tsa_compile.passes.graph_names import op_name
+from tsa_compile.passes.match import Match, Unrecognised
+from tsa_compile.passes.mutation import writes_to, written_nodes
+from tsa_compile.passes.obstacles import obstacle_of
+from tsa_compile.passes.prove_mask.prove import MaskProver
+from tsa_compile.passes.repeat_kv import RepeatedHeads
+from tsa_compile.passes.site import AttentionSite, Layouts, MaskFacts
+from tsa_compile.passes.sizes import SizeProver
 
 if TYPE_CHECKING:
     from tsa_compile.passes.pipeline import Context
 
+# Attention in one operator that the passes do not read.
+_OPAQUE_ATTENTION = re.compile(
+    r"flex_attention|_scaled_dot_product_|_native_multi_head_attention|_transformer_encoder_layer_fwd"
+)
+
+_SCALE_UNKNOWN = (
+    "scale is not a positive constant of the graph (torch.compile(dynamic=True) turns floats into inputs; "
+    "leave dynamic unset, or mark sizes with torch._dynamo.mark_dynamic)"
+)
+
 
 def find_attention(context: Context) -> int:
-    """Fill `context.sites`; returns how many there are. Unrecognised softmaxes become warnings."""
+    """Fill `context.sites`; returns how many there are. What looks like attention in no known form is a warning."""
+    finder = _Finder(context.gm.graph, context.constants)
     unknown: list[str] = []
-    reader = MaskReader(context.constants, Writes(context.gm.graph))
     for node in context.gm.graph.nodes:
-        match = match_sdpa(node)
-        if match is None and is_attention_softmax(node):
-            match = match_manual(node, reader)
-            if match is None:
-                unknown.append(f"{node.name} {list(value_of(node).shape)} in {module_path(node) or 'the graph'}")
+        try:
+            match = match_sdpa(node) or match_manual(node)
+        except Unrecognised as seen:
+            unknown.append(f"{module_path(node) or 'graph'}: {seen}")
+            continue
         if match is not None:
-            context.sites.append(_site(match, len(context.sites), reader))
+            context.sites.append(finder.site(match, len(context.sites)))
+        elif _OPAQUE_ATTENTION.search(op_name(node)):
+            unknown.append(f"{module_path(node) or 'graph'}: {op_name(node)}")
+    unknown += [f"{name}: inside a nested graph" for name in _nested_attention(context.gm)]
     if unknown:
-        context.warnings.append(
-            f"{len(unknown)} softmax(es) that may be attention were not recognised and stay as they are: "
-            + "; ".join(unknown[:3])
-            + ("; ..." if len(unknown) > 3 else "")
-        )
+        shown = "; ".join(unknown[:3]) + ("; ..." if len(unknown) > 3 else "")
+        context.warnings.append(f"{len(unknown)} attention-like operation(s) not recognised, left as they are: {shown}")
     return len(context.sites)
 
 
-def _site(match: Match, index: int, reader: MaskReader) -> AttentionSite:
-    obstacle = match.obstacle or _obstacle(match)
-    k, v = unrepeat(match.k), unrepeat(match.v)
-    if obstacle is None and not _heads_fit(match.q, k, v):
-        k, v = match.k, match.v
-    if obstacle is None and not _heads_fit(match.q, k, v):
-        obstacle = f"heads do not fit: q {_sizes(match.q)}, k {_sizes(k)}, v {_sizes(v)}"
-    if obstacle is None and any(reader.writes.between(x, _first(match), match.node) for x in (match.q, match.k, match.v)):
-        obstacle = "query, key or value is written in place while it attends"
-    mask = unproven("not examined") if obstacle else prove_masks(list(match.masks), match.is_causal, match.q, match.k, reader)
-    module = module_path(match.node)
-    number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", module)
-    layer = int(number.group(1)) if number else index
-    return AttentionSite(
-        match.node, match.form, match.q, k, v, match.scale or 0.0, mask, obstacle, index, module, layer
-    )
+class _Finder:
+    """Turns matches of one graph into sites."""
+
+    def __init__(self, graph: fx.Graph, constants: Mapping[str, torch.Tensor]) -> None:
+        held = {n: constants[n.name] for n in graph.nodes if n.op == "placeholder" and n.name in constants}
+        self._sizes = SizeProver(graph)
+        self._masks = MaskProver(graph, held)
+        self._heads = RepeatedHeads(self._sizes)
+        self._written = written_nodes(graph)
+        self._order = {node: n for n, node in enumerate(graph.nodes)}
+        self._writers = [self._order[n] for n in graph.nodes if writes_to(n)]
+
+    def site(self, match: Match, index: int) -> AttentionSite:
+        k, k_layout = self._heads.source(match.k, match.layouts.k)
+        v, v_layout = self._heads.source(match.v, match.layouts.v)
+        layouts = Layouts(match.layouts.q, k_layout, v_layout, match.layouts.out)
+        module = module_path(match.node)
+        layer = re.search(r"(?:^|\.)(\d+)(?=\.|$)", module)
+        site = AttentionSite(
+            node=match.node,
+            form=match.form,
+            q=match.q,
+            k=k,
+            v=v,
+            scale=1.0 if match.scale is None else match.scale,
+            mask=MaskFacts(unproven="not looked at"),
+            obstacle=None,
+            index=index,
+            module=module,
+            layer=int(layer.group(1)) if layer else index,
+            layouts=layouts,
+        )
+        return self._examined(site, match)
+
+    def _examined(self, site: AttentionSite, match: Match) -> AttentionSite:
+        obstacle = match.obstacle or obstacle_of(site, self._sizes) or self._overwritten(site, match)
+        if match.scale is None:
+            obstacle = obstacle or _SCALE_UNKNOWN
+        mask = self._masks.prove(match.sources, (site.batch, site.heads, site.q_len, site.k_len))
+        return AttentionSite(**{**site.__dict__, "mask": mask, "obstacle": obstacle})
+
+    def _overwritten(self, site: AttentionSite, match: Match) -> str | None:
+        """May an operand be written after the attention first reads it, so that reading it later is wrong?"""
+        operands = (site.q, site.k, site.v)
+        if not any(x in self._written for x in operands):
+            return None
+        readers = [match.reader, *(user for x in operands for user in x.users if self._leads_to(user, match))]
+        first, last = min(self._order[r] for r in readers), self._order[match.node]
+        if any(first < w < last for w in self._writers):
+            return "an operand may be written in place while the attention is computed"
+        return None
+
+    def _leads_to(self, node: fx.Node, match: Match) -> bool:
+        """Is `node` between a KV tensor and its repetition?"""
+        targets = {match.k, match.v, match.node}
+        stack, seen = [node], set()
+        while stack:
+            x = stack.pop()
+            if x in targets:
+                return True
+            if x not in seen and self._order[x] < self._order[match.node]:
+                seen.add(x)
+                stack += x.users
+        return False
 
 
-def _first(match: Match) -> fx.Node:
-    """The first node of the attention that reads an operand."""
-    return match.node if match.product is None else match.product
+def _nested_attention(gm: fx.GraphModule) -> list[str]:
+    """Attention in the bodies of higher-order operators, which the passes leave alone."""
+    return [
+        f"{name} ({op_name(node)})"
+        for name, body in gm.named_modules()
+        if name and isinstance(body, fx.GraphModule)
+        for node in body.graph.nodes
+        if op_name(node) == "scaled_dot_product_attention" or (op_name(node) == "softmax" and _attends(node))
+    ]
 
 
-def _obstacle(match: Match) -> str | None:
-    """What keeps any policy off, apart from the mask."""
-    if match.scale is None:
-        return "scale is not a constant of the graph"
-    if match.scale <= 0:
-        return f"scale {match.scale} is not positive"
-    for label, node in (("query", match.q), ("key", match.k), ("value", match.v)):
-        value = value_of(node)
-        if not isinstance(value, torch.Tensor):
-            return f"{label} has no example value"
-        if type(value) not in (torch.Tensor, torch.nn.Parameter, torch._subclasses.FakeTensor):
-            return f"{label} is a {type(value).__name__}"
-        if value.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-            return f"{label} is {value.dtype}"
-        if value.dtype != value_of(match.q).dtype:
-            return f"query is {value_of(match.q).dtype}, {label} is {value.dtype}"
-        if value.requires_grad and torch.is_grad_enabled():
-            return "gradients are on: run under torch.no_grad()"
-    return None
-
-
-def _heads_fit(q: fx.Node, k: fx.Node, v: fx.Node) -> bool:
-    (b, h, _, d), (kb, kh, kn, kd), (vb, vh, vn, _) = shape_of(q), shape_of(k), shape_of(v)
-    same = all(is_zero(x - y) for x, y in ((b, kb), (b, vb), (d, kd), (kh, vh), (kn, vn)))
-    return same and h.is_number and kh.is_number and h % kh == 0
-
-
-def _sizes(node: fx.Node) -> list[Any]:
-    return list(value_of(node).shape)
+def _attends(softmax: fx.Node) -> bool:
+    try:
+        return match_manual(softmax) is not None
+    except Unrecognised:
+        return True
 
 
 def module_path(node: fx.Node) -> str:
-    """The path of the innermost module a node was traced in, such as "model.layers.3.self_attn"."""
-    stack = node.meta.get("nn_module_stack") or {}
+    """The path of the innermost module a node was traced in, such as "model.layers.3.self_attn"; "" if unknown."""
     path = ""
-    for entry in stack.values():
+    for entry in (node.meta.get("nn_module_stack") or {}).values():
         path = entry[0] if isinstance(entry, tuple) else path
-    path = re.sub(r"\[['\"]?([^\]'\"]+)['\"]?\]", r".\1", path)  # L['self']._modules['model'] -> L.self._modules.model
-    parts = [p for p in path.split(".") if p not in ("", "L", "self", "_modules", "orig_mod", "_orig_mod", "G")]
-    return ".".join(parts)
+    path = re.sub(r"^L\[[^\]]*\]", "", path)  # Dynamo: L['self'].model.layers.0
+    path = re.sub(r"\[['\"]?([^\]'\"]*)['\"]?\]", r".\1", path)  # _modules['model'], layers[0]
+    return ".".join(p for p in path.split(".") if p not in ("", "_modules", "_orig_mod"))

@@ -1,210 +1,232 @@
-"""Recognise attention written out: `softmax(scale * q k^T + mask) v`, in the forms that models use."""
+"""Recognise attention written out, `softmax(scale * q k^T + mask) v`, starting from its softmax."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch.fx as fx
 
-from tsa_compile.passes.find_sdpa import Match
-from tsa_compile.passes.mask_transfer import HIDDEN_BELOW, MaskReader
-from tsa_compile.passes.mask_values import Affine
-from tsa_compile.passes.graph_names import (
-    SHAPE_READERS,
-    argument,
-    is_tensor,
-    name_of,
-    shape_of,
-    skip_casts,
-    value_of,
+from tsa_compile.passes.find_products import score_product, weighted_sum
+from tsa_compile.passes.graph_names import SHAPE_READERS, arg, op_name, tensor_of
+from tsa_compile.passes.match import Match, Unrecognised
+from tsa_compile.passes.mutation import writes_to
+from tsa_compile.passes.prove_mask.prove import MaskSource
+from tsa_compile.passes.site import Layouts
+
+_PRODUCTS = ("matmul", "einsum", "baddbmm")
+_MAX_STEPS = 16
+_STEPS = frozenset(
+    {"to", "contiguous", "clone", "add", "sub", "mul", "div", "where", "masked_fill", "tanh", "view", "cat"}
 )
 
 
 @dataclasses.dataclass
 class _Scores:
-    """What lies between q k^T and the softmax, read from the softmax backwards."""
+    """What lies between the product of q and k and the softmax, collected from the softmax backwards."""
 
-    reader: MaskReader
-    scale: float = 1.0
-    masks: list[tuple[str, fx.Node]] = dataclasses.field(default_factory=list)
-    softcap: bool = False
+    scale: float | None = 1.0
+    factor: float = 1.0  # of all that was passed on the way; masks further back are scaled by it
+    sources: list[MaskSource] = dataclasses.field(default_factory=list)
+    obstacle: str | None = None
 
-
-def is_attention_softmax(node: fx.Node) -> bool:
-    """A softmax over the last dim of a tensor of 3 or 4 dims."""
-    if name_of(node) != "softmax" or not is_tensor(node) or len(shape_of(node)) not in (3, 4):
-        return False
-    return argument(node, 1, "dim") in (-1, len(shape_of(node)) - 1)
-
-
-def match_manual(softmax: fx.Node, reader: MaskReader) -> Match | None:
-    """The attention around a softmax; None if the softmax is none of an attention this pass understands."""
-    if not is_attention_softmax(softmax) or len(shape_of(softmax)) != 4:
-        return None
-    scores = _Scores(reader)
-    product = _read_scores(softmax.args[0], scores)
-    if product is None:
-        return None
-    q, k_transposed = product.args[:2]
-    k = _transposed(k_transposed)
-    if k is None or len(shape_of(q)) != 4:
-        return None
-    output, obstacle = _output(softmax)
-    if output is None:
-        return None
-    if _written_on_the_way(output, product, reader):
-        return None
-    if scores.softcap:
-        obstacle = "scores are soft-capped"
-    return Match(output, "manual", q, k, output.args[1], scores.scale, tuple(scores.masks), False, obstacle, product)
-
-
-def _written_on_the_way(output: fx.Node, product: fx.Node, reader: MaskReader) -> bool:
-    """Whether scores or weights are written in place by a node that is not itself on the way from product to output."""
-    chain, todo = {output}, [output.args[0]]
-    while todo:
-        x = todo.pop()
-        if isinstance(x, fx.Node) and x not in chain:
-            chain.add(x)
-            todo += x.all_input_nodes if x is not product else []
-    return any(w not in chain for x in chain if x not in (output, product) for w in reader.writes.of(x))
-
-
-def _read_scores(x: fx.Node, scores: _Scores) -> fx.Node | None:
-    """Walk from the softmax's input to the matmul, collecting scale and masks; None if something else is on the way."""
-    while True:
-        x = skip_casts(x)
-        name = name_of(x)
-        if name == "matmul":
-            return x
-        if name == "add":
-            step = _read_add(x, scores)
-        elif name == "where":
-            step = _read_where(x, scores)
-        elif name == "masked_fill":
-            step = _read_masked_fill(x, scores)
-        elif name in ("mul", "div"):
-            step = _read_factor(x, name, scores)
+    def scaled(self, by: Any) -> None:
+        if isinstance(by, (int, float)) and by > 0:
+            self.factor *= by
+            self.scale = None if self.scale is None else self.scale * by
         else:
-            return None
-        if step is None:
-            return None
-        x = step
+            self.scale = None
+
+
+def match_manual(softmax: fx.Node) -> Match | None:
+    """The attention around a softmax; None if nothing suggests that it is one.
+
+    Raises:
+        Unrecognised: products before and after the softmax, but not in a form known.
+    """
+    tensor = tensor_of(softmax)
+    if op_name(softmax) != "softmax" or tensor is None or tensor.dim() < 3:
+        return None
+    if arg(softmax, 1, "dim") not in (-1, tensor.dim() - 1):
+        return None
+    output, obstacle = _weights_use(softmax)
+    if output is None or not _comes_from_product(softmax.args[0]):  # type: ignore[arg-type]
+        return None
+    if tensor.dim() != 4:
+        rank = f"scores of rank {tensor.dim()}, not [batch, heads, queries, keys]"
+        raise Unrecognised(f"softmax {softmax.name} over {rank}")
+    scores = _Scores(obstacle=obstacle)
+    product = score_product(_walk_to_product(softmax.args[0], scores, softmax))
+    total = weighted_sum(output[0], output[1])
+    layouts = Layouts(product.first[1], product.second[1], total.second[1], total.result)
+    return Match(
+        output[0],
+        "manual",
+        product.first[0],
+        product.second[0],
+        total.second[0],
+        scores.scale,
+        tuple(scores.sources),
+        product.node,
+        layouts,
+        scores.obstacle,
+    )
+
+
+# ---- after the softmax
+
+
+def _weights_use(softmax: fx.Node) -> tuple[tuple[fx.Node, fx.Node] | None, str | None]:
+    """((the product with v, the weights it reads), obstacle); follows casts and dropout."""
+    at, obstacle = softmax, None
+    for _ in range(_MAX_STEPS):
+        users = [u for u in at.users if op_name(u) not in SHAPE_READERS]
+        following = [u for u in users if u.args and (u.args[0] is at or op_name(u) == "einsum") and _continues(u)]
+        if not following:
+            return None, None
+        if len(users) > 1:
+            obstacle = "attention weights are used elsewhere"
+        step = following[0]
+        if op_name(step) in _PRODUCTS:
+            return (step, at), obstacle
+        if op_name(step) == "dropout" and _drops(step):
+            obstacle = "dropout in training"
+        at = step
+    return None, None
+
+
+def _continues(node: fx.Node) -> bool:
+    return op_name(node) in ("to", "contiguous", "clone", "dropout", "matmul", "einsum")
+
+
+def _drops(dropout: fx.Node) -> bool:
+    training = arg(dropout, 2, "training", arg(dropout, 2, "train", True))
+    return arg(dropout, 1, "p", 0.5) != 0 and training is not False
+
+
+# ---- before the softmax
+
+
+def _comes_from_product(x: fx.Node) -> bool:
+    """Is there a product of tensors among what the scores are made of, elementwise steps aside?"""
+    stack, seen = [x], set()
+    while stack and len(seen) < 4 * _MAX_STEPS:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if _base_name(node) in _PRODUCTS:
+            return True
+        if _base_name(node) in _STEPS:
+            stack += [a for a in node.all_input_nodes if tensor_of(a) is not None]
+    return False
+
+
+def _walk_to_product(x: Any, scores: _Scores, softmax: fx.Node) -> fx.Node:
+    """The product of q and k, with all that is done to it recorded in `scores`."""
+    for _ in range(_MAX_STEPS):
+        name = _base_name(x)
+        if name in _PRODUCTS:
+            if name == "baddbmm":
+                raise Unrecognised(f"{x.name}: baddbmm, whose operands have batch and heads merged")
+            return x
+        step = _STEP_READERS.get(name)
+        following = step(x, scores) if step is not None else None
+        if following is None:
+            raise Unrecognised(f"softmax {softmax.name}: cannot read its scores through {x.name} ({name})")
+        _note_in_place(x, following, scores)
+        x = following
+    raise Unrecognised(f"softmax {softmax.name}: too many steps between the product and the softmax")
+
+
+def _base_name(node: Any) -> str:
+    """The operation's name, in place or not."""
+    name = op_name(node)
+    if name in ("iadd", "imul", "itruediv"):
+        return name[1:].replace("true", "")
+    return name[:-1] if name.endswith("_") and not name.startswith("_") else name
+
+
+def _note_in_place(x: fx.Node, source: fx.Node, scores: _Scores) -> None:
+    if writes_to(x) and len(source.users) > 1:
+        scores.obstacle = f"scores {source.name} are written in place and read elsewhere"
+
+
+def _read_copy(x: fx.Node, scores: _Scores) -> fx.Node:
+    return x.args[0]  # type: ignore[return-value]
 
 
 def _read_add(x: fx.Node, scores: _Scores) -> fx.Node | None:
-    if x.kwargs.get("alpha", 1) != 1:
+    if x.kwargs.get("alpha", 1) != 1 or len(x.args) != 2:
         return None
-    a, b = x.args[:2]
-    for score, mask in ((a, b), (b, a)):
-        if is_tensor(score) and is_tensor(mask) and _leads_to_matmul(score):
-            # What is added before a factor is scaled by it; a mask of 0 and -inf does not mind a positive one.
-            scores.masks.append(("add", mask))
+    for score, mask in (x.args, reversed(x.args)):
+        if isinstance(score, fx.Node) and isinstance(mask, fx.Node) and _is_score(score, x):
+            scores.sources.append(MaskSource("add", mask, factor=scores.factor))
             return score
     return None
 
 
 def _read_where(x: fx.Node, scores: _Scores) -> fx.Node | None:
-    if len(x.args) != 3:
-        return None
-    cond, yes, no = x.args
-    if _hides(no, scores.reader) and is_tensor(yes) and _leads_to_matmul(yes):
-        scores.masks.append(("bool", cond))
+    condition, yes, no = _where_operands(x)
+    if _is_score(yes, x) and not _is_score(no, x):
+        scores.sources.append(MaskSource("show", condition, no, scores.factor))
         return yes
-    if _hides(yes, scores.reader) and is_tensor(no) and _leads_to_matmul(no):
-        scores.masks.append(("hidden", cond))
+    if _is_score(no, x) and not _is_score(yes, x):
+        scores.sources.append(MaskSource("hide", condition, yes, scores.factor))
         return no
     return None
 
 
-def _read_masked_fill(x: fx.Node, scores: _Scores) -> fx.Node | None:
-    cond, fill = argument(x, 1, "mask"), argument(x, 2, "value")
-    if not _hides(fill, scores.reader):
-        return None
-    scores.masks.append(("hidden", cond))
-    return x.args[0]
+def _where_operands(x: fx.Node) -> tuple[Any, Any, Any]:
+    if len(x.args) != 3:
+        return None, None, None
+    a, b, c = x.args
+    return (b, a, c) if x.op == "call_method" else (a, b, c)
 
 
-def _hides(x: object, reader: MaskReader) -> bool:
-    """Whether a value put in place of a score hides the key: a constant of at most -1e4."""
-    value = reader.value(x)
-    if not isinstance(value, Affine) or value.terms:
-        return False
-    return bool(value.const <= HIDDEN_BELOW)
+def _read_masked_fill(x: fx.Node, scores: _Scores) -> fx.Node:
+    scores.sources.append(MaskSource("hide", arg(x, 1, "mask"), arg(x, 2, "value"), scores.factor))
+    return x.args[0]  # type: ignore[return-value]
 
 
-def _read_factor(x: fx.Node, name: str, scores: _Scores) -> fx.Node | None:
+def _read_mul(x: fx.Node, scores: _Scores) -> fx.Node | None:
     a, b = x.args[:2]
-    if name == "mul" and isinstance(a, (int, float)):
-        a, b = b, a
-    if not isinstance(b, (int, float)) or isinstance(b, bool) or not is_tensor(a) or b <= 0:
+    score, by = (b, a) if isinstance(b, fx.Node) and _is_score(b, x) else (a, b)
+    if not isinstance(score, fx.Node) or (tensor_of(by) is not None and tensor_of(by).dim()):  # type: ignore[union-attr]
         return None
-    inner = skip_casts(a)
-    if name == "mul" and name_of(inner) == "tanh":
-        scores.softcap = True
-        return inner.args[0]
-    scores.scale = scores.scale * b if name == "mul" else scores.scale / b
+    scores.scaled(by)
+    return score
+
+
+def _read_div(x: fx.Node, scores: _Scores) -> fx.Node | None:
+    a, b = x.args[:2]
+    if not isinstance(a, fx.Node) or x.kwargs.get("rounding_mode") is not None:
+        return None
+    scores.scaled(1.0 / b if isinstance(b, (int, float)) and b > 0 else b if isinstance(b, fx.Node) else None)
     return a
 
 
-def _leads_to_matmul(x: fx.Node) -> bool:
-    """Whether the scores, rather than the mask, are on this side."""
-    for _ in range(16):
-        x = skip_casts(x)
-        name = name_of(x)
-        if name == "matmul":
-            return len(shape_of(x)) == 4
-        if name not in ("mul", "div", "add", "tanh", "where", "masked_fill"):
-            return False
-        sides = [a for a in x.args if is_tensor(a) and isinstance(a, fx.Node)]
-        sides = [a for a in sides if value_of(a).is_floating_point()]
-        if name in ("add", "where") and len(sides) > 1:
-            return any(_leads_to_matmul(a) for a in sides)
-        if not sides:
-            return False
-        x = sides[0]
-    return False
+def _read_tanh(x: fx.Node, scores: _Scores) -> fx.Node:
+    scores.obstacle = "softcap: scores go through tanh"
+    return x.args[0]  # type: ignore[return-value]
 
 
-def _transposed(x: fx.Node) -> fx.Node | None:
-    """k where x is k with its last two dims swapped."""
-    x = skip_casts(x) if value_of(x).dtype == value_of(skip_casts(x)).dtype else x
-    if name_of(x) == "transpose":
-        rank = len(shape_of(x))
-        dims = {argument(x, 1, "dim0", 0) % rank, argument(x, 2, "dim1", 1) % rank}
-        return x.args[0] if dims == {rank - 1, rank - 2} else None
-    if name_of(x) in ("mT",):
-        return x.args[0]
-    if name_of(x) == "getattr" and x.args[1] == "mT":
-        return x.args[0]
-    if name_of(x) == "permute":
-        dims = x.args[1] if isinstance(x.args[1], (list, tuple)) else x.args[1:]
-        return x.args[0] if [d % 4 for d in dims] == [0, 1, 3, 2] else None
-    return None
+def _is_score(x: Any, result: fx.Node) -> bool:
+    """Does the way to the product lead through this operand: as large as the result, and made from a product?"""
+    tensor = tensor_of(x) if isinstance(x, fx.Node) else None
+    if tensor is None or not tensor.is_floating_point() or tensor.dim() != tensor_of(result).dim():  # type: ignore[union-attr]
+        return False
+    return _comes_from_product(x)
 
 
-def _output(softmax: fx.Node) -> tuple[fx.Node | None, str | None]:
-    """(the matmul with v, an obstacle): follows casts and inactive dropout."""
-    at, obstacle = softmax, None
-    while True:
-        users = [u for u in at.users if name_of(u) not in SHAPE_READERS]
-        products = [u for u in users if name_of(u) == "matmul" and u.args[0] is at]
-        if products:
-            if len(users) > 1:
-                obstacle = "attention weights are used elsewhere"
-            return products[0], obstacle
-        following = [u for u in users if name_of(u) in ("to", "dropout", "identity")]
-        if len(following) != 1:
-            return None, None
-        if len(users) > 1:
-            obstacle = "attention weights are used elsewhere"
-        if name_of(following[0]) == "dropout" and _active(following[0]):
-            obstacle = "dropout is active"
-        at = following[0]
-
-
-def _active(dropout: fx.Node) -> bool:
-    training = argument(dropout, 2, "training", argument(dropout, 2, "train", True))
-    return argument(dropout, 1, "p", 0.5) != 0 and training is not False
-
-
+_STEP_READERS = {
+    "to": _read_copy,
+    "contiguous": _read_copy,
+    "clone": _read_copy,
+    "add": _read_add,
+    "where": _read_where,
+    "masked_fill": _read_masked_fill,
+    "mul": _read_mul,
+    "div": _read_div,
+    "tanh": _read_tanh,
+}

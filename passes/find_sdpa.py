@@ -1,60 +1,48 @@
-"""Recognise `scaled_dot_product_attention` nodes."""
+"""Recognise `scaled_dot_product_attention`, in Dynamo graphs and in ATen graphs."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any
 
-import torch
 import torch.fx as fx
 
-from tsa_compile.passes.graph_names import argument, name_of, shape_of, value_of
-
-TARGETS = (torch._C._nn.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default)
-
-
-@dataclasses.dataclass(frozen=True)
-class Match:
-    """Operands of an attention, before anything is proven about it."""
-
-    node: fx.Node
-    form: str
-    q: fx.Node
-    k: fx.Node
-    v: fx.Node
-    scale: float | None
-    masks: tuple[tuple[str, fx.Node], ...]  # ("bool" | "hidden" | "add", node)
-    is_causal: bool
-    obstacle: str | None
-    product: fx.Node | None = None  # q k^T, where the graph has it
+from tsa_compile.passes.graph_names import arg, op_name, tensor_of
+from tsa_compile.passes.match import Match, Unrecognised
+from tsa_compile.passes.prove_mask.prove import MaskSource
 
 
 def match_sdpa(node: fx.Node) -> Match | None:
-    """The attention of an SDPA node; None for any other node."""
-    if node.op != "call_function" or (node.target not in TARGETS and name_of(node) != "scaled_dot_product_attention"):
+    """The attention that an SDPA node computes; None for any other node.
+
+    Raises:
+        Unrecognised: operands that are not [batch, heads, length, head_dim].
+    """
+    if op_name(node) != "scaled_dot_product_attention":
         return None
-    q, k, v = (argument(node, i, n) for i, n in enumerate(("query", "key", "value")))
-    mask, dropout = argument(node, 3, "attn_mask"), argument(node, 4, "dropout_p", 0.0)
-    is_causal = argument(node, 5, "is_causal", False)
-    scale = node.kwargs.get("scale")
-    obstacle = None
-    if dropout != 0.0:
-        obstacle = f"dropout {dropout} is active"
-    elif not isinstance(is_causal, bool):
-        obstacle = "is_causal is not a constant"
-    elif len(shape_of(q)) != 4 or len(shape_of(k)) != 4 or len(shape_of(v)) != 4:
-        obstacle = f"operands are not [batch, heads, length, head_dim]: query has {len(shape_of(q))} dims"
-    masks = () if mask is None else ((("bool" if value_of(mask).dtype == torch.bool else "add"), mask),)
-    return Match(node, "sdpa", q, k, v, constant_scale(scale, q), masks, is_causal is True, obstacle)
+    q, k, v = (arg(node, n, name) for n, name in enumerate(("query", "key", "value")))
+    ranks = [t.dim() if (t := tensor_of(x)) is not None else None for x in (q, k, v)]
+    if ranks != [4, 4, 4]:
+        raise Unrecognised(f"SDPA with operands of rank {ranks}, not [batch, heads, length, head_dim]")
+    mask, is_causal = arg(node, 3, "attn_mask"), arg(node, 5, "is_causal", False)
+    sources = []
+    if is_causal is True:
+        sources.append(MaskSource("causal"))
+    if mask is not None:
+        sources.append(MaskSource("mask", mask))
+    scale = _scale(node.kwargs.get("scale"), q)
+    return Match(node, "sdpa", q, k, v, scale, tuple(sources), node, obstacle=_obstacle(node, is_causal))
 
 
-def constant_scale(scale: Any, q: fx.Node) -> float | None:
-    """The factor as a float; None given: 1 / sqrt(head_dim); None returned: not a constant of the graph."""
+def _obstacle(node: fx.Node, is_causal: Any) -> str | None:
+    dropout = arg(node, 4, "dropout_p", 0.0)
+    if not isinstance(dropout, (int, float)) or dropout != 0:
+        return f"dropout_p={dropout}: dropout in training"
+    return None if isinstance(is_causal, bool) else "is_causal is not a constant"
+
+
+def _scale(scale: Any, q: fx.Node) -> float | None:
     if scale is None:
-        dim = shape_of(q)[-1]
-        return 1.0 / math.sqrt(int(dim)) if dim.is_number else None
-    return float(scale) if isinstance(scale, (int, float)) and not isinstance(scale, bool) else None
-
-
-
+        head_dim = tensor_of(q).shape[-1]  # type: ignore[union-attr]
+        return 1.0 / math.sqrt(head_dim) if isinstance(head_dim, int) else None
+    return float(scale) if isinstance(scale, (int, float)) else None

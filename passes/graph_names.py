@@ -1,107 +1,132 @@
-"""One name for one operation, whatever the graph's level: operator.add, aten.add.Tensor and Tensor.add are all "add"."""
+"""One name for one operation, be it `operator.add`, `aten.add.Tensor` or `.add()`; and access to nodes."""
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
-import sympy
 import torch
 import torch.fx as fx
 
 _ALIASES = {
-    "truediv": "div", "divide": "div", "multiply": "mul", "iadd": "add", "imul": "mul", "isub": "sub", "subtract": "sub",
-    "and_": "and", "bitwise_and": "and", "logical_and": "and", "__and__": "and", "iand": "and",
-    "or_": "or", "bitwise_or": "or", "logical_or": "or", "__or__": "or", "ior": "or",
-    "invert": "not", "inv": "not", "bitwise_not": "not", "logical_not": "not", "not_": "not",
-    "less_equal": "le", "less": "lt", "greater_equal": "ge", "greater": "gt", "not_equal": "ne",
-    "_softmax": "softmax", "_to_copy": "to", "type": "to", "type_as": "to", "float": "to", "half": "to", "bfloat16": "to",
-    "bool": "to", "int": "to", "long": "to", "double": "to", "clone": "to", "contiguous": "to", "alias": "to", "detach": "to",
-    "lift_fresh_copy": "to", "lift_fresh": "to", "view": "reshape", "_unsafe_view": "reshape", "view_as": "reshape",
-    "bmm": "matmul", "mm": "matmul", "add_": "add", "mul_": "mul", "sub_": "sub", "div_": "div", "masked_fill_": "masked_fill",
-    "negative": "neg", "t": "transpose", "swapaxes": "transpose", "swapdims": "transpose", "select": "select", "expand_as": "expand",
-    "broadcast_to": "expand", "squeeze_": "squeeze", "unsqueeze_": "unsqueeze", "concat": "cat", "concatenate": "cat",
-}  # fmt: skip
-# Nodes that read a tensor's shape or check it: they do not compute with its values.
-SHAPE_READERS = ("sym_size", "size", "_assert_tensor_metadata", "sym_numel", "dim")
+    "truediv": "div",
+    "true_divide": "div",
+    "divide": "div",
+    "multiply": "mul",
+    "subtract": "sub",
+    "negative": "neg",
+    "and_": "and",
+    "__and__": "and",
+    "bitwise_and": "and",
+    "logical_and": "and",
+    "or_": "or",
+    "__or__": "or",
+    "bitwise_or": "or",
+    "logical_or": "or",
+    "invert": "not",
+    "inv": "not",
+    "bitwise_not": "not",
+    "logical_not": "not",
+    "greater": "gt",
+    "greater_equal": "ge",
+    "less": "lt",
+    "less_equal": "le",
+    "not_equal": "ne",
+    "_softmax": "softmax",
+    "_safe_softmax": "softmax",
+    "_to_copy": "to",
+    "type": "to",
+    "_unsafe_view": "view",
+    "unsafe_view": "view",
+    "reshape": "view",
+    "swapaxes": "transpose",
+    "swapdims": "transpose",
+    "bmm": "matmul",
+    "sym_size": "size",
+    "_shape_as_tensor": "shape",
+}
+_CASTS = {
+    "float": torch.float32,
+    "half": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "double": torch.float64,
+    "bool": torch.bool,
+    "long": torch.int64,
+    "int": torch.int32,
+}
+# Nodes that read or check a tensor's shape and dtype; they compute nothing from its values.
+SHAPE_READERS = frozenset({"size", "dim", "_assert_tensor_metadata", "sym_numel", "numel"})
+SAME_VALUE = frozenset({"contiguous", "clone", "alias", "detach", "detach_", "lift_fresh_copy", "lift_fresh", "lift"})
 
 
-def name_of(node: Any) -> str:
-    """The canonical name of what a node computes; "placeholder", "get_attr" or "output" for the rest; "" for no node."""
+def op_name(node: object) -> str:
+    """The operation's normalised name, such as "add" or "matmul"; "placeholder" for an input; "" for a non-node."""
     if not isinstance(node, fx.Node):
         return ""
     if node.op == "call_method":
         name = str(node.target)
     elif node.op == "call_function":
-        target = node.target
-        if isinstance(target, torch._ops.OpOverload):
-            name = target.overloadpacket.__name__
-        else:
-            name = getattr(target, "__name__", str(target))
+        name = _function_name(node.target)
     else:
         return node.op
+    if name in _CASTS and node.op == "call_method":
+        return "to"
     return _ALIASES.get(name, name)
 
 
+def _function_name(target: Any) -> str:
+    if isinstance(target, torch._ops.OpOverload):
+        return target.overloadpacket.__name__
+    return getattr(target, "__name__", str(target))
+
+
+def describe(node: fx.Node) -> str:
+    """The node for a message: its name and its operation."""
+    return f"{node.name} ({op_name(node)})"
+
+
+def arg(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument given by position or by name."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
 def value_of(x: Any) -> Any:
-    """The example value of a node (Dynamo: "example_value", export: "val"); anything else is itself."""
-    if not isinstance(x, fx.Node):
-        return x
-    return x.meta.get("example_value", x.meta.get("val"))
+    """The example value of a node (fake tensor, SymInt, number); anything else is returned as it is."""
+    return x.meta.get("val", x.meta.get("example_value")) if isinstance(x, fx.Node) else x
 
 
-def is_tensor(x: Any) -> bool:
-    return isinstance(value_of(x), torch.Tensor)
+def tensor_of(x: Any) -> torch.Tensor | None:
+    """The example tensor of a node, or None if it has none."""
+    value = value_of(x)
+    return value if isinstance(value, torch.Tensor) else None
 
 
-def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
-    """An argument by position or by name."""
-    if len(node.args) > position:
-        return node.args[position]
-    return node.kwargs.get(name, default)
+def meta_key(node: fx.Node) -> str:
+    """Where this graph keeps example values: "val" (torch.export) or "example_value" (Dynamo)."""
+    return "val" if "val" in node.meta else "example_value"
 
 
-def expression(x: Any) -> sympy.Expr | None:
-    """An integer of the graph as a sympy expression; None if `x` is no integer."""
-    x = value_of(x)
-    if isinstance(x, torch.SymInt):
-        return x.node.expr
-    if isinstance(x, int) and not isinstance(x, bool):
-        return sympy.Integer(x)
-    return None
+def cast_dtype(node: fx.Node) -> torch.dtype | None:
+    """The dtype that a "to" node asks for, or None if it asks for none."""
+    if node.op == "call_method" and node.target in _CASTS:
+        return _CASTS[str(node.target)]
+    given = [*node.args[1:], node.kwargs.get("dtype")]
+    dtypes = [a for a in given if isinstance(a, torch.dtype)]
+    if dtypes:
+        return dtypes[0]
+    others = [tensor_of(a) for a in given if isinstance(a, fx.Node)]
+    return next((t.dtype for t in others if t is not None), None)
 
 
-def shape_of(x: Any) -> tuple[sympy.Expr, ...]:
-    """The shape of a node's tensor, as sympy expressions."""
-    return tuple(sympy.sympify(expression(n)) for n in value_of(x).shape)
+def same_value(node: object) -> bool:
+    """Does the node hand on its first argument unchanged, apart from memory layout?"""
+    if op_name(node) in SAME_VALUE:
+        return True
+    if op_name(node) != "to":
+        return False
+    source, result = tensor_of(node.args[0]), tensor_of(node)  # type: ignore[attr-defined]
+    return source is not None and result is not None and source.dtype == result.dtype
 
 
-def is_zero(e: Any) -> bool:
-    """Whether the expression is zero for every value of its symbols, provably."""
-    return bool(sympy.expand(e) == 0) or bool(sympy.simplify(e) == 0)
-
-
-def not_negative(e: Any) -> bool:
-    """Whether the expression is at least zero for every value of its symbols (sizes are at least 1), provably."""
-    e = sympy.expand(e)
-    sizes = {s: sympy.Symbol(f"{s.name}_size", integer=True, positive=True) for s in e.free_symbols}
-    return bool(e.subs(sizes).is_nonnegative)
-
-
-def same_shape(a: fx.Node, b: fx.Node) -> bool:
-    """Whether two tensors provably have the same shape."""
-    x, y = shape_of(a), shape_of(b)
-    return len(x) == len(y) and all(is_zero(m - n) for m, n in zip(x, y, strict=True))
-
-
-def skip_copies(x: fx.Node) -> fx.Node:
-    """The node before copies that change neither values nor dtype: contiguous, clone, detach, `to` the same dtype."""
-    while name_of(x) == "to" and is_tensor(x.args[0]) and value_of(x).dtype == value_of(x.args[0]).dtype:
-        x = x.args[0]
-    return x
-
-
-def skip_casts(x: fx.Node) -> fx.Node:
-    """The node before copies and casts of dtype."""
-    while name_of(x) == "to" and is_tensor(x.args[0]):
-        x = x.args[0]
-    return x
+def is_getitem(node: object) -> bool:
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target is operator.getitem

@@ -1,4 +1,4 @@
-"""Which nodes write memory in place. Dynamo graphs may; a proof, a match and dead-code removal must respect it."""
+"""Which nodes hold memory that something in the graph writes to. A Dynamo graph may write in place; proofs must not."""
 
 from __future__ import annotations
 
@@ -6,79 +6,101 @@ import operator
 
 import torch
 import torch.fx as fx
+from torch._subclasses import FakeTensor
 
-from tsa_compile.passes.graph_names import argument, name_of, value_of
+from tsa_compile.passes.graph_names import op_name, tensor_of
 
-_INPLACE_OPERATORS = frozenset(
-    {operator.setitem, operator.delitem, operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift}
-    | {getattr(operator, f"i{n}") for n in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")}
-)
-_NOT_IN_PLACE = ("and_", "or_", "not_", "is_")  # operator functions whose names end in an underscore
-_VIEWS = frozenset(
-    {"getitem", "reshape", "transpose", "permute", "expand", "slice", "select", "unsqueeze", "squeeze", "narrow", "to", "flatten",
-     "unflatten", "ravel", "diagonal", "movedim", "unfold", "split", "chunk", "unbind", "as_strided", "real", "getattr", "mT", "T"}
-)  # fmt: skip
+# fmt: off
+_VIEWS = frozenset({
+    "getitem", "view", "view_as", "reshape_as", "transpose", "permute", "t", "T", "mT", "getattr", "expand",
+    "expand_as", "broadcast_to", "slice", "select", "unsqueeze", "squeeze", "narrow", "detach", "alias", "to", "type_as",
+    "contiguous", "cpu", "cuda", "flatten", "unflatten", "ravel", "diagonal", "movedim", "moveaxis", "unfold", "split", "chunk",
+    "unbind", "split_with_sizes", "tensor_split", "as_strided", "lift_fresh", "lift", "real", "view_as_real",
+})
+_INPLACE_OPERATORS = frozenset({
+    operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod,
+    operator.ipow, operator.imatmul, operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift,
+})
+# fmt: on
 
 
-def written_by(node: fx.Node) -> list[fx.Node]:
-    """The arguments whose memory `node` writes."""
-    if node.op == "call_module":
-        return list(node.all_input_nodes)  # unknown code
-    if node.op not in ("call_function", "call_method"):
-        return []
-    if isinstance(node.target, torch._ops.OpOverload):
-        arguments = enumerate(node.target._schema.arguments)
-        return _nodes(argument(node, i, a.name) for i, a in arguments if a.alias_info and a.alias_info.is_write)
-    written = _nodes([node.kwargs.get("out")])
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    suffixed = name.endswith("_") and not name.endswith("__") and name not in _NOT_IN_PLACE
-    if node.args and (node.target in _INPLACE_OPERATORS or suffixed or node.kwargs.get("inplace") is True):
-        written += _nodes(node.args[:1])
+def writes_to(node: fx.Node) -> list[fx.Node]:
+    """The argument nodes whose memory `node` writes."""
+    written = _nodes(node.kwargs.get("out"))
+    if node.op == "call_method":
+        name = str(node.target)
+        if name.endswith("_") and not name.endswith("__"):
+            written.append(node.args[0])  # type: ignore[arg-type]
+    elif node.op == "call_function":
+        written += _function_writes(node)
+    elif node.op == "call_module":
+        written += node.all_input_nodes
     return written
 
 
-def _nodes(arguments: object) -> list[fx.Node]:
+def _nodes(x: object) -> list[fx.Node]:
     found: list[fx.Node] = []
-    fx.node.map_arg(tuple(arguments), found.append)  # type: ignore[arg-type]
+    fx.node.map_arg(x, found.append)  # type: ignore[arg-type]
     return found
 
 
-def is_impure(node: fx.Node) -> bool:
-    """Whether removing the node, if nothing uses its result, would change what the graph does."""
-    return node.is_impure() or bool(written_by(node))
+def _function_writes(node: fx.Node) -> list[fx.Node]:
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        arguments = target._schema.arguments
+        values = [node.args[i] if i < len(node.args) else node.kwargs.get(a.name) for i, a in enumerate(arguments)]
+        written = []
+        for argument, value in zip(arguments, values, strict=True):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                written += [
+                    x for x in (value if isinstance(value, (tuple, list)) else [value]) if isinstance(x, fx.Node)
+                ]
+        return written
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return [] if _bodies_are_pure(node) else node.all_input_nodes
+    name = getattr(target, "__name__", "")
+    inplace = target in _INPLACE_OPERATORS or (
+        name.endswith("_") and not name.endswith("__") and name not in ("and_", "or_")
+    )
+    if (inplace or node.kwargs.get("inplace") is True) and node.args and isinstance(node.args[0], fx.Node):
+        return [node.args[0]]
+    return []
 
 
-class Writes:
-    """Where a graph writes in place, by the memory that is written."""
-
-    def __init__(self, graph: fx.Graph) -> None:
-        self._order = {node: i for i, node in enumerate(graph.nodes)}
-        self._writers: dict[object, list[fx.Node]] = {}
-        for node in graph.nodes:
-            for target in written_by(node):
-                for memory in _memory(target):
-                    self._writers.setdefault(memory, []).append(node)
-
-    def of(self, node: fx.Node) -> list[fx.Node]:
-        """The nodes that write memory which `node` may share."""
-        return [w for memory in _memory(node) for w in self._writers.get(memory, ())]
-
-    def between(self, node: fx.Node, first: fx.Node, last: fx.Node) -> bool:
-        """Whether memory of `node` may be written after `first` and before `last`."""
-        return any(self._order[first] < self._order[w] < self._order[last] for w in self.of(node))
+def _bodies_are_pure(node: fx.Node) -> bool:
+    """Has a higher-order operator bodies, none of which writes in place?"""
+    owner = node.graph.owning_module
+    bodies = [x for x in node.all_input_nodes if x.op == "get_attr" and owner is not None]
+    modules = [getattr(owner, str(x.target), None) for x in bodies]
+    graphs = [m.graph for m in modules if isinstance(m, fx.GraphModule)]
+    return bool(graphs) and not any(writes_to(x) for graph in graphs for x in graph.nodes)
 
 
-def _memory(node: fx.Node) -> set[object]:
-    """Names for the memory a node's tensor lives in: its example value's storage, and the nodes it is a view of."""
-    names: set[object] = set()
-    x = node
-    while True:
-        names.add(x)
-        value = value_of(x)
-        if isinstance(value, torch.Tensor):
-            names.add(value.untyped_storage()._cdata)
-        if name_of(x) not in _VIEWS and not (written_by(x) and x.args):
-            return names
-        if not isinstance(x.args[0], fx.Node):
-            return names
-        x = x.args[0]
+def written_nodes(graph: fx.Graph) -> frozenset[fx.Node]:
+    """All nodes that may share memory, through views, with a node that is written in place somewhere in `graph`."""
+    sharing: dict[object, list[fx.Node]] = {}
+    for node in graph.nodes:
+        sharing.setdefault(_storage(node), []).append(node)
+    found: set[fx.Node] = set()
+    stack = [x for node in graph.nodes for x in writes_to(node)]
+    while stack:
+        node = stack.pop()
+        if node in found:
+            continue
+        found.add(node)
+        stack += sharing[_storage(node)]
+        if may_alias_input(node) and node.args and isinstance(node.args[0], fx.Node):
+            stack.append(node.args[0])
+        stack += [user for user in node.users if may_alias_input(user) and user.args and user.args[0] is node]
+    return frozenset(found)
+
+
+def _storage(node: fx.Node) -> object:
+    """What identifies the memory of the node's example value; the node itself if that is not known."""
+    tensor = tensor_of(node)
+    return node if tensor is None or type(tensor) not in (torch.Tensor, FakeTensor) else tensor.untyped_storage()._cdata
+
+
+def may_alias_input(node: fx.Node) -> bool:
+    """May the result share memory with the first argument?"""
+    return op_name(node) in _VIEWS or bool(writes_to(node))

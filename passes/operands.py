@@ -1,4 +1,4 @@
-"""What a policy's `lower` needs of a site: the operands of the `tsa` operators, emitted into the graph."""
+"""What a policy's `lower` needs of a site: operands in the operators' form, emitted at the insertion point."""
 
 from __future__ import annotations
 
@@ -8,41 +8,80 @@ import operator
 import torch
 import torch.fx as fx
 
-from tsa_compile.passes.graph_names import shape_of
-from tsa_compile.passes.site import AttentionSite, KeyMask
+from tsa_compile.passes.graph_names import tensor_of
+from tsa_compile.passes.site import AttentionSite, KeyTerm
 
 aten = torch.ops.aten
+LAYOUT = "bhld"
 
 
 def attention_operands(graph: fx.Graph, site: AttentionSite) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node | None]:
-    """(q, k, v, key_mask) with queries at the last positions; key_mask is `[B, Lk]` bool, or None."""
-    k, v = site.k, site.v
-    used = None
-    if site.mask.offset is not None:
-        used = graph.call_function(operator.add, (_size(graph, site.q, 2), site.mask.offset))
+    """(q `[B, H, Lq, D]`, k `[B, Hk, K, D]`, v `[B, Hk, K, Dv]`, key_mask `[B, K]` bool or None).
+
+    The queries are the last `Lq` of the `K` keys; `K` is `Lk`, or the part of it that any query sees. All have the
+    output's dtype.
+    """
+    used = _keys_used(graph, site)
+    q = _operand(graph, site, site.q, site.layouts.q)
+    k, v = (_operand(graph, site, x, layout) for x, layout in ((site.k, site.layouts.k), (site.v, site.layouts.v)))
+    if used is not None:
         k, v = (graph.call_function(aten.slice.Tensor, (x, 2, 0, used)) for x in (k, v))
-    masks = [_two_dims(graph, site, m, used) for m in site.mask.key_masks]
-    if not masks:
-        return site.q, k, v, None
-    both = functools.partial(graph.call_function, aten.logical_and.default)
-    return site.q, k, v, functools.reduce(lambda a, b: both((a, b)), masks)
+    return q, k, v, _key_mask(graph, site, used)
 
 
-def _two_dims(graph: fx.Graph, site: AttentionSite, mask: KeyMask, used: fx.Node | None) -> fx.Node:
-    """A key mask of any rank as [B, Lk]."""
-    rank = len(shape_of(mask.node))
-    x = mask.node
-    for dim in reversed(range(rank)):  # every other dim has size 1, or nothing varies along it
-        if dim - rank not in (mask.key_dim, mask.batch_dim):
-            x = graph.call_function(aten.select.int, (x, dim, 0))
-    if mask.batch_dim is not None and mask.batch_dim > mask.key_dim:
-        x = graph.call_function(aten.transpose.int, (x, 0, 1))
-    if mask.batch_dim is None:
-        x = graph.call_function(aten.unsqueeze.default, (x, 0))
-    x = graph.call_function(aten.expand.default, (x, [_size(graph, site.q, 0), -1]))
-    return x if used is None else graph.call_function(aten.slice.Tensor, (x, 1, 0, used))
+def _operand(graph: fx.Graph, site: AttentionSite, x: fx.Node, layout: str) -> fx.Node:
+    dtype = tensor_of(site.node).dtype  # type: ignore[union-attr]
+    if tensor_of(x).dtype != dtype:  # type: ignore[union-attr]
+        x = graph.call_function(aten.to.dtype, (x, dtype))  # as autocast does
+    if layout != LAYOUT:
+        x = graph.call_function(aten.permute.default, (x, [layout.index(d) for d in LAYOUT]))
+    return x
+
+
+def _keys_used(graph: fx.Graph, site: AttentionSite) -> fx.Node | int | None:
+    used = site.mask.keys_used
+    if used is None or isinstance(used, int):
+        return used
+    return _size(graph, site.q, site.layouts.q.index("l"))  # a symbolic number of keys is the number of queries
 
 
 def _size(graph: fx.Graph, x: fx.Node, dim: int) -> fx.Node | int:
-    n = shape_of(x)[dim]
-    return int(n) if n.is_number else graph.call_function(aten.sym_size.int, (x, dim))
+    size = tensor_of(x).shape[dim]  # type: ignore[union-attr]
+    return size if isinstance(size, int) else graph.call_function(aten.sym_size.int, (x, dim))
+
+
+def _key_mask(graph: fx.Graph, site: AttentionSite, used: fx.Node | int | None) -> fx.Node | None:
+    """All terms and-ed."""
+    if not site.mask.key_mask:
+        return None
+    batch = _size(graph, site.q, site.layouts.q.index("b"))
+    keys = used if used is not None else _size(graph, site.k, site.layouts.k.index("l"))
+    terms = [_term(graph, term, batch, keys) for term in site.mask.key_mask]
+    return functools.reduce(lambda a, b: graph.call_function(aten.logical_and.default, (a, b)), terms)
+
+
+def _term(graph: fx.Graph, term: KeyTerm, batch: fx.Node | int, keys: fx.Node | int) -> fx.Node:
+    """One term as `[B, K]`."""
+    x, axes = term.node, list(term.axes)
+    for dim in reversed(range(len(axes))):
+        if axes[dim][0] == "fixed":
+            x = graph.call_function(aten.select.int, (x, dim, axes.pop(dim)[1]))
+    for dim, (name, start) in enumerate(axes):
+        x = _cut(graph, x, dim, start, batch if name == "batch" else keys)
+    names = [name for name, _ in axes]
+    if names == ["key", "batch"]:
+        x = graph.call_function(aten.transpose.int, (x, 0, 1))
+    for dim, name in enumerate(("batch", "key")):
+        if name not in names:
+            x = graph.call_function(aten.unsqueeze.default, (x, dim))
+    if term.negated:
+        x = graph.call_function(aten.logical_not.default, (x,))
+    return graph.call_function(aten.expand.default, (x, [batch, keys]))
+
+
+def _cut(graph: fx.Graph, x: fx.Node, dim: int, start: int, length: fx.Node | int) -> fx.Node:
+    """`length` entries along a dimension, from `start` on."""
+    if isinstance(length, int):
+        return graph.call_function(aten.slice.Tensor, (x, dim, start, start + length))
+    end = graph.call_function(operator.add, (length, start)) if start else length
+    return graph.call_function(aten.slice.Tensor, (x, dim, start, end))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import time
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+import tsa_compile.policies
 from tsa_compile.kernels import ops
 from tsa_compile.passes.decide_policy import Decision, decide_policy
 from tsa_compile.passes.find_attention import find_attention
@@ -28,19 +30,20 @@ from tsa_compile.policies.base import Policy
 
 @dataclasses.dataclass
 class Context:
-    """What the passes share: the graph, and what each pass found out."""
+    """The graph and what each pass leaves for the next."""
 
     gm: fx.GraphModule
     policy_for: Callable[[AttentionSite], Policy]
     constants: Mapping[str, torch.Tensor]
     sites: list[AttentionSite] = dataclasses.field(default_factory=list)
     decisions: list[Decision] = dataclasses.field(default_factory=list)
+    replacements: list[tuple[Decision, fx.Node, list[fx.Node]]] = dataclasses.field(default_factory=list)
     warnings: list[str] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
 class PipelineResult:
-    """What the passes did: decisions, and a count and a time for each pass."""
+    """What the passes did: a decision for each site, and a count and a time for each pass."""
 
     decisions: list[Decision]
     warnings: list[str]
@@ -48,12 +51,8 @@ class PipelineResult:
     seconds: dict[str, float]
 
 
-PASSES: tuple[Callable[[Context], int], ...] = (
-    find_attention,
-    decide_policy,
-    rewrite_attention,
-    verify_graph,
-)
+PASSES: tuple[Callable[[Context], int], ...] = (find_attention, decide_policy, rewrite_attention, verify_graph)
+_graph_numbers = itertools.count()
 
 
 def run_pipeline(
@@ -68,40 +67,57 @@ def run_pipeline(
     Args:
         gm: a graph whose nodes carry example values.
         policy_for: the policy of each site.
-        example_inputs: of the graph, for the dumps only.
-        constants: tensors that cannot change, by placeholder name: an ExportedProgram's, never a live module's buffers.
+        example_inputs: inputs of the graph; written to the dumps.
+        constants: tensors that no run changes, by placeholder name: an ExportedProgram's, never a live module's.
 
     Raises:
         VerificationError: the result is not what the passes promise (a bug of ours).
     """
     context = Context(gm, policy_for, constants or {})
+    dump = _Dump(example_inputs)
+    dump.write(gm, "before")
     counts: dict[str, int] = {}
     seconds: dict[str, float] = {}
-    for number, step in enumerate(PASSES):
+    for step in PASSES:
         start = time.perf_counter()
         counts[step.__name__] = step(context)
         gm.graph.lint()
         seconds[step.__name__] = time.perf_counter() - start
-        _dump(gm, f"{number}_{step.__name__}")
+    dump.write(gm, "after")
+    dump.write_decisions(context)
     return PipelineResult(context.decisions, context.warnings, counts, seconds)
 
 
 def pipeline_identity(plan: Mapping[str, Any]) -> str:
-    """A hash of the passes' and policies' sources, the operators and the plan: part of the compile cache key."""
-    folder = Path(__file__).parent
-    policies = Path(__import__("tsa_compile.policies", fromlist=["policies"]).__path__[0])
+    """A hash of the passes', policies' and operators' sources and of the plan: part of the compile cache key."""
     digest = hashlib.sha256(ops.source_tag().encode())
-    for path in sorted([*folder.glob("*.py"), *policies.glob("*.py")]):
+    folders = [Path(__file__).parent, *map(Path, tsa_compile.policies.__path__)]
+    for path in sorted(p for folder in folders for p in folder.rglob("*.py")):
         digest.update(path.read_bytes())
     digest.update(json.dumps(plan, sort_keys=True, default=str).encode())
-    return digest.hexdigest()[:32]
+    return digest.hexdigest()
 
 
-def _dump(gm: fx.GraphModule, name: str) -> None:
-    """With TSA_DEBUG=folder: the graph after each pass, a folder for each graph."""
-    root = os.environ.get("TSA_DEBUG")
-    if not root:
-        return
-    folder = Path(root) / f"graph_{id(gm):x}"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.py").write_text(gm.print_readable(print_output=False))
+class _Dump:
+    """With TSA_DEBUG=folder: each graph before and after the passes, and what was decided."""
+
+    def __init__(self, example_inputs: Sequence[Any] | None) -> None:
+        root = os.environ.get("TSA_DEBUG")
+        self._inputs = example_inputs
+        self._folder = Path(root) / f"graph_{os.getpid()}_{next(_graph_numbers):03d}" if root else None
+
+    def write(self, gm: fx.GraphModule, name: str) -> None:
+        if self._folder is not None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            (self._folder / f"{name}.py").write_text(gm.print_readable(print_output=False))
+
+    def write_decisions(self, context: Context) -> None:
+        if self._folder is None:
+            return
+        lines = [f"input {n}: {_shape(x)}" for n, x in enumerate(self._inputs or ())]
+        lines += [f"{d.site.module} {d.site.form} {d.site.mask}: {d.reason or 'replaced'}" for d in context.decisions]
+        (self._folder / "decisions.txt").write_text("\n".join([*lines, *context.warnings]) + "\n")
+
+
+def _shape(x: Any) -> str:
+    return f"{x.dtype} {list(x.shape)}" if isinstance(x, torch.Tensor) else repr(x)

@@ -2,62 +2,64 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import contextlib
+from typing import TYPE_CHECKING
 
 import torch
 import torch.fx as fx
-from torch._subclasses import FakeTensor, FakeTensorMode
+from torch._subclasses import FakeTensor
 
+from tsa_compile.passes.dead_code import erase_dead
 from tsa_compile.passes.decide_policy import Decision
-from tsa_compile.passes.graph_names import value_of
-from tsa_compile.passes.mutation import is_impure
-from tsa_compile.passes.verify_graph import check_result
+from tsa_compile.passes.graph_names import meta_key, tensor_of, value_of
+from tsa_compile.passes.operands import LAYOUT
 
 if TYPE_CHECKING:
     from tsa_compile.passes.pipeline import Context
 
+_ORIGIN = ("nn_module_stack", "stack_trace", "source_fn_stack", "torch_fn", "from_node", "custom")
+
 
 def rewrite_attention(context: Context) -> int:
-    """Replace every site without a reason against it; returns how many were."""
-    graph, replaced = context.gm.graph, 0
+    """Replace every site that has no reason against it; returns how many."""
     for decision in context.decisions:
         if decision.reason is None:
-            _replace(graph, decision)
-            replaced += 1
-    if replaced:
-        graph.eliminate_dead_code(is_impure)
+            context.replacements.append((decision, *_replace(context.gm.graph, decision)))
+    if context.replacements:
+        erase_dead(context.gm.graph, [d.site.node for d, _, _ in context.replacements])
         context.gm.recompile()
-    return replaced
+    return len(context.replacements)
 
 
-def _replace(graph: fx.Graph, decision: Decision) -> None:
-    old, before = decision.site.node, set(graph.nodes)
+def _replace(graph: fx.Graph, decision: Decision) -> tuple[fx.Node, list[fx.Node]]:
+    """(the node that takes the site's place, all new nodes)"""
+    site, old = decision.site, decision.site.node
+    last_before = old.prev
     with graph.inserting_before(old):
-        new = decision.policy.lower(graph, decision.site)
-        if value_of(old).dtype != value_of(decision.site.q).dtype:
-            new = graph.call_function(torch.ops.aten.to.dtype, (new, value_of(old).dtype))
-    for node in graph.nodes:
-        if node not in before:
-            _fill_meta(node, old)
-    check_result(old, new)
+        new = decision.policy.lower(graph, site)
+        if site.layouts.out != LAYOUT:
+            order = [LAYOUT.index(d) for d in site.layouts.out]
+            new = graph.call_function(torch.ops.aten.permute.default, (new, order))
+    created = []
+    node = last_before.next
+    while node is not old:
+        _describe(node, old)
+        created.append(node)
+        node = node.next
     old.replace_all_uses_with(new)
-    graph.erase_node(old)
+    return new, created
 
 
-def _fill_meta(node: fx.Node, old: fx.Node) -> None:
-    """Give a new node the old one's origin, and its example value by running it on fakes."""
-    key = "val" if "val" in old.meta else "example_value"
-    for name in ("nn_module_stack", "stack_trace", "source_fn_stack"):
-        if name in old.meta:
-            node.meta[name] = old.meta[name]
+def _describe(node: fx.Node, old: fx.Node) -> None:
+    """Give a new node the old one's origin, and the example value that its operator computes from its operands'."""
+    node.meta.update({name: old.meta[name] for name in _ORIGIN if name in old.meta})
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), value_of)
-    mode = _fake_mode(value_of(old))
-    if mode is None:
-        node.meta[key] = node.target(*args, **kwargs)
-        return
-    with mode, torch.no_grad():
-        node.meta[key] = node.target(*args, **kwargs)
+    example = value_of(old)  # its own mode: the one being traced with may be another by now
+    mode = example.fake_mode if isinstance(example, FakeTensor) else contextlib.nullcontext()
+    with torch.no_grad(), mode:
+        value = node.target(*args, **kwargs)  # type: ignore[operator]
+    node.meta[meta_key(old)] = value
+    if "tensor_meta" in old.meta and tensor_of(node) is not None:
+        from torch.fx.passes.shape_prop import _extract_tensor_metadata
 
-
-def _fake_mode(x: Any) -> FakeTensorMode | None:
-    return x.fake_mode if isinstance(x, FakeTensor) else None
+        node.meta["tensor_meta"] = _extract_tensor_metadata(tensor_of(node))

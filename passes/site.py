@@ -1,56 +1,81 @@
-"""The leaf types of the passes: what is proven about a mask, and one place where a graph attends."""
+"""What the passes know about one attention: where it is, what it reads, what its mask was proven to be."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TypeAlias
 
+import torch
 import torch.fx as fx
+
+Size: TypeAlias = int | torch.SymInt
 
 
 @dataclasses.dataclass(frozen=True)
-class KeyMask:
-    """A bool node that varies along keys (and batch) only: true where the key may be read."""
+class KeyTerm:
+    """A bool tensor of the graph that hides keys, and where its entry for batch row `b` and key `j` is found.
+
+    Args:
+        node: the bool tensor; true means visible, unless `negated`.
+        axes: where to look along each of its dimensions: `("batch", c)` at `b + c`, `("key", c)` at `j + c`,
+            `("fixed", c)` at `c`.
+        negated: true means hidden.
+    """
 
     node: fx.Node
-    key_dim: int  # dim of the node, from the end
-    batch_dim: int | None
+    axes: tuple[tuple[str, int], ...]
+    negated: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class MaskFacts:
-    """Which keys a query may read, proven for every size the graph accepts.
+    """What was proven about a mask: query `i` sees key `j` if and only if all of the facts allow it.
 
     Args:
-        causal: a query reads no key after its own position.
-        offset: None: queries are the last positions. An int: query i has position i + offset, and the keys from
-            `Lq + offset` on (a static cache's empty part) are read by no query.
-        window: a query reads only this many keys up to its own; None: all of them.
-        key_masks: conditions on the key alone, such as padding; all must hold.
-        unproven: why nothing above can be relied on; None if all of it is proven.
+        causal: only keys up to the query's own position, the queries being the last `Lq` of the keys in use:
+            `j <= i + K - Lq`, where `K` is `keys_used` or else `Lk`.
+        window: with `causal`, only the last `window` of these keys, the own position included.
+        key_mask: terms that hide keys from all queries and heads of a batch row alike; all must allow a key.
+        keys_used: how many leading keys any query sees, where fewer than `Lk` (a mask aligned to the top left, such as
+            `is_causal` with `Lq < Lk`); None: all.
+        unproven: why the mask is none of this; the other fields then say nothing.
     """
 
     causal: bool = False
-    offset: int | None = None
     window: int | None = None
-    key_masks: tuple[KeyMask, ...] = ()
+    key_mask: tuple[KeyTerm, ...] = ()
+    keys_used: Size | None = None
     unproven: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
+class Layouts:
+    """The order of dimensions of a site's tensors: b batch, h heads, l length, d head dim."""
+
+    q: str = "bhld"
+    k: str = "bhld"
+    v: str = "bhld"
+    out: str = "bhld"
+
+
+BHLD = Layouts()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class AttentionSite:
-    """One attention of a graph: `softmax(scale * q k^T + mask) v`.
+    """One attention of a traced graph: `node = softmax(scale * q k^T + mask) v`.
 
     Args:
-        node: the node whose result is the attention's output, `[B, H, Lq, Dv]`.
-        form: how the graph writes it: "sdpa" or "manual".
-        q, k, v: nodes of the operands; k and v with the model's own KV heads, before any repetition.
+        node: the output; a rewrite replaces it.
+        form: "sdpa" or "manual".
+        q, k, v: the tensors read. K and V have their own head count: repetition for grouped queries is seen through.
         scale: factor of the scores.
-        mask: what is proven about the mask.
-        obstacle: why no policy may replace the site; None if one may.
-        index: the site's number in its graph.
-        module: path of the module that attends, such as "model.layers.3.self_attn"; "" if the graph does not say.
-        layer: the first number in that path, else `index`.
+        mask: what was proven about the mask.
+        obstacle: why no policy may touch this site, or None.
+        index: its place among the sites of the graph.
+        module: path of the module that computes it, such as "model.layers.3.self_attn"; "" if unknown.
+        layer: the first number in `module`, or else `index`.
+        layouts: the order of dimensions of q, k, v and the output.
     """
 
     node: fx.Node
@@ -64,30 +89,33 @@ class AttentionSite:
     index: int
     module: str
     layer: int
-
-    def _shape(self, node: fx.Node) -> Any:
-        return node.meta.get("example_value", node.meta.get("val")).shape
+    layouts: Layouts = BHLD
 
     @property
-    def batch(self) -> Any:
-        return self._shape(self.q)[0]
+    def batch(self) -> Size:
+        return self._size(self.q, self.layouts.q, "b")
 
     @property
-    def heads(self) -> Any:
-        return self._shape(self.q)[1]
+    def heads(self) -> Size:
+        return self._size(self.q, self.layouts.q, "h")
 
     @property
-    def kv_heads(self) -> Any:
-        return self._shape(self.k)[1]
+    def q_len(self) -> Size:
+        return self._size(self.q, self.layouts.q, "l")
 
     @property
-    def q_len(self) -> Any:
-        return self._shape(self.q)[2]
+    def head_dim(self) -> Size:
+        return self._size(self.q, self.layouts.q, "d")
 
     @property
-    def k_len(self) -> Any:
-        return self._shape(self.k)[2]
+    def kv_heads(self) -> Size:
+        return self._size(self.k, self.layouts.k, "h")
 
     @property
-    def head_dim(self) -> Any:
-        return self._shape(self.q)[3]
+    def k_len(self) -> Size:
+        return self._size(self.k, self.layouts.k, "l")
+
+    @staticmethod
+    def _size(node: fx.Node, layout: str, dim: str) -> Size:
+        value = node.meta.get("val", node.meta.get("example_value"))
+        return value.shape[layout.index(dim)]

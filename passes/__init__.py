@@ -1,0 +1,1 @@
+"""FX passes: find attention in a traced graph, decide, rewrite, verify. `pipeline.py` reads as the story."""

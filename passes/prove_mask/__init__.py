@@ -1,0 +1,1 @@
+"""A symbolic proof of what a mask says: `prove.py` is the entry; `element.py` explains the method."""

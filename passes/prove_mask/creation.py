@@ -1,0 +1,104 @@
+"""Entries of tensors made from nothing: arange, full, tril, constants of the program."""
+
+from __future__ import annotations
+
+import sympy
+import torch
+import torch.fx as fx
+
+from tsa_compile.passes.graph_names import arg, op_name, tensor_of
+from tsa_compile.passes.prove_mask.element import Elements, Index, transfer
+from tsa_compile.passes.prove_mask.formula import AtMostZero
+from tsa_compile.passes.prove_mask.values import Value, cast, number, select
+from tsa_compile.passes.sizes import size_expr
+
+_LARGEST_CONSTANT = 1 << 26  # entries
+
+
+@transfer("arange")
+def _arange(elements: Elements, node: fx.Node, index: Index) -> Value | None:
+    bounds = [size_expr(x) for x in node.args]
+    if not bounds or None in bounds or "start" in node.kwargs or "step" in node.kwargs:
+        return None
+    start = bounds[0] if len(bounds) > 1 else sympy.Integer(0)
+    step = bounds[2] if len(bounds) > 2 else sympy.Integer(1)
+    return cast(number(start + step * index[0]), tensor_of(node).dtype)  # type: ignore[union-attr]
+
+
+def _filled(position: int, name: str, default: object = None):  # type: ignore[no-untyped-def]
+    def fn(elements: Elements, node: fx.Node, index: Index) -> Value | None:
+        fill = default if default is not None else arg(node, position, name)
+        tensor = tensor_of(fill)
+        if tensor is not None and tensor.dim():
+            return None
+        value = elements.operand(fill, node, ())
+        return None if value is None else cast(value, tensor_of(node).dtype)  # type: ignore[union-attr]
+
+    return fn
+
+
+for _prefix in ("", "new_"):
+    transfer(f"{_prefix}zeros")(_filled(0, "", 0))
+    transfer(f"{_prefix}ones")(_filled(0, "", 1))
+transfer("zeros_like")(_filled(0, "", 0))
+transfer("ones_like")(_filled(0, "", 1))
+transfer("full", "full_like")(_filled(1, "fill_value"))
+transfer("new_full")(_filled(2, "fill_value"))
+transfer("scalar_tensor", "tensor", "as_tensor")(_filled(0, "s"))
+
+
+@transfer("tril", "triu")
+def _triangle(elements: Elements, node: fx.Node, index: Index) -> Value | None:
+    diagonal = size_expr(arg(node, 1, "diagonal", 0))
+    dtype = tensor_of(node).dtype  # type: ignore[union-attr]
+    inside, outside = elements.entry(node.args[0], index), cast(number(0), dtype)  # type: ignore[arg-type]
+    if diagonal is None or outside is None:
+        return None
+    row, column = index[-2:]
+    past = column - row - diagonal if op_name(node) == "tril" else row - column + diagonal
+    return select(elements.settle(AtMostZero(sympy.expand(past))), inside, outside, dtype)
+
+
+@transfer("constant")
+def _constant(elements: Elements, node: fx.Node, index: Index) -> Value | None:
+    data = elements.constants[node].detach()
+    if data.numel() == 0 or data.numel() > _LARGEST_CONSTANT or data.dtype.is_complex or data.is_meta:
+        return None
+    first = data.flatten()[0]
+    if bool((data == first).all()):
+        return _scalar(first)
+    long_dims = [d for d in range(data.dim()) if data.shape[d] > 1]
+    if len(long_dims) == 1:
+        return _progression(data.flatten(), index[long_dims[0]])
+    if len(long_dims) == 2:
+        return _band(elements, data.reshape([data.shape[d] for d in long_dims]), *(index[d] for d in long_dims))
+    return None
+
+
+def _scalar(x: torch.Tensor) -> Value:
+    plain = x.item()
+    return plain if isinstance(plain, bool) else number(plain)
+
+
+def _progression(data: torch.Tensor, i: sympy.Expr) -> Value | None:
+    """start, start + step, start + 2 step, ... of integers."""
+    if data.dtype == torch.bool or data.dtype.is_floating_point:
+        return None
+    start, step = int(data[0]), int(data[1]) - int(data[0])
+    expected = start + step * torch.arange(data.numel(), device=data.device)
+    return number(start + step * i) if bool((data == expected).all()) else None
+
+
+def _band(elements: Elements, data: torch.Tensor, row: sympy.Expr, column: sympy.Expr) -> Value | None:
+    """One value up to a diagonal and another above it, checked entry by entry."""
+    rows, columns = data.shape
+    low, high = data[-1, 0], data[0, -1]
+    offset = torch.arange(columns, device=data.device) - torch.arange(rows, device=data.device)[:, None]
+    is_low = data == low
+    if not bool((is_low | (data == high)).all()) or bool(low == high):
+        return None
+    diagonal = int(offset[is_low].max())
+    if not bool((is_low == (offset <= diagonal)).all()):
+        return None
+    keep = elements.settle(AtMostZero(sympy.expand(column - row - diagonal)))
+    return select(keep, _scalar(low), _scalar(high), data.dtype)

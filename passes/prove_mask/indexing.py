@@ -1,0 +1,205 @@
+"""Entries of views: which entry of the source is the entry at an index of the view."""
+
+from __future__ import annotations
+
+from typing import Any as Anything
+
+import sympy
+import torch.fx as fx
+
+from tsa_compile.passes.graph_names import arg, tensor_of
+from tsa_compile.passes.prove_mask.element import Elements, Index, transfer
+from tsa_compile.passes.prove_mask.values import Number, Value
+from tsa_compile.passes.sizes import size_expr
+
+
+@transfer("expand", "broadcast_to", "expand_as")
+def _expand(elements: Elements, node: fx.Node, index: Index) -> Value | None:
+    return elements.entry(node.args[0], elements.broadcast(node.args[0], index))  # type: ignore[arg-type]
+
+
+@transfer("unsqueeze")
+def _unsqueeze(elements: Elements, node: fx.Node, index: Index) -> Value | None:
+    dim = arg(node, 1, "dim") % len(index)
+    return elements.entry(node.args[0], index[:dim] + index[dim + 1 :])  # type: ignore[arg-type]
+
+
+@transfer("view", "squeeze", "view_as", "reshape_as", "flatten")
+def _view(elements: Elements, node: fx.Node, index: Index) -> Value | None:
+    """A reshape that only adds or drops dimensions of size 1."""
+    source = node.args[0]
+    before, after = elements.shape(source), elements.shape(node)  # type: ignore[arg-type]
+    if arg(node, 1, "dtype") is not None and not isinstance(arg(node, 1, "dtype"), (int, tuple, list, fx.Node)):
+        return None  # view(dtype) reinterprets the bytes
+    long_dims = [i for i, size in zip(index, after, strict=True) if size != 1]
+    if [s for s in before if s != 1] != [s for s in after if s != 1]:
+        return None
+    left = iter(long_dims)
+    return elements.entry(source, tuple(sympy.Integer(0) if s == 1 else next(left) for s in before))  # type: ignore[arg-type]
+
+
+@transfer("transpose")
+def _transpose(elements: Elements, node: fx.Node, index: Index) -> Value | None:
+    a, b = (arg(node, n, name) % len(index) for n, name in ((1, "dim0"), (2, "dim1")))
+    order = list(index)
+    order[a], order[b] = order[b], order[a]
+    return elements.entry(node.args[0], tuple(order))  # type: ignore[arg-type]
+
+
+@transfer("t", "mT")
+def _last_two(elements: Elements, node: fx.Node, index: Index) -> Value | None:
+    return elements.entry(node.args[0], (*index[:-2], *reversed(index[-2:])))  # type: ignore[arg-type]
+
+
+@transfer("getattr")
+def _attribute(elements: Elements, node: fx.Node, index: Index) -> Value | None:
+    if node.args[1] in ("T", "mT") and len(index) == 2:
+        return _last_two(elements, node, index)
+    return _last_two(elements, node, index) if node.args[1] == "mT" else None
+
+
+@transfer("permute")
+def _permute(elements: Elements, node: fx.Node, index: Index) -> Value | None:
+    dims = node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:]
+    source: list[sympy.Expr] = list(index)
+    for position, dim in enumerate(dims):  # type: ignore[arg-type]
+        source[dim % len(index)] = index[position]
+    return elements.entry(node.args[0], tuple(source))  # type: ignore[arg-type]
+
+
+@transfer("repeat")
+def _repeat(elements: Elements, node: fx.Node, index: Index) -> Value | None:
+    """Repetition of dimensions of size 1 only; the others once."""
+    shape = elements.shape(node.args[0])  # type: ignore[arg-type]
+    kept = elements.shape(node)[len(index) - len(shape) :]
+    if any(s not in (1, k) for s, k in zip(shape, kept, strict=True)):
+        return None
+    return elements.entry(node.args[0], elements.broadcast(node.args[0], index))  # type: ignore[arg-type]
+
+
+@transfer("slice")
+def _slice(elements: Elements, node: fx.Node, index: Index) -> Value | None:
+    dim = elements.dim(node, arg(node, 1, "dim", 0))
+    return _slice_of(elements, node, index, dim, arg(node, 2, "start"), arg(node, 4, "step", 1))
+
+
+@transfer("narrow")
+def _narrow(elements: Elements, node: fx.Node, index: Index) -> Value | None:
+    dim = elements.dim(node, arg(node, 1, "dim"))
+    return _slice_of(elements, node, index, dim, arg(node, 2, "start"), 1)
+
+
+def _slice_of(
+    elements: Elements, node: fx.Node, index: Index, dim: int, start: Anything, step: Anything
+) -> Value | None:
+    source: fx.Node = node.args[0]  # type: ignore[assignment]
+    moved = _sliced(elements, elements.shape(source)[dim], index[dim], start, step)
+    return None if moved is None else elements.entry(source, (*index[:dim], moved, *index[dim + 1 :]))
+
+
+@transfer("select")
+def _select(elements: Elements, node: fx.Node, index: Index) -> Value | None:
+    source = node.args[0]
+    dim = elements.dim(source, arg(node, 1, "dim"))  # type: ignore[arg-type]
+    place = _absolute(elements, size_expr(arg(node, 2, "index")), elements.shape(source)[dim])  # type: ignore[arg-type]
+    return None if place is None else elements.entry(source, (*index[:dim], place, *index[dim:]))  # type: ignore[arg-type]
+
+
+def _sliced(
+    elements: Elements, length: sympy.Expr, i: sympy.Expr, start: Anything, step: Anything
+) -> sympy.Expr | None:
+    """The source index of entry `i` of a slice; the end plays no part, since `i` is inside the slice."""
+    first = sympy.Integer(0) if start is None else size_expr(start)
+    stride = sympy.Integer(1) if step is None else size_expr(step)
+    if first is None or stride is None or not stride.is_Integer or stride < 1:
+        return None
+    never_positive = elements.sizes.at_most_zero
+    if never_positive(first + 1):  # counts from the end
+        first = sympy.Integer(0) if never_positive(length + first) else length + first
+    return sympy.expand(first + stride * i) if never_positive(-first) else None
+
+
+def _absolute(elements: Elements, place: sympy.Expr | None, size: sympy.Expr) -> sympy.Expr | None:
+    """A position that may be given from the end, as one from the start."""
+    if place is None:
+        return None
+    if place.is_Integer and place < 0:
+        place = size + place
+    return place if elements.non_negative(place) else None
+
+
+@transfer("getitem", "index")
+def _getitem(elements: Elements, node: fx.Node, index: Index) -> Value | None:
+    source = node.args[0]
+    if not isinstance(source, fx.Node) or tensor_of(source) is None:
+        return None  # an item of a tuple
+    keys = node.args[1] if isinstance(node.args[1], (tuple, list)) else (node.args[1],)
+    if node.op == "call_function" and not _is_python(node):
+        keys = tuple(slice(None) if k is None else k for k in keys)  # type: ignore[union-attr]  # aten.index: None means all
+    return _Subscript(elements, source).entry(list(keys), index)  # type: ignore[arg-type]
+
+
+def _is_python(node: fx.Node) -> bool:
+    return getattr(node.target, "__module__", "") == "_operator"
+
+
+class _Subscript:
+    """`source[keys]`: ints, slices, None, ..., and index tensors."""
+
+    def __init__(self, elements: Elements, source: fx.Node) -> None:
+        self.elements, self.source = elements, source
+        self.shape = elements.shape(source)
+
+    def entry(self, keys: list[Anything], index: Index) -> Value | None:
+        keys = self._without_ellipsis(keys)
+        advanced = [n for n, k in enumerate(keys) if _is_tensor(k)]
+        if any(str(tensor_of(keys[n]).dtype) in ("torch.bool", "torch.uint8") for n in advanced):  # type: ignore[union-attr]
+            return None
+        if advanced and any(size_expr(k) is not None for k in keys):
+            return None  # an int among index tensors counts as one of them
+        rank = max((tensor_of(keys[n]).dim() for n in advanced), default=0)  # type: ignore[union-attr]
+        together = advanced == list(range(advanced[0], advanced[-1] + 1)) if advanced else True
+        place = self._advanced_start(keys, advanced) if together else 0
+        lookup, rest = index[place : place + rank], index[:place] + index[place + rank :]
+        return self._walk(keys, lookup, list(rest))
+
+    def _without_ellipsis(self, keys: list[Anything]) -> list[Anything]:
+        used = sum(1 for k in keys if k is not None and k is not Ellipsis)
+        missing = [slice(None)] * (len(self.shape) - used)
+        if not any(k is Ellipsis for k in keys):
+            return keys + missing
+        at = next(n for n, k in enumerate(keys) if k is Ellipsis)
+        return keys[:at] + missing + keys[at + 1 :]
+
+    @staticmethod
+    def _advanced_start(keys: list[Anything], advanced: list[int]) -> int:
+        """The result dimension where the index tensors' dimensions begin."""
+        return sum(1 for k in keys[: advanced[0]] if k is None or isinstance(k, slice)) if advanced else 0
+
+    def _walk(self, keys: list[Anything], lookup: Index, rest: list[sympy.Expr]) -> Value | None:
+        source_index: list[sympy.Expr] = []
+        for key in keys:
+            if key is None:
+                rest.pop(0)
+                continue
+            dim = len(source_index)
+            if isinstance(key, slice):
+                moved = _sliced(self.elements, self.shape[dim], rest.pop(0), key.start, key.step)
+            elif _is_tensor(key):
+                moved = self._looked_up(key, lookup, dim)
+            else:
+                moved = _absolute(self.elements, size_expr(key), self.shape[dim])
+            if moved is None:
+                return None
+            source_index.append(moved)
+        return self.elements.entry(self.source, tuple(source_index))
+
+    def _looked_up(self, key: fx.Node, lookup: Index, dim: int) -> sympy.Expr | None:
+        value = self.elements.entry(key, self.elements.broadcast(key, lookup))
+        if not isinstance(value, Number) or isinstance(value.value, float):
+            return None
+        return _absolute(self.elements, value.value, self.shape[dim])
+
+
+def _is_tensor(key: Anything) -> bool:
+    return isinstance(key, fx.Node) and tensor_of(key) is not None

@@ -1,0 +1,113 @@
+"""The entry: what do all masks of one attention, taken together, let a query see?"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import sympy
+import torch
+import torch.fx as fx
+
+from tsa_compile.passes.graph_names import describe, tensor_of
+from tsa_compile.passes.mutation import written_nodes
+from tsa_compile.passes.prove_mask import along_a_dim, creation, indexing, pointwise  # noqa: F401  (register transfers)
+from tsa_compile.passes.prove_mask.classify import Lengths, UnprovenMask, classify
+from tsa_compile.passes.prove_mask.element import Elements
+from tsa_compile.passes.prove_mask.formula import BATCH, HEAD, KEY, QUERY, AtMostZero, Data, Formula, both, opposite
+from tsa_compile.passes.prove_mask.values import HIDDEN_BELOW, Value, Where, is_formula, visible
+from tsa_compile.passes.site import MaskFacts, Size
+from tsa_compile.passes.sizes import SizeProver, size_expr
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskSource:
+    """One way in which scores are masked.
+
+    Args:
+        kind: "causal" (SDPA's `is_causal`: top-left), "mask" (SDPA's `attn_mask`: bool, or float that is added), "add",
+            "show" (scores where true, else `fill`) or "hide" (`fill` where true).
+        mask: the tensor; None for "causal".
+        fill: what "show" and "hide" put in place of a score: a number or a node.
+        factor: what masked scores are multiplied by before the softmax.
+    """
+
+    kind: str
+    mask: fx.Node | None = None
+    fill: Any = None
+    factor: float = 1.0
+
+
+class MaskProver:
+    """Proves masks of one graph. Sites that share masks share the work.
+
+    Args:
+        graph: the graph.
+        constants: tensors whose values are part of the program (an ExportedProgram's, never a Dynamo graph's), by node.
+    """
+
+    def __init__(self, graph: fx.Graph, constants: Mapping[fx.Node, torch.Tensor] | None = None) -> None:
+        self._sizes = SizeProver(graph)
+        self._written = written_nodes(graph)
+        self._constants = constants or {}
+        self._elements: dict[tuple[sympy.Expr, ...], Elements] = {}
+        self._proven: dict[tuple[Any, ...], MaskFacts] = {}
+
+    def prove(self, sources: tuple[MaskSource, ...], shape: tuple[Size, Size, Size, Size]) -> MaskFacts:
+        """The facts about the conjunction of `sources`; `shape` is (batch, heads, q_len, k_len) of the scores."""
+        key = (sources, tuple(size_expr(s) for s in shape))
+        if key not in self._proven:
+            self._proven[key] = self._prove(sources, shape, key[1])
+        return self._proven[key]
+
+    def _prove(
+        self, sources: tuple[MaskSource, ...], shape: tuple[Size, ...], sizes: tuple[sympy.Expr, ...]
+    ) -> MaskFacts:
+        if sizes not in self._elements:
+            bounds = dict(zip((BATCH, HEAD, QUERY, KEY), sizes, strict=True))
+            self._elements[sizes] = Elements(self._sizes, bounds, self._written, self._constants)
+        try:
+            formula: Formula = True
+            for source in sources:
+                formula = both(formula, _visible_entry(self._elements[sizes], source))
+            return classify(formula, Lengths(sizes[2], sizes[3], shape[2]), self._sizes, self._written)
+        except UnprovenMask as why:
+            return MaskFacts(unproven=str(why))
+
+
+def _visible_entry(elements: Elements, source: MaskSource) -> Formula:
+    """The formula for: this source lets query `QUERY` see key `KEY`."""
+    if source.kind == "causal":
+        return elements.settle(AtMostZero(KEY - QUERY))
+    mask = source.mask
+    assert mask is not None
+    tensor = tensor_of(mask)
+    if tensor is None or tensor.dim() > 4:
+        raise UnprovenMask(f"shape of mask {describe(mask)} is unknown or has more than 4 dimensions")
+    value = elements.entry(mask, elements.broadcast(mask, (BATCH, HEAD, QUERY, KEY)))
+    if source.kind == "add" or (source.kind == "mask" and tensor.dtype != torch.bool):
+        return _additive(elements, value, mask, source.factor)
+    if not (is_formula(value) or isinstance(value, Data)):
+        raise UnprovenMask(f"mask {describe(mask)} is not boolean")
+    if source.kind in ("show", "hide"):
+        _check_fill(elements, source)
+    return opposite(value) if source.kind == "hide" else value  # type: ignore[arg-type]
+
+
+def _additive(elements: Elements, value: Value, mask: fx.Node, factor: float) -> Formula:
+    formula = visible(value, factor)
+    if formula is None:
+        data = next((c.node for c in elements.cases(value) if isinstance(c, Data)), None)
+        if data is not None:
+            raise UnprovenMask(f"scores get a bias that is not a mask: {describe(data)}")
+        cases = [c for c in elements.cases(value) if not isinstance(c, Where)]
+        raise UnprovenMask(f"scores get a bias that neither leaves nor hides them: {describe(mask)}, {cases[:3]}")
+    return formula
+
+
+def _check_fill(elements: Elements, source: MaskSource) -> None:
+    """What takes the place of a hidden score must hide it."""
+    fill = elements.operand(source.fill, source.mask, (BATCH, HEAD, QUERY, KEY))  # type: ignore[arg-type]
+    if fill is None or visible(fill, source.factor) is not False:
+        raise UnprovenMask(f"hidden scores are replaced by {source.fill}, which is not {HIDDEN_BELOW} or less")
