@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.fx as fx
-
 from tsa_compile.passes.find_manual import match_manual
 from tsa_compile.passes.find_sdpa import match_sdpa
 from tsa_compile.passes.graph_names import op_name

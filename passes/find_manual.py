@@ -6,7 +6,6 @@ import dataclasses
 from typing import Any
 
 import torch.fx as fx
-
 from tsa_compile.passes.find_products import score_product, weighted_sum
 from tsa_compile.passes.graph_names import SHAPE_READERS, arg, op_name, tensor_of
 from tsa_compile.passes.match import Match, Unrecognised

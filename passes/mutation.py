@@ -7,15 +7,15 @@ import operator
 import torch
 import torch.fx as fx
 from torch._subclasses import FakeTensor
-
 from tsa_compile.passes.graph_names import op_name, tensor_of
 
 # fmt: off
 _VIEWS = frozenset({
     "getitem", "view", "view_as", "reshape_as", "transpose", "permute", "t", "T", "mT", "getattr", "expand",
-    "expand_as", "broadcast_to", "slice", "select", "unsqueeze", "squeeze", "narrow", "detach", "alias", "to", "type_as",
-    "contiguous", "cpu", "cuda", "flatten", "unflatten", "ravel", "diagonal", "movedim", "moveaxis", "unfold", "split", "chunk",
-    "unbind", "split_with_sizes", "tensor_split", "as_strided", "lift_fresh", "lift", "real", "view_as_real",
+    "expand_as", "broadcast_to", "slice", "select", "unsqueeze", "squeeze", "narrow", "detach", "alias", "to",
+    "type_as", "contiguous", "cpu", "cuda", "flatten", "unflatten", "ravel", "diagonal", "movedim", "moveaxis",
+    "unfold", "split", "chunk", "unbind", "split_with_sizes", "tensor_split", "as_strided", "lift_fresh",
+    "lift", "real", "view_as_real",
 })
 _INPLACE_OPERATORS = frozenset({
     operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod,

@@ -8,7 +8,6 @@ from typing import Any
 import sympy
 import torch
 import torch.fx as fx
-
 from tsa_compile.passes.graph_names import value_of
 
 Bounds = Mapping[sympy.Symbol, sympy.Expr]  # index symbol -> its size: the index runs over [0, size)

@@ -6,7 +6,6 @@ from typing import Any as Anything
 
 import sympy
 import torch.fx as fx
-
 from tsa_compile.passes.graph_names import arg, tensor_of
 from tsa_compile.passes.prove_mask.element import Elements, Index, transfer
 from tsa_compile.passes.prove_mask.values import Number, Value

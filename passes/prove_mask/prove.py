@@ -9,7 +9,6 @@ from typing import Any
 import sympy
 import torch
 import torch.fx as fx
-
 from tsa_compile.passes.graph_names import describe, tensor_of
 from tsa_compile.passes.mutation import written_nodes
 from tsa_compile.passes.prove_mask import along_a_dim, creation, indexing, pointwise  # noqa: F401  (register transfers)

@@ -9,7 +9,6 @@ from typing import TypeAlias
 
 import sympy
 import torch
-
 from tsa_compile.passes.prove_mask.formula import (
     FORMULAS,
     AtMostZero,
