@@ -12,9 +12,16 @@ import shutil
 import struct
 import subprocess
 import tempfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from tsa_compile.export.body import DOMAIN
 from tsa_compile.export.errors import ExportError
+from tsa_compile.export.onnx_file import load_model
+
+if TYPE_CHECKING:
+    from tsa_compile.export.aot_kernels import Form
 
 SOURCES = Path(__file__).parent / "csrc"
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror")
@@ -45,24 +52,68 @@ def find_compiler() -> str:
     )
 
 
-def build_library() -> Path:
-    """The path of `libtsa_ort.so`, built if the cache has none for these sources and this compiler.
+def build_library(forms: Iterable[Form] = (), capabilities: Sequence[tuple[int, int]] = ()) -> Path:
+    """The path of `libtsa_ort.so`, built if the cache has none for these sources, kernels and compiler.
+
+    Args:
+        forms: the attention sites whose CUDA kernels it holds (`forms_of` reads them from a file); none: CPU only.
+        capabilities: GPUs to compile for, such as ((9, 0),); others newer than 8.0 use PTX. Empty: those of `aot`.
 
     Raises:
-        ExportError: no compiler, or it fails; the message holds its output.
+        ExportError: no compiler, or a compiler fails; the message holds its output.
     """
-    compiler = find_compiler()
-    sources = sorted(SOURCES.glob("*.cc"))
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True)
-    if version.returncode:
-        raise ExportError(f"{compiler} --version failed: {version.stderr}")
-    digest = hashlib.sha256(repr((version.stdout, FLAGS)).encode())
-    for file in sorted(SOURCES.iterdir()):
+    forms, compiler = sorted(set(forms)), find_compiler()
+    flags = [*FLAGS, *(["-DTSA_CUDA"] if forms else [])]
+    key = [_version(compiler), flags, forms, sorted(capabilities)]
+    digest = hashlib.sha256(repr(key).encode())
+    for file in [*sorted(SOURCES.iterdir()), *(_kernel_sources() if forms else [])]:
         digest.update(file.name.encode() + file.read_bytes())
     library = cache_dir() / "native" / digest.hexdigest()[:16] / "libtsa_ort.so"
     if not library.is_file():
-        _compile(compiler, sources, library)
+        _build(compiler, flags, forms, capabilities, library)
     return library
+
+
+def forms_of(path: str | Path) -> list[Form]:
+    """The forms of the attention sites of an exported ONNX file; what `build_library` must hold to run it on CUDA.
+
+    Raises:
+        ExportError: the file does not load, has no sites, or does not say a head dim.
+    """
+    import torch
+    from tsa_compile.export.aot_kernels import Form
+
+    model = load_model(path)
+    known = {v.name: v.type.tensor_type for v in [*model.graph.value_info, *model.graph.input, *model.graph.output]}
+    dtypes = {1: torch.float32, 10: torch.float16, 16: torch.bfloat16}
+    forms = set()
+    for node in (n for n in model.graph.node if n.domain == DOMAIN):
+        ints = {a.name: a.i for a in node.attribute}
+        kinds = [known.get(name) for name in (node.input[0], node.input[2])]
+        dims = [kind.shape.dim[3].dim_value if kind and len(kind.shape.dim) == 4 else 0 for kind in kinds]
+        if not all(dims):
+            raise ExportError(f"{path}: node {node.name}: the file does not say its head dims")
+        masked = len(node.input) > 3 and bool(node.input[3])
+        strip = any(ints.get(name, 0) for name in ("strip_window", "strip_sinks", "heavy"))
+        forms.add(Form.of(dtypes[kinds[0].elem_type], *dims, ints["window"], masked, strip))
+    if not forms:
+        raise ExportError(f"{path}: no node of {DOMAIN} in it")
+    return sorted(forms)
+
+
+def _version(compiler: str) -> str:
+    done = subprocess.run([compiler, "--version"], capture_output=True, text=True)
+    if done.returncode:
+        raise ExportError(f"{compiler} --version failed: {done.stderr}")
+    return done.stdout
+
+
+def _kernel_sources() -> list[Path]:
+    """Everything that the compiled kernels depend on."""
+    from tsa_compile.kernels import ops
+
+    folder = Path(ops.__file__).parent
+    return [*sorted(folder.rglob("*.py")), *sorted(Path(__file__).parent.glob("aot*.py"))]
 
 
 def check_library(path: str | Path) -> None:
@@ -80,13 +131,24 @@ def check_library(path: str | Path) -> None:
         )
 
 
-def _compile(compiler: str, sources: list[Path], library: Path) -> None:
+def _build(
+    compiler: str, flags: list[str], forms: list[Form], capabilities: Sequence[tuple[int, int]], library: Path
+) -> None:
     """Compile beside the target and rename: another process never sees half a library."""
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        built = Path(folder) / library.name
-        command = [compiler, *FLAGS, *map(str, sources), "-o", str(built), "-ldl", "-pthread"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise ExportError(f"{' '.join(command)} failed:\n{done.stderr}")
-        built.replace(library)
+        if forms:
+            from tsa_compile.export import aot
+
+            aot.run(forms, capabilities or aot.CAPABILITIES, Path(folder))
+        compile_sources(compiler, flags, Path(folder)).replace(library)
+
+
+def compile_sources(compiler: str, flags: Sequence[str], folder: Path) -> Path:
+    """Compile csrc/ in `folder`, where `kernels.h` and `kernels.bin` lie if CUDA is built; returns the library."""
+    sources = [str(s) for s in sorted(SOURCES.glob("*.cc"))]
+    command = [compiler, *flags, "-I.", *sources, "-o", "libtsa_ort.so", "-ldl", "-pthread"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    if done.returncode:
+        raise ExportError(f"{' '.join(command)} failed:\n{done.stderr}")
+    return folder / "libtsa_ort.so"

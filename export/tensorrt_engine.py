@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from tsa_compile.export.errors import ExportError
-from tsa_compile.export.session import load_model, metadata
+from tsa_compile.export.onnx_file import load_model, metadata
 
 RUNTIMES = {"tensorrt": ("tensorrt",), "tensorrt_rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings")}
 _INSTALL = {"tensorrt": "pip install tensorrt", "tensorrt_rtx": "pip install 'tsa-compile[tensorrt]'"}

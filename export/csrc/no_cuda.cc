@@ -1,3 +1,4 @@
+#ifndef TSA_CUDA
 // Stands in for cuda.cc in a library that was built without CUDA kernels.
 #include "attention.h"
 
@@ -11,3 +12,4 @@ ort::Status* check_cuda() {
 ort::Status* run_cuda(const Attributes&, const Problem&, ort::KernelContext*) { return check_cuda(); }
 
 }  // namespace tsa
+#endif

@@ -179,7 +179,9 @@ Status* compute(void* state, ort::KernelContext* context) {
   ORT_RETURN_IF_ERROR(read_problem(kernel, context, &problem));
   if (problem.batch * problem.heads * problem.q_len * problem.v_dim == 0) return nullptr;
   try {
+#ifndef TSA_DEVICE_ON_HOST
     if (kernel.op->provider == nullptr) return run_cpu(kernel.attributes, problem, context);
+#endif
     return run_cuda(kernel.attributes, problem, context);
   } catch (const std::exception& e) {
     return error(ort::kFail, "ai.tsa::TokenSparseAttention node '" + kernel.attributes.node + "': " + e.what());
@@ -246,10 +248,15 @@ extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps
     return error(kFail, "libtsa_ort needs ONNX Runtime 1." + std::to_string(kApiVersion) + " or newer; this is " +
                             base->GetVersionString());
   }
-  static tsa::Op ops[] = {
-      tsa::make(kFloat, nullptr),    tsa::make(kFloat16, nullptr),    tsa::make(kBFloat16, nullptr),
-      tsa::make(kFloat, tsa::kCuda), tsa::make(kFloat16, tsa::kCuda), tsa::make(kBFloat16, tsa::kCuda),
-  };
+#ifdef TSA_DEVICE_ON_HOST  // a test build: the launches of the CUDA kernel, under the CPU provider
+  const char* providers[] = {nullptr};
+#else
+  const char* providers[] = {nullptr, tsa::kCuda};
+#endif
+  static std::vector<tsa::Op> ops;
+  if (ops.empty())
+    for (const char* provider : providers)
+      for (Element type : {kFloat, kFloat16, kBFloat16}) ops.push_back(tsa::make(type, provider));
   static Domain* domain = nullptr;  // lives as long as the sessions, so as long as the process
   if (!domain) {
     Domain* made = nullptr;

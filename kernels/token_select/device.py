@@ -170,8 +170,8 @@ def kth_largest(scores, n, k, BLOCK: tl.constexpr):
             inside = i < n
             if level > 0:
                 inside = inside & ((bits >> (shift + 10)) == threshold)
-            at = (bits >> shift) & (0x7FF if level == 0 else 0x3FF)
-            count += tl.histogram(at, BINS, mask=inside)
+            digit = (bits >> shift) & (0x7FF if level == 0 else 0x3FF)
+            count += tl.histogram(digit, BINS, mask=inside)
         from_here = tl.sum(count) - tl.cumsum(count, 0) + count  # how many in this bin or a higher one
         at = tl.sum((from_here >= need).to(tl.int32)) - 1
         here = tl.arange(0, BINS) == at

@@ -1,0 +1,161 @@
+"""Compiles the kernels of the native library with Triton's ahead-of-time tooling, for the C++ code to include.
+
+No GPU is needed. Each kernel becomes a cubin for each compute capability asked for, and one PTX text for 8.0, which the
+driver compiles on any newer GPU that has no cubin of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tsa_compile.export.aot_kernels import AotKernel, Form, kernels_of, parameters
+from tsa_compile.export.errors import ExportError
+from tsa_compile.export.require import require
+
+CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
+PTX = (0, 0)  # stands for PTX in place of a compute capability
+_CTYPES = {"fp32": "float", "i32": "int32_t", "i64": "int64_t"}
+_DTYPES = {"fp32": "ort::kFloat", "fp16": "ort::kFloat16", "bf16": "ort::kBFloat16"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Image:
+    """A compiled kernel: machine code for `capability`, or PTX."""
+
+    kernel: AotKernel
+    capability: tuple[int, int]
+    data: bytes
+    entry: str
+    shared: int
+    threads: int
+
+
+def compile_kernel(kernel: AotKernel, capability: tuple[int, int]) -> Image:
+    """Compile one kernel; `PTX` gives the text for compute capability 8.0."""
+    triton = require("triton", "triton")
+    compiler = require("triton.backends.compiler", "triton")
+    target = capability if capability != PTX else (8, 0)
+    names = parameters(kernel.function)
+    types = kernel.types()
+    source = _source_class(kernel.function)(
+        fn=kernel.function,
+        signature={name: types.get(name, "constexpr") for name in names},
+        constexprs={(names.index(name),): value for name, value in kernel.constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in sorted(kernel.divisible())},
+    )
+    made = triton.compile(
+        source, target=compiler.GPUTarget("cuda", target[0] * 10 + target[1], 32), options=dict(kernel.options)
+    )
+    m = made.metadata
+    if m.global_scratch_size or m.profile_scratch_size:
+        raise ExportError(f"{kernel.name}: needs scratch memory that a plain launch does not give")
+    data = made.asm["ptx"].encode() + b"\0" if capability == PTX else made.asm["cubin"]
+    return Image(kernel, capability, data, m.name, m.shared, 32 * m.num_warps)
+
+
+def _source_class(function: Any) -> Any:
+    from triton.compiler import ASTSource
+
+    if type(function).__name__ != "GluonJITFunction":
+        return ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    return GluonASTSource
+
+
+def compile_forms(forms: Iterable[Form], capabilities: Sequence[tuple[int, int]], folder: Path) -> None:
+    """Write `kernels.h` and `kernels.bin` for csrc/cuda.cc into `folder`."""
+    images: list[Image] = []
+    for form in sorted(set(forms)):
+        for capability in (*capabilities, PTX):
+            target = capability if capability != PTX else (8, 0)
+            images += [compile_kernel(kernel, capability) for kernel in kernels_of(form, target)]
+    write_images(images, folder)
+
+
+def write_images(images: Sequence[Image], folder: Path) -> None:
+    """The header and the blob of these images."""
+    blob, rows = bytearray(), []
+    for image in images:
+        f, start = image.kernel.form, len(blob)
+        blob += image.data
+        blob += b"\0" * (-len(blob) % 64)
+        fields = (
+            f"Kernel::{image.kernel.name}", _DTYPES[f.dtype], f.dim, f.v_dim, f.rows, int(f.masked), int(f.strip),
+            image.capability[0] * 10 + image.capability[1], json.dumps(image.entry), start, image.shared,
+            image.threads, *image.kernel.blocks,
+        )  # fmt: skip
+        rows.append("  {" + ", ".join(map(str, fields)) + "},")
+    (folder / "kernels.bin").write_bytes(blob)
+    (folder / "kernels.h").write_text(_header(every_kernel(), rows))
+
+
+def every_kernel() -> dict[str, AotKernel]:
+    """Each kernel that csrc/cuda.cc launches, in one of its forms: the run-time arguments are the same in all."""
+    form = Form.of(torch.float16, 64, 64, 128, masked=True, strip=True)
+    return {k.name: k for capability in ((8, 0), (9, 0)) for k in kernels_of(form, capability)}
+
+
+def _header(kernels: dict[str, AotKernel], rows: Sequence[str]) -> str:
+    enum = "enum class Kernel { " + ", ".join(kernels) + " };"
+    structs = [_arguments(kernel) for kernel in kernels.values()]
+    table = ["const Image kImages[] = {", *rows, "};"]
+    return "\n".join(["// Written by tsa_compile.export.aot.", enum, *structs, *table, ""])
+
+
+def _arguments(kernel: AotKernel) -> str:
+    """A struct of the kernel's run-time arguments in their order; csrc/cuda.cc must name every one."""
+    types = kernel.types()
+    lines = [f"  Arg<{'Pointer' if t.startswith('*') else _CTYPES[t]}> {name};" for name, t in types.items()]
+    pack = ", ".join(f"&a.{name}.value" for name in types)
+    return "\n".join(
+        [
+            f"struct {kernel.name}_args {{",
+            *lines,
+            "};",
+            f"inline int pack({kernel.name}_args& a, void** out) {{",
+            f"  void* all[] = {{{pack}}};",
+            f"  std::copy(all, all + {len(types)}, out);",
+            f"  return {len(types)};",
+            "}",
+        ]
+    )
+
+
+def run(forms: Iterable[Form], capabilities: Sequence[tuple[int, int]], folder: Path) -> None:
+    """`compile_forms` in a process of its own: kernels imported under TRITON_INTERPRET=1 cannot be compiled.
+
+    Raises:
+        ExportError: the compiler fails; the message holds its last lines.
+    """
+    job = {"forms": [dataclasses.astuple(f) for f in forms], "capabilities": list(capabilities), "folder": str(folder)}
+    code = "import sys, tsa_compile.export.aot as aot; aot.main(sys.argv[1])"
+    env = _environment()
+    done = subprocess.run([sys.executable, "-c", code, json.dumps(job)], capture_output=True, text=True, env=env)
+    if done.returncode:
+        raise ExportError("compiling the CUDA kernels failed:\n" + "\n".join(done.stderr.splitlines()[-20:]))
+
+
+def _environment() -> dict[str, str]:
+    """This process's, with this project importable, without the interpreter and without line tables in the cubins."""
+    import os
+
+    import tsa_compile
+
+    root = str(Path(tsa_compile.__file__).parents[1])
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return {**env, "PYTHONPATH": os.pathsep.join([root, env.get("PYTHONPATH", "")]), "TRITON_DISABLE_LINE_INFO": "1"}
+
+
+def main(job: str) -> None:
+    """What `run` starts."""
+    told = json.loads(job)
+    capabilities = [tuple(c) for c in told["capabilities"]]
+    compile_forms([Form(*f) for f in told["forms"]], capabilities, Path(told["folder"]))

@@ -1,0 +1,195 @@
+"""Which kernels the native library holds for one form of attention site, with their compile-time constants.
+
+Mirrors the launches in kernels/*/host.py, fused.py, strip.py and hopper.py; csrc/cuda.cc mirrors their arguments.
+tests/export/test_native_cuda.py runs the result against the reference through Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from tsa_compile.kernels.sparse_prefill import hopper
+from tsa_compile.kernels.sparse_prefill.configs import precision, prefill_config, strip_config
+from tsa_compile.kernels.token_scores import host as token_scores
+
+TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+_POINTERS = {
+    "lse": "*fp32", "part_lse": "*fp32", "part_max": "*fp32", "part_sum": "*fp32", "mean": "*fp32", "scores": "*fp32",
+    "masses": "*i64", "histograms": "*i64", "key_mask": "*u8",
+}  # fmt: skip
+_POINTERS.update(dict.fromkeys(("indices", "counts", "heavy_indices", "slots", "order", "ranks"), "*i32"))
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Form:
+    """What distinguishes the kernels of one site from another's. `rows`: scoring queries that one program takes."""
+
+    dtype: str  # "fp32", "fp16" or "bf16"
+    dim: int
+    v_dim: int
+    rows: int
+    masked: bool
+    strip: bool
+
+    @classmethod
+    def of(cls, dtype: torch.dtype, dim: int, v_dim: int, window: int, masked: bool, strip: bool) -> Form:
+        return cls(TYPES[dtype], dim, v_dim, score_config(dim, dtype, window).block_m, masked, strip)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return next(t for t, name in TYPES.items() if name == self.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class AotKernel:
+    """One kernel to compile: `name` in the C++ code, the Triton function, its constants and compile options."""
+
+    name: str
+    function: Any
+    constants: Mapping[str, Any]
+    options: Mapping[str, int]
+    form: Form
+    blocks: tuple[int, int] = (0, 0)  # rows and columns of a program, where the grid depends on them
+
+    def types(self) -> dict[str, str]:
+        """Triton type of each run-time parameter."""
+        return {p: self._type(p) for p in parameters(self.function) if p not in self.constants}
+
+    def divisible(self) -> set[str]:
+        """Parameters that are multiples of 16: pointers of whole allocations, strides of rows of 16 elements."""
+        types = self.types()
+        pointers = {p for p, t in types.items() if t.startswith("*") and p != "counts"}
+        wide = _widths(self.form)
+        return pointers | {p for p in types if p[1:] in ("_sb", "_sh") and wide.get(p[0], 1) % 16 == 0}
+
+    def _type(self, parameter: str) -> str:
+        if parameter in ("q", "k", "v", "out", "part"):
+            return f"*{self.form.dtype}"
+        if parameter == "heavy":  # the list itself where its length is another parameter, else that length
+            return "*i32" if "n_heavy" in parameters(self.function) else "i32"
+        if parameter in _POINTERS:
+            return _POINTERS[parameter]
+        if parameter == "scale_log2":
+            return "fp32"
+        return "i64" if parameter.endswith(("_sb", "_sh", "_sg")) or parameter == "coverage_bits" else "i32"
+
+
+class ScoreConfig(NamedTuple):
+    """Compile-time sizes of the window-score kernels."""
+
+    block_d: int
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def score_config(dim: int, dtype: torch.dtype, window: int) -> ScoreConfig:
+    """What kernels/token_scores/host.py takes for these queries."""
+    return ScoreConfig(*token_scores._config(torch.empty(1, 1, 1, dim, dtype=dtype, device="meta"), window))
+
+
+def takes_hopper(form: Form, capability: tuple[int, int]) -> bool:
+    """As `hopper.takes`, for contiguous operands."""
+    half, square = form.dtype in ("fp16", "bf16"), form.dim == form.v_dim
+    return capability == (9, 0) and half and square and form.dim in hopper.HEAD_DIMS
+
+
+def parameters(function: Any) -> list[str]:
+    """Names of a Triton kernel's parameters, in order."""
+    return [p.name for p in function.params] if hasattr(function, "params") else list(function.arg_names)
+
+
+def kernels_of(form: Form, capability: tuple[int, int]) -> Iterator[AotKernel]:
+    """All kernels of a form, for GPUs of one compute capability."""
+    from tsa_compile.export.aot_device import rank_kernel
+    from tsa_compile.kernels.sparse_prefill.pack_device import invert_kernel, order_kernel
+
+    yield from _selection(form)
+    yield from _prefill(form, capability)
+    if form.masked:
+        yield AotKernel("rank", rank_kernel, {"BLOCK": 4096}, {"num_warps": 8}, form)
+        yield AotKernel("order", order_kernel, {"BLOCK": 1024}, {}, form, (1024, 0))
+    if form.strip:
+        yield AotKernel("invert", invert_kernel, {"BLOCK": 1024}, {}, form, (1024, 0))
+        yield _strip(form, capability)
+
+
+def _selection(form: Form) -> Iterator[AotKernel]:
+    from tsa_compile.kernels.token_scores import device as scores
+    from tsa_compile.kernels.token_select import device as select
+
+    padded = {"PADDED": form.masked}
+    config = score_config(form.dim, form.torch_dtype, form.rows)
+    tile = {
+        "D": form.dim, "BLOCK_D": config.block_d, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
+        "PRECISION": precision(form.torch_dtype),
+    }  # fmt: skip
+    options, blocks = {"num_warps": config.num_warps, "num_stages": config.num_stages}, (config.block_m, config.block_n)
+    for name, function in (("score_lse", scores.score_lse_kernel), ("score_mean", scores.score_mean_kernel)):
+        yield AotKernel(name, function, {**tile, **padded, **_row_strides(form, "qk")}, options, form, blocks)
+    yield AotKernel("pool", select.pool_kernel, {"BLOCK": 512, **padded}, {}, form, (512, 0))
+    for level in (1, 2):
+        constants = {"LEVEL": level, "BLOCK": 2048, **padded}
+        yield AotKernel(f"mass_level{level}", select.mass_level_kernel, constants, {}, form, (2048, 0))
+    for name, function in (("count", select.count_kernel), ("select", select.select_kernel)):
+        yield AotKernel(name, function, {"BLOCK": 4096, **padded}, {"num_warps": 16}, form)
+
+
+def _prefill(form: Form, capability: tuple[int, int]) -> Iterator[AotKernel]:
+    block_d, block_dv = _block(form.dim), _block(form.v_dim)
+    if takes_hopper(form, capability):
+        from tsa_compile.kernels.sparse_prefill.hopper_device import sparse_prefill_hopper_kernel as function
+
+        constants = {"D": form.dim, "BLOCK_M": hopper.BLOCK_M, "BLOCK_N": hopper.BLOCK_N, "STAGES": hopper.STAGES}
+        strides = {name: value for name, value in _row_strides(form, "qkvo").items() if name.endswith("_sl")}
+        blocks = (hopper.BLOCK_M, hopper.BLOCK_N)
+        yield AotKernel(
+            "prefill_hopper", function, {**constants, **strides, "STRIP": form.strip}, {"num_warps": 4}, form, blocks
+        )
+        return
+    from tsa_compile.kernels.sparse_prefill.device import sparse_prefill_kernel
+
+    config = prefill_config(max(block_d, block_dv), form.torch_dtype, capability)
+    constants = {
+        "D": form.dim, "DV": form.v_dim, "BLOCK_D": block_d, "BLOCK_DV": block_dv, "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n, "STRIP": form.strip, "PRECISION": precision(form.torch_dtype),
+    }  # fmt: skip
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    blocks = (config.block_m, config.block_n)
+    constants.update(_row_strides(form, "qkvo"))
+    yield AotKernel("prefill", sparse_prefill_kernel, constants, options, form, blocks)
+
+
+def _strip(form: Form, capability: tuple[int, int]) -> AotKernel:
+    from tsa_compile.kernels.sparse_prefill.strip_device import strip_kernel
+
+    block_d, block_dv = _block(form.dim), _block(form.v_dim)
+    config = strip_config(max(block_d, block_dv), form.torch_dtype, capability)
+    constants = {
+        "D": form.dim, "DV": form.v_dim, "BLOCK_D": block_d, "BLOCK_DV": block_dv, "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n, "PADDED": form.masked, "PACKED": False, "PRECISION": precision(form.torch_dtype),
+    }  # fmt: skip
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    blocks = (config.block_m, config.block_n)
+    return AotKernel("strip", strip_kernel, {**constants, **_row_strides(form, "qkvop")}, options, form, blocks)
+
+
+def _row_strides(form: Form, tensors: str) -> dict[str, int]:
+    """Strides that contiguous tensors fix: between rows, and (but for outputs) between elements."""
+    width = _widths(form)
+    strides = {f"{t}_sl": width[t] for t in tensors}
+    return {**strides, **{f"{t}_sd": 1 for t in tensors if t in "qkv"}}
+
+
+def _widths(form: Form) -> dict[str, int]:
+    """Row width of each tensor, by the first letter of its strides."""
+    return {"q": form.dim, "k": form.dim, "v": form.v_dim, "o": form.v_dim, "p": form.v_dim}
+
+
+def _block(dim: int) -> int:
+    """The power of two, at least 16, that holds a head dim."""
+    return max(16, 1 << (dim - 1).bit_length())

@@ -1,0 +1,192 @@
+"""The CUDA half of `libtsa_ort.so` without a GPU.
+
+The C++ launches run against a driver of the test's own (fake_driver.c), which hands each launch to Triton's interpreter:
+kernels, argument order, grids, scratch sizes and strides are real, only the machine code is not. The machine code is
+compiled, not run, in the last tests.
+"""
+
+import ctypes
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+onnx = pytest.importorskip("onnx", reason="extra 'onnx' is not installed")
+ort = pytest.importorskip("onnxruntime", reason="extra 'onnx' is not installed")
+pytest.importorskip("triton", reason="extra 'triton' is not installed")
+
+from tsa_compile.export import aot, native  # noqa: E402
+from tsa_compile.export.aot_kernels import Form, kernels_of  # noqa: E402
+from tsa_compile.export.body import Variant  # noqa: E402
+from tsa_compile.export.errors import ExportError  # noqa: E402
+
+if torch.cuda.is_available():
+    pytest.skip("the interpreter is off where there is a GPU", allow_module_level=True)
+
+DIM, V_DIM = 16, 32
+POINTEES = {"fp32": torch.float32, "fp16": torch.float16, "i32": torch.int32, "i64": torch.int64, "u8": torch.uint8}
+VALUES = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
+CALLBACK = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_uint, ctypes.POINTER(ctypes.c_void_p)
+)
+
+
+def forms(dtype):
+    window = 16
+    return [Form.of(dtype, DIM, V_DIM, window, masked, strip) for masked in (False, True) for strip in (False, True)]
+
+
+def memory(address, triton_type):
+    """A tensor at an address; the interpreter reads and writes through its pointer."""
+    reach = 1 << 20  # kernels index from the pointer, whatever the tensor's size
+    raw = (ctypes.c_char * reach).from_address(address or ctypes.addressof(NOTHING))
+    return torch.frombuffer(raw, dtype=POINTEES[triton_type], count=1)
+
+
+NOTHING = (ctypes.c_char * (1 << 20))()  # what null pointers to unread arguments become
+
+
+class Machine:
+    """Runs launches by Triton's interpreter, and remembers them."""
+
+    def __init__(self):
+        self.kernels, self.launched, self.error = {}, [], None
+        self.callback = CALLBACK(self._launch)
+
+    def _launch(self, entry, x, y, z, parameters):
+        try:
+            kernel = self.kernels[entry.decode()]
+            self.launched.append((kernel.name, (x, y, z)))
+            values = {}
+            for i, (name, kind) in enumerate(kernel.types().items()):
+                if kind.startswith("*"):
+                    values[name] = memory(ctypes.cast(parameters[i], ctypes.POINTER(ctypes.c_uint64))[0], kind[1:])
+                else:
+                    values[name] = ctypes.cast(parameters[i], ctypes.POINTER(VALUES[kind]))[0]
+            kernel.function[(x, y, z)](**values, **kernel.constants)
+            return 0
+        except Exception as error:  # must not cross the C frames; the test raises it
+            self.error = error
+            return 1
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory):
+    """The library with images that only name their kernel, on the fake driver."""
+    folder = tmp_path_factory.mktemp("cuda")
+    driver = folder / "libcuda_fake.so"
+    subprocess.run(["cc", "-shared", "-fPIC", str(Path(__file__).parent / "fake_driver.c"), "-o", driver], check=True)
+    machine, images = Machine(), []
+    for dtype in (torch.float32, torch.float16):
+        for form in forms(dtype):
+            for kernel in kernels_of(form, (8, 6)):
+                entry = f"{kernel.name}_{len(images)}"
+                machine.kernels[entry] = kernel
+                images.append(aot.Image(kernel, (8, 6), b"-", entry, 0, 128))
+    aot.write_images(images, folder)
+    flags = [*native.FLAGS, "-DTSA_CUDA", "-DTSA_DEVICE_ON_HOST", f'-DTSA_DRIVER="{driver}"']
+    machine.library = native.compile_sources(native.find_compiler(), flags, folder)
+    ctypes.CDLL(str(driver)).fake_set_launch(machine.callback)
+    return machine
+
+
+def session(site, machine, settings, masked=False, dtype=torch.float32):
+    node = site.node(Variant(masked, True), settings)
+    node.overload = ""
+    options = ort.SessionOptions()
+    options.register_custom_ops_library(str(machine.library))
+    model = site.model([node], [], masked, dtype).SerializeToString()
+    machine.launched.clear()
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def difference(site, machine, runner, *operands):
+    machine.error = None
+    try:
+        return site.difference(runner, *operands)
+    finally:
+        if machine.error:
+            raise machine.error
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+@pytest.mark.parametrize("form", ["paper", "strip"])
+def test_launches_equal_the_reference(site, machine, form, masked):
+    settings = getattr(site, form)
+    runner = session(site, machine, settings, masked)
+    for batch, q_len, k_len in [(1, 1, 1), (2, 40, 40), (2, 90, 90), (1, 30, 140)]:
+        q, k, v = site.operands(batch, q_len, k_len, dim=DIM, v_dim=V_DIM)
+        mask = site.ragged_mask(batch, k_len) if masked else None
+        assert difference(site, machine, runner, q, k, v, mask, settings) < 1e-4, (batch, q_len, k_len)
+
+
+def test_half_precision(site, machine):
+    runner = session(site, machine, site.strip, dtype=torch.float16)
+    operands = site.operands(1, 90, 90, dim=DIM, v_dim=V_DIM, dtype=torch.float16)
+    assert difference(site, machine, runner, *operands, None, site.strip) < 1e-2
+
+
+def test_short_rows_are_not_scored(site, machine):
+    runner = session(site, machine, site.paper)
+    difference(site, machine, runner, *site.operands(1, 48, 48, dim=DIM, v_dim=V_DIM), None, site.paper)
+    assert [name for name, _ in machine.launched] == ["select", "prefill"]
+    machine.launched.clear()
+    difference(site, machine, runner, *site.operands(1, 60, 60, dim=DIM, v_dim=V_DIM), None, site.paper)
+    names = [name for name, _ in machine.launched]
+    assert names == ["score_lse", "score_mean", "pool", "mass_level1", "mass_level2", "count", "select", "prefill"]
+
+
+def test_a_form_that_was_not_built_is_named(site, machine):
+    runner = session(site, machine, site.paper)
+    message = r"node 'site_out': .*without kernels for float32, head dims 24 and 32, window 16"
+    with pytest.raises(Exception, match=message):
+        site.run(runner, *site.operands(1, 60, 60, dim=24, v_dim=32))
+
+
+def test_a_failing_launch_is_quoted(site, machine, monkeypatch):
+    runner = session(site, machine, site.paper)
+    monkeypatch.setattr(machine, "kernels", {})
+    with pytest.raises(Exception, match=r"node 'site_out': score_lse_\d+: the test's own error"):
+        site.run(runner, *site.operands(1, 60, 60, dim=DIM, v_dim=V_DIM))
+
+
+def test_forms_are_read_from_a_model(site, tmp_path):
+    node = site.node(Variant(True, True), site.strip)
+    node.overload = ""
+    model = site.model([node], [], masked=True, dtype=torch.float16)
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(ExportError, match="node site_out: the file does not say its head dims"):
+        native.forms_of(tmp_path / "m.onnx")
+    for name, width in (("q", 64), ("k", 64), ("v", 128)):
+        value = next(i for i in model.graph.input if i.name == name)
+        value.type.tensor_type.shape.dim[3].dim_value = width
+    onnx.save(model, tmp_path / "m.onnx")
+    assert native.forms_of(tmp_path / "m.onnx") == [Form("fp16", 64, 128, 16, True, True)]
+
+
+def test_every_kernel_compiles_for_hopper_and_as_ptx(tmp_path):
+    """Real machine code, in a process without the interpreter; the Hopper kernel replaces the portable prefill."""
+    form = Form.of(torch.float16, 64, 64, 128, masked=True, strip=True)
+    aot.run([form], [(9, 0)], tmp_path)
+    header, blob = (tmp_path / "kernels.h").read_text(), (tmp_path / "kernels.bin").read_bytes()
+    assert "{Kernel::prefill_hopper, ort::kFloat16, 64, 64, 128, 1, 1, 90," in header
+    assert "{Kernel::prefill, ort::kFloat16, 64, 64, 128, 1, 1, 0," in header
+    assert header.count(" 1, 1, 90,") == header.count(" 1, 1, 0,") == 12
+    assert blob.count(b"\x7fELF") == 12
+    assert blob.count(b".target sm_80") == 12
+
+
+def test_a_library_with_machine_code_loads_where_there_is_no_gpu(site, monkeypatch, tmp_path):
+    """Its CPU kernel works; the missing driver matters only to a CUDA session."""
+    monkeypatch.setenv("TSA_COMPILE_CACHE", str(tmp_path))
+    library = native.build_library([Form.of(torch.float32, DIM, V_DIM, 16, False, False)], [(8, 6)])
+    node = site.node(Variant(False, True), site.paper)
+    node.overload = ""
+    options = ort.SessionOptions()
+    options.register_custom_ops_library(str(library))
+    runner = ort.InferenceSession(
+        site.model([node], [], False).SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    operands = site.operands(1, 90, 90, dim=DIM, v_dim=V_DIM)
+    assert site.difference(runner, *operands, None, site.paper) < 2e-5

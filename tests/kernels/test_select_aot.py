@@ -1,0 +1,53 @@
+"""Every variant of the selection kernels compiles ahead of time for several GPUs, on a machine without one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).parents[2]
+SCRIPT = """
+import sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from tsa_compile.kernels.token_scores import device as scores
+from tsa_compile.kernels.token_select import device as select
+
+TYPES = {"mean": "*fp32", "scores": "*fp32", "part_max": "*fp32", "part_sum": "*fp32", "masses": "*i64", "histograms": "*i64",
+         "counts": "*i32", "indices": "*i32", "heavy_indices": "*i32", "order": "*i32", "ranks": "*i32",
+         "scale_log2": "fp32", "coverage_bits": "i64"}
+
+def compile_kernel(kernel, capability, dtype="bf16", warps=4, stages=2, **constants):
+    names = [p.name for p in kernel.params]
+    signature = {n: "constexpr" if n in constants else TYPES.get(n, "*" + dtype if n in "qk" else "i32") for n in names}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    options = {"num_warps": warps, "num_stages": stages}
+    assert triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["cubin"]
+
+capability = int(sys.argv[1])
+for padded in (False, True):
+    for dtype, dim, m, n in (("bf16", 128, 128, 128), ("fp16", 80, 16, 128), ("fp32", 64, 64, 32), ("bf16", 256, 64, 64)):
+        shape = dict(D=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_M=m, BLOCK_N=n, PADDED=padded,
+                     PRECISION="tf32x3" if dtype == "fp32" else "ieee")
+        for kernel in (scores.score_lse_kernel, scores.score_mean_kernel):
+            compile_kernel(kernel, capability, dtype, **shape)
+    compile_kernel(select.pool_kernel, capability, BLOCK=512, PADDED=padded)
+    for level in (1, 2):
+        compile_kernel(select.mass_level_kernel, capability, LEVEL=level, BLOCK=2048, PADDED=padded)
+    compile_kernel(select.count_kernel, capability, warps=16, BLOCK=4096, PADDED=padded)
+    compile_kernel(select.select_kernel, capability, warps=16, BLOCK=4096, PADDED=padded)
+print("compiled")
+"""
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_compiles_ahead_of_time(capability, tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(capability)], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.strip().endswith("compiled"), done.stderr[-3000:]
