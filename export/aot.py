@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from tsa_compile.export.aot_kernels import AotKernel, Form, kernels_of, parameters
 from tsa_compile.export.errors import ExportError
 from tsa_compile.export.require import require
@@ -50,9 +51,7 @@ def compile_kernel(kernel: AotKernel, capability: tuple[int, int]) -> Image:
         constexprs={(names.index(name),): value for name, value in kernel.constants.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in sorted(kernel.divisible())},
     )
-    made = triton.compile(
-        source, target=compiler.GPUTarget("cuda", target[0] * 10 + target[1], 32), options=dict(kernel.options)
-    )
+    made = triton.compile(source, target=compiler.GPUTarget("cuda", target[0] * 10 + target[1], 32), options=dict(kernel.options))
     m = made.metadata
     if m.global_scratch_size or m.profile_scratch_size:
         raise ExportError(f"{kernel.name}: needs scratch memory that a plain launch does not give")

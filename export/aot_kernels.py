@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
+
 from tsa_compile.kernels.sparse_prefill import hopper
 from tsa_compile.kernels.sparse_prefill.configs import precision, prefill_config, strip_config
 from tsa_compile.kernels.token_scores import host as token_scores
@@ -147,9 +148,7 @@ def _prefill(form: Form, capability: tuple[int, int]) -> Iterator[AotKernel]:
         constants = {"D": form.dim, "BLOCK_M": hopper.BLOCK_M, "BLOCK_N": hopper.BLOCK_N, "STAGES": hopper.STAGES}
         strides = {name: value for name, value in _row_strides(form, "qkvo").items() if name.endswith("_sl")}
         blocks = (hopper.BLOCK_M, hopper.BLOCK_N)
-        yield AotKernel(
-            "prefill_hopper", function, {**constants, **strides, "STRIP": form.strip}, {"num_warps": 4}, form, blocks
-        )
+        yield AotKernel("prefill_hopper", function, {**constants, **strides, "STRIP": form.strip}, {"num_warps": 4}, form, blocks)
         return
     from tsa_compile.kernels.sparse_prefill.device import sparse_prefill_kernel
 

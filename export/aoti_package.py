@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.export import ExportedProgram
-from tsa_compile.export.trace import trace
 
+from tsa_compile.export.trace import trace
 from tsa_compile.plan import Plan
 from tsa_compile.policies.base import Policy
 
@@ -42,7 +42,5 @@ def export_aoti(
     traced = trace(model, args, kwargs, policy=policy, dynamic_shapes=dynamic_shapes)
     options = dict(inductor_options or {})
     with torch.no_grad():
-        made = torch._inductor.aoti_compile_and_package(
-            traced.program, package_path=str(path), inductor_configs=options or None
-        )
+        made = torch._inductor.aoti_compile_and_package(traced.program, package_path=str(path), inductor_configs=options or None)
     return Path(made)

@@ -9,6 +9,7 @@ from tsa_compile.export.ops import FLOAT, INT64
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
     from tsa_compile.export.body_rank import Ranking
 
 

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
+
 from tsa_compile.export.errors import ExportError
 from tsa_compile.export.onnx_file import load_model, metadata
 from tsa_compile.export.onnx_model import META
 from tsa_compile.export.session import make_session
 from tsa_compile.export.trace import trace
-
 from tsa_compile.plan import Plan
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.fx as fx
+
 from tsa_compile.export.errors import ExportError
 
 

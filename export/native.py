@@ -81,6 +81,7 @@ def forms_of(path: str | Path) -> list[Form]:
         ExportError: the file does not load, has no sites, or does not say a head dim.
     """
     import torch
+
     from tsa_compile.export.aot_kernels import Form
 
     model = load_model(path)
@@ -126,14 +127,10 @@ def check_library(path: str | Path) -> None:
         raise ExportError(f"{path}: not a shared library, or damaged")
     sections, (size, count) = struct.unpack_from("<Q", data, 40)[0], struct.unpack_from("<HH", data, 58)
     if sections + size * count > len(data):  # the section table is the last thing in the file
-        raise ExportError(
-            f"{path}: the library is damaged: {len(data)} bytes, at least {sections + size * count} expected"
-        )
+        raise ExportError(f"{path}: the library is damaged: {len(data)} bytes, at least {sections + size * count} expected")
 
 
-def _build(
-    compiler: str, flags: list[str], forms: list[Form], capabilities: Sequence[tuple[int, int]], library: Path
-) -> None:
+def _build(compiler: str, flags: list[str], forms: list[Form], capabilities: Sequence[tuple[int, int]], library: Path) -> None:
     """Compile beside the target and rename: another process never sees half a library."""
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.export import ExportedProgram
+
 from tsa_compile.export import node as site_node
 from tsa_compile.export.body import DOMAIN, DOMAIN_VERSION, TARGETS, function
 from tsa_compile.export.errors import ExportError
 from tsa_compile.export.require import require
 from tsa_compile.export.trace import Traced, trace
-
 from tsa_compile.plan import Plan
 from tsa_compile.policies.base import Policy
 

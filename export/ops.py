@@ -55,9 +55,7 @@ class Ops:
         kind = "int" if isinstance(one, int) else "float"
         return self.Constant(**{f"value_{kind}": value} if one is value else {f"value_{kind}s": value})
 
-    def loop(
-        self, trips: int, initial: Sequence[ir.Value], body: Callable[..., Sequence[ir.Value]]
-    ) -> Sequence[ir.Value]:
+    def loop(self, trips: int, initial: Sequence[ir.Value], body: Callable[..., Sequence[ir.Value]]) -> Sequence[ir.Value]:
         """`trips` rounds of `body(op, round, *carried) -> carried`; values of this graph may be read inside."""
         ir, inner = self._ir, Ops(self.opset, self._names)
         scalar = ir.Shape(())

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 from torch.export import ExportedProgram
+
 from tsa_compile.export.tensorrt_engine import Profile, build_engine, load_runtime
 
 

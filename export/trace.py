@@ -10,9 +10,9 @@ import torch
 import torch.fx as fx
 from torch import nn
 from torch.export import ExportedProgram
+
 from tsa_compile.export.errors import ExportError
 from tsa_compile.export.fuse import fuse_selection
-
 from tsa_compile.plan import Plan, as_plan
 from tsa_compile.policies.base import Policy
 
@@ -58,9 +58,7 @@ def trace(
     from tsa_compile.passes.pipeline import run_pipeline
 
     if isinstance(model, nn.Module) and model._compiled_call_impl is not None and policy is None:
-        raise ValueError(
-            "the model is transformed; an export starts from its forward, so pass the policy or plan again"
-        )
+        raise ValueError("the model is transformed; an export starts from its forward, so pass the policy or plan again")
     plan = as_plan(policy)
     program = model if isinstance(model, ExportedProgram) else _export(model, args, kwargs, dynamic_shapes)
     result = run_pipeline(program.graph_module, plan.policy_for, constants=_constants(program))
@@ -71,9 +69,7 @@ def trace(
     return Traced(program, plan, sites, result.decisions)
 
 
-def _export(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, dynamic_shapes: Any
-) -> ExportedProgram:
+def _export(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, dynamic_shapes: Any) -> ExportedProgram:
     with torch.no_grad(), _plain_call(model):
         return torch.export.export(model, args, dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False)
 

@@ -55,9 +55,7 @@ def check_selection_arguments(name: str, coverage: float, window: int, pool: int
         raise ValueError(f"{name}: heavy must be from 0 to min_tokens ({min_tokens}), got {heavy}")
 
 
-def check_selection(
-    name: str, q: Tensor, k: Tensor, indices: Tensor, counts: Tensor, heavy_indices: Tensor
-) -> None:
+def check_selection(name: str, q: Tensor, k: Tensor, indices: Tensor, counts: Tensor, heavy_indices: Tensor) -> None:
     """Raise a ValueError naming operator `name`, unless the selection fits `q` and `k`."""
     (batch, heads), (kv_heads, k_len) = q.shape[:2], k.shape[1:3]
     for label, x, dims in (("indices", indices, 3), ("counts", counts, 1), ("heavy_indices", heavy_indices, 3)):

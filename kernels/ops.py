@@ -142,7 +142,8 @@ def _token_sparse_fake(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None,
 def _forward_only(name: str) -> Callable[..., Any]:
     def backward(ctx: Any, *grads: Any) -> Any:
         raise NotImplementedError(
-            f"{name} is forward only: it has no gradient. Train the dense model (tsa_compile.restore), or run under torch.no_grad()."
+            f"{name} is forward only: it has no gradient. Train the dense model (tsa_compile.restore), "
+            "or run under torch.no_grad()."
         )
 
     return backward

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch.fx as fx
+
 from tsa_compile.passes.graph_names import op_name
 from tsa_compile.passes.mutation import may_alias_input, writes_to
 

@@ -6,7 +6,6 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from tsa_compile.passes.site import AttentionSite
-
 from tsa_compile.policies.base import Policy
 
 if TYPE_CHECKING:

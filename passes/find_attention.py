@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.fx as fx
+
 from tsa_compile.passes.find_manual import match_manual
 from tsa_compile.passes.find_sdpa import match_sdpa
 from tsa_compile.passes.graph_names import op_name
@@ -23,9 +24,7 @@ if TYPE_CHECKING:
     from tsa_compile.passes.pipeline import Context
 
 # Attention in one operator that the passes do not read.
-_OPAQUE_ATTENTION = re.compile(
-    r"flex_attention|_scaled_dot_product_|_native_multi_head_attention|_transformer_encoder_layer_fwd"
-)
+_OPAQUE_ATTENTION = re.compile(r"flex_attention|_scaled_dot_product_|_native_multi_head_attention|_transformer_encoder_layer_fwd")
 
 _SCALE_UNKNOWN = (
     "scale is not a positive constant of the graph (torch.compile(dynamic=True) turns floats into inputs; "

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import torch.fx as fx
+
 from tsa_compile.passes.find_products import score_product, weighted_sum
 from tsa_compile.passes.graph_names import SHAPE_READERS, arg, op_name, tensor_of
 from tsa_compile.passes.match import Match, Unrecognised
@@ -15,9 +16,7 @@ from tsa_compile.passes.site import Layouts
 
 _PRODUCTS = ("matmul", "einsum", "baddbmm")
 _MAX_STEPS = 16
-_STEPS = frozenset(
-    {"to", "contiguous", "clone", "add", "sub", "mul", "div", "where", "masked_fill", "tanh", "view", "cat"}
-)
+_STEPS = frozenset({"to", "contiguous", "clone", "add", "sub", "mul", "div", "where", "masked_fill", "tanh", "view", "cat"})
 
 
 @dataclasses.dataclass

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch.fx as fx
+
 from tsa_compile.passes.graph_names import arg, op_name, tensor_of
 from tsa_compile.passes.match import Match, Unrecognised
 from tsa_compile.passes.prove_mask.prove import MaskSource

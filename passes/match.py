@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch.fx as fx
+
 from tsa_compile.passes.prove_mask.prove import MaskSource
 from tsa_compile.passes.site import BHLD, Layouts
 

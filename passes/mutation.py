@@ -7,6 +7,7 @@ import operator
 import torch
 import torch.fx as fx
 from torch._subclasses import FakeTensor
+
 from tsa_compile.passes.graph_names import op_name, tensor_of
 
 # fmt: off
@@ -52,16 +53,12 @@ def _function_writes(node: fx.Node) -> list[fx.Node]:
         written = []
         for argument, value in zip(arguments, values, strict=True):
             if argument.alias_info is not None and argument.alias_info.is_write:
-                written += [
-                    x for x in (value if isinstance(value, (tuple, list)) else [value]) if isinstance(x, fx.Node)
-                ]
+                written += [x for x in (value if isinstance(value, (tuple, list)) else [value]) if isinstance(x, fx.Node)]
         return written
     if isinstance(target, torch._ops.HigherOrderOperator):
         return [] if _bodies_are_pure(node) else node.all_input_nodes
     name = getattr(target, "__name__", "")
-    inplace = target in _INPLACE_OPERATORS or (
-        name.endswith("_") and not name.endswith("__") and name not in ("and_", "or_")
-    )
+    inplace = target in _INPLACE_OPERATORS or (name.endswith("_") and not name.endswith("__") and name not in ("and_", "or_"))
     if (inplace or node.kwargs.get("inplace") is True) and node.args and isinstance(node.args[0], fx.Node):
         return [node.args[0]]
     return []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.fx as fx
 from torch._subclasses import FakeTensor
+
 from tsa_compile.passes.graph_names import op_name, tensor_of
 from tsa_compile.passes.site import AttentionSite
 from tsa_compile.passes.sizes import SizeProver, size_expr

@@ -7,6 +7,7 @@ import operator
 
 import torch
 import torch.fx as fx
+
 from tsa_compile.passes.graph_names import tensor_of
 from tsa_compile.passes.site import AttentionSite, KeyTerm
 

@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 import torch.fx as fx
+
+import tsa_compile.policies
 from tsa_compile.kernels import ops
 from tsa_compile.passes.decide_policy import Decision, decide_policy
 from tsa_compile.passes.find_attention import find_attention
 from tsa_compile.passes.rewrite_attention import rewrite_attention
 from tsa_compile.passes.site import AttentionSite
 from tsa_compile.passes.verify_graph import verify_graph
-
-import tsa_compile.policies
 from tsa_compile.policies.base import Policy
 
 

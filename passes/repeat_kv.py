@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch.fx as fx
+
 from tsa_compile.passes.graph_names import arg, is_getitem, op_name, same_value, tensor_of
 from tsa_compile.passes.sizes import SizeProver, size_expr
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.fx as fx
 from torch._subclasses import FakeTensor
+
 from tsa_compile.passes.dead_code import erase_dead
 from tsa_compile.passes.decide_policy import Decision
 from tsa_compile.passes.graph_names import meta_key, tensor_of, value_of

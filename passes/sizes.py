@@ -8,6 +8,7 @@ from typing import Any
 import sympy
 import torch
 import torch.fx as fx
+
 from tsa_compile.passes.graph_names import value_of
 
 Bounds = Mapping[sympy.Symbol, sympy.Expr]  # index symbol -> its size: the index runs over [0, size)
@@ -63,9 +64,7 @@ class SizeProver:
         return self._env.simplify(expr) if self._env is not None and expr.free_symbols else expr
 
 
-def linear_in(
-    expr: sympy.Expr, symbols: tuple[sympy.Symbol, ...]
-) -> tuple[dict[sympy.Symbol, sympy.Expr], sympy.Expr] | None:
+def linear_in(expr: sympy.Expr, symbols: tuple[sympy.Symbol, ...]) -> tuple[dict[sympy.Symbol, sympy.Expr], sympy.Expr] | None:
     """`expr` as (factor of each symbol, rest), or None if it is not linear in `symbols`."""
     expr = sympy.expand(expr)
     factors = {s: expr.coeff(s, 1) for s in symbols if s in expr.free_symbols}

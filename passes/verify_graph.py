@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.fx as fx
+
 from tsa_compile.passes.decide_policy import Decision
 from tsa_compile.passes.graph_names import arg, tensor_of
 from tsa_compile.passes.mutation import writes_to

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -33,9 +33,7 @@ class Backend:
         ValueError: unknown compiler, or options for a compiler that takes none.
     """
 
-    def __init__(
-        self, plan: Plan, compiler: str = "inductor", inductor_options: Mapping[str, Any] | None = None
-    ) -> None:
+    def __init__(self, plan: Plan, compiler: str = "inductor", inductor_options: Mapping[str, Any] | None = None) -> None:
         if compiler not in COMPILERS:
             raise ValueError(f"compiler must be one of {COMPILERS}, got {compiler!r}")
         if compiler == "eager" and inductor_options:
@@ -63,8 +61,8 @@ class Backend:
 
         # The compile caches do not see what an operator's fake does: its source joins the user's own tag.
         tag = f"{torch.compiler.config.cache_key_tag}|tsa:{pipeline_identity(self.plan.to_dict())}"
-        with torch.compiler.config.patch(cache_key_tag=tag):
-            return compile_fx(gm, list(example_inputs), config_patches=self.inductor_options or None)
+        with torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
+            return cast(Callable[..., Any], compile_fx(gm, list(example_inputs), config_patches=self.inductor_options or None))
 
 
 def tsa(

@@ -52,7 +52,7 @@ class Plan:
             ValueError: not a plan, a newer format, or a policy that does not validate.
         """
         if data.get("format") != "tsa_compile.plan":
-            raise ValueError("not a tsa_compile plan: no \"format\": \"tsa_compile.plan\"")
+            raise ValueError('not a tsa_compile plan: no "format": "tsa_compile.plan"')
         if data.get("version") != FORMAT_VERSION:
             raise ValueError(f"plan format version {data.get('version')!r}; this release reads {FORMAT_VERSION}")
         layers = {int(i): from_dict(p) for i, p in data.get("layers", {}).items()}
@@ -84,5 +84,5 @@ def as_plan(policy_or_plan: Policy | Plan | Mapping[str, Any] | None) -> Plan:
 
 
 def default_policy(coverage: float | None = None) -> TokenSparse:
-    """The policy of `transform(model)`: token-sparse with completion, which keeps retrieval in nearly all layers (docs/design)."""
+    """The policy of `transform(model)`: token-sparse, with a completion strip for the rows that are not selected."""
     return TokenSparse(coverage=DEFAULT_COVERAGE if coverage is None else coverage, completion=Completion())

@@ -39,9 +39,7 @@ def flash4_missing(q: Tensor, v: Tensor) -> str | None:
     return None
 
 
-def flash4_attend(
-    q: Tensor, k: Tensor, v: Tensor, counts: Tensor, scale: float, need_lse: bool
-) -> tuple[Tensor, Tensor | None]:
+def flash4_attend(q: Tensor, k: Tensor, v: Tensor, counts: Tensor, scale: float, need_lse: bool) -> tuple[Tensor, Tensor | None]:
     """FlashAttention-4 reads the lengths on the device (`seqused`); compiled once per head dim and dtype."""
     from flash_attn.cute import flash_attn_varlen_func
 
@@ -58,9 +56,7 @@ def flash4_attend(
 
 
 #: fastest first
-INNER = (
-    InnerEngine("flash4", flash4_missing, flash4_attend),
-)
+INNER = (InnerEngine("flash4", flash4_missing, flash4_attend),)
 
 
 def find_inner(q: Tensor, v: Tensor) -> InnerEngine:

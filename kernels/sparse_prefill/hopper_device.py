@@ -204,7 +204,7 @@ def consume(
     for round in range(0, gl.cdiv(total, programs)):
         t = snake(round, programs)
         if t < total:
-            b, h, kept, n, tile, n_tiles, last, blocks = find_tile(
+            b, h, kept, n, tile, _n_tiles, _last, blocks = find_tile(
                 t, indices, counts, i_sb, i_sg, heads, lists, tiles, section, skipped, BLOCK_M, BLOCK_N
             )
             if blocks > 0:

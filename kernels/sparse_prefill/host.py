@@ -54,9 +54,7 @@ def sparse_attention(
         raise ValueError(f"engine {engine!r}: expected one of {', '.join(ENGINES)}")
     selection = (indices, counts, heavy_indices, key_mask)
     if engine == "reference" or (engine == "auto" and q.device.type == "cpu"):
-        return sparse_attention_reference(
-            q, k, v, *selection, scale, strip_window, strip_sinks, dense_below, "reference"
-        )
+        return sparse_attention_reference(q, k, v, *selection, scale, strip_window, strip_sinks, dense_below, "reference")
     _check_triton(q, v, scale, engine)
     everything = k.shape[2] <= dense_below
     if everything and key_mask is None and q.shape[2] == k.shape[2] and q.device.type == "cuda":

@@ -79,7 +79,9 @@ def scatter_kernel(
     d = tl.arange(0, BLOCK_DV)
     packed += b * p_sb + h * p_sh
     values = tl.load(
-        packed + slot.to(tl.int64)[:, None] * p_sl + d[None, :], mask=(slot >= 0)[:, None] & (d < DV)[None, :], other=0.0
+        packed + slot.to(tl.int64)[:, None] * p_sl + d[None, :],
+        mask=(slot >= 0)[:, None] & (d < DV)[None, :],
+        other=0.0,
     )
     out += b * o_sb + h * o_sh
     o_at = out + rows.to(tl.int64)[:, None] * o_sl + d[None, :]

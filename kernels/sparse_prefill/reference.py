@@ -132,9 +132,7 @@ def _attend_row(q: Tensor, k: Tensor, v: Tensor, kept: Tensor | None, strip: Str
     return out
 
 
-def _attend_kept(
-    q: Tensor, k: Tensor, v: Tensor, kept: Tensor, scale: float, out: Tensor, lse: Tensor, need_lse: bool
-) -> None:
+def _attend_kept(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, scale: float, out: Tensor, lse: Tensor, need_lse: bool) -> None:
     """Causal attention among the kept tokens, written to their rows of out [H, Lq, Dv] and lse [H, Lq]."""
     (heads, q_len, _), (kv_heads, k_len, _) = q.shape, k.shape
     per_list = heads // kept.shape[0]  # heads that share a list
@@ -191,9 +189,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) 
     return (scores - lse).exp() @ v, lse.squeeze(-1)
 
 
-def _merge_strip(
-    q: Tensor, k: Tensor, v: Tensor, kept: Tensor, strip: Strip, scale: float, out: Tensor, lse: Tensor
-) -> None:
+def _merge_strip(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, strip: Strip, scale: float, out: Tensor, lse: Tensor) -> None:
     """Adds the strip to out [H, Lq, Dv], whose softmax over the kept keys has the log-sum-exp lse [H, Lq].
 
     One more feature, `selected(i)` in q and `_HIDDEN * kept(j)` in k, takes the kept keys out of the selected rows.

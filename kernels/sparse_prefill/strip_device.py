@@ -120,18 +120,12 @@ def strip_kernel(
     far_blocks = tl.where((last >= window) & (last >= first), tl.cdiv(sinks + n_heavy, BLOCK_N), 0)
     # For the mask, positions are read two blocks ahead and what depends on them one block ahead, by hand: the compiler
     # pipelines only what a product reads.
-    mask_at, number, is_heavy = strip_columns(
-        0, near_first, near_blocks, heavy, order, n_heavy, sinks, k_len, PADDED, BLOCK_N
-    )
+    mask_at, number, is_heavy = strip_columns(0, near_first, near_blocks, heavy, order, n_heavy, sinks, k_len, PADDED, BLOCK_N)
     key_rank, kept = strip_ranks(mask_at, number, is_heavy, slots, ranks, sinks, BEHIND, PADDED)
-    next_at, number, is_heavy = strip_columns(
-        1, near_first, near_blocks, heavy, order, n_heavy, sinks, k_len, PADDED, BLOCK_N
-    )
+    next_at, number, is_heavy = strip_columns(1, near_first, near_blocks, heavy, order, n_heavy, sinks, k_len, PADDED, BLOCK_N)
     for block in tl.range(0, near_blocks + far_blocks):
         next_rank, next_kept = strip_ranks(next_at, number, is_heavy, slots, ranks, sinks, BEHIND, PADDED)
-        key_at, _, _ = strip_columns(
-            block, near_first, near_blocks, heavy, order, n_heavy, sinks, k_len, PADDED, BLOCK_N
-        )
+        key_at, _, _ = strip_columns(block, near_first, near_blocks, heavy, order, n_heavy, sinks, k_len, PADDED, BLOCK_N)
         next_at, number, is_heavy = strip_columns(
             block + 2, near_first, near_blocks, heavy, order, n_heavy, sinks, k_len, PADDED, BLOCK_N
         )

@@ -73,9 +73,7 @@ def score_lse_kernel(
     d = tl.arange(0, BLOCK_D)
     q += b * q_sb + h * q_sh
     k += b * k_sb + (h * kv_heads // heads) * k_sh
-    q_tile, rank, ok = load_queries(
-        q, order, b, first, rows, length, q_len, k_len, q_sl, q_sd, d, D, BLOCK_M, PADDED
-    )
+    q_tile, rank, ok = load_queries(q, order, b, first, rows, length, q_len, k_len, q_sl, q_sd, d, D, BLOCK_M, PADDED)
     row_max = tl.full([BLOCK_M], -1.0e30, tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     for start in tl.range(split * span, tl.minimum(split * span + span, length), BLOCK_N):
@@ -122,14 +120,27 @@ def score_mean_kernel(
     mean += head_index.to(tl.int64) * k_len
     last = tl.minimum(split * span + span, length - window)
     for first in tl.range(0, rows, BLOCK_M):
-        q_tile, rank, ok = load_queries(
-            q, order, b, first, rows, length, q_len, k_len, q_sl, q_sd, d, D, BLOCK_M, PADDED
-        )
+        q_tile, rank, ok = load_queries(q, order, b, first, rows, length, q_len, k_len, q_sl, q_sd, d, D, BLOCK_M, PADDED)
         base = head_index.to(tl.int64) * splits
         lse = merged_lse(part_max, part_sum, base, splits, window, first + tl.arange(0, BLOCK_M), ok, BLOCK_M)
         for start in tl.range(split * span, last, BLOCK_N):
             scores = scaled_scores(
-                q_tile, k, order, b, start, rank, length, k_len, k_sl, k_sd, d, scale_log2, D, BLOCK_N, PADDED, PRECISION
+                q_tile,
+                k,
+                order,
+                b,
+                start,
+                rank,
+                length,
+                k_len,
+                k_sl,
+                k_sd,
+                d,
+                scale_log2,
+                D,
+                BLOCK_N,
+                PADDED,
+                PRECISION,
             )
             p = tl.where(ok[:, None], tl.exp2(scores - lse[:, None]), 0.0)
             j = start + tl.arange(0, BLOCK_N)

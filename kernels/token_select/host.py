@@ -65,12 +65,20 @@ def select_from_means(
     counts, indices, heavy_indices = new(batch), new(batch, heads, k_len), new(batch, heads, heavy)
     coverage_bits = struct.unpack("<q", struct.pack("<d", coverage))[0]
     grid = (triton.cdiv(k_len, 512), batch)
-    device.pool_kernel[grid](
-        mean, scores, masses, histograms, ranks, heads, q_len, k_len, window, pool, BLOCK=512, PADDED=padded
-    )
+    device.pool_kernel[grid](mean, scores, masses, histograms, ranks, heads, q_len, k_len, window, pool, BLOCK=512, PADDED=padded)
     for level in (1, 2):
         device.mass_level_kernel[(triton.cdiv(k_len, 2048), batch)](
-            masses, histograms, ranks, q_len, k_len, window, min_tokens, coverage_bits, LEVEL=level, BLOCK=2048, PADDED=padded
+            masses,
+            histograms,
+            ranks,
+            q_len,
+            k_len,
+            window,
+            min_tokens,
+            coverage_bits,
+            LEVEL=level,
+            BLOCK=2048,
+            PADDED=padded,
         )
     device.count_kernel[(batch,)](
         masses, histograms, counts, ranks, q_len, k_len, window, min_tokens, coverage_bits,

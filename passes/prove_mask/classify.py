@@ -7,6 +7,7 @@ import dataclasses
 import sympy
 import torch
 import torch.fx as fx
+
 from tsa_compile.passes.graph_names import describe, tensor_of
 from tsa_compile.passes.prove_mask.formula import BATCH, HEAD, KEY, QUERY, AtMostZero, Data, Formula, conjuncts
 from tsa_compile.passes.site import KeyTerm, MaskFacts, Size

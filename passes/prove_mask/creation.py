@@ -5,6 +5,7 @@ from __future__ import annotations
 import sympy
 import torch
 import torch.fx as fx
+
 from tsa_compile.passes.graph_names import arg, op_name, tensor_of
 from tsa_compile.passes.prove_mask.element import Elements, Index, transfer
 from tsa_compile.passes.prove_mask.formula import AtMostZero

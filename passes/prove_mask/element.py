@@ -15,6 +15,7 @@ from typing import TypeAlias
 import sympy
 import torch
 import torch.fx as fx
+
 from tsa_compile.passes.graph_names import op_name, tensor_of, value_of
 from tsa_compile.passes.prove_mask.formula import AtMostZero, Data, Formula, IsZero
 from tsa_compile.passes.prove_mask.values import Number, Value, Where, fits, is_formula, number

@@ -6,6 +6,7 @@ from typing import Any as Anything
 
 import sympy
 import torch.fx as fx
+
 from tsa_compile.passes.graph_names import arg, tensor_of
 from tsa_compile.passes.prove_mask.element import Elements, Index, transfer
 from tsa_compile.passes.prove_mask.values import Number, Value
@@ -88,9 +89,7 @@ def _narrow(elements: Elements, node: fx.Node, index: Index) -> Value | None:
     return _slice_of(elements, node, index, dim, arg(node, 2, "start"), 1)
 
 
-def _slice_of(
-    elements: Elements, node: fx.Node, index: Index, dim: int, start: Anything, step: Anything
-) -> Value | None:
+def _slice_of(elements: Elements, node: fx.Node, index: Index, dim: int, start: Anything, step: Anything) -> Value | None:
     source: fx.Node = node.args[0]  # type: ignore[assignment]
     moved = _sliced(elements, elements.shape(source)[dim], index[dim], start, step)
     return None if moved is None else elements.entry(source, (*index[:dim], moved, *index[dim + 1 :]))
@@ -104,9 +103,7 @@ def _select(elements: Elements, node: fx.Node, index: Index) -> Value | None:
     return None if place is None else elements.entry(source, (*index[:dim], place, *index[dim:]))  # type: ignore[arg-type]
 
 
-def _sliced(
-    elements: Elements, length: sympy.Expr, i: sympy.Expr, start: Anything, step: Anything
-) -> sympy.Expr | None:
+def _sliced(elements: Elements, length: sympy.Expr, i: sympy.Expr, start: Anything, step: Anything) -> sympy.Expr | None:
     """The source index of entry `i` of a slice; the end plays no part, since `i` is inside the slice."""
     first = sympy.Integer(0) if start is None else size_expr(start)
     stride = sympy.Integer(1) if step is None else size_expr(step)

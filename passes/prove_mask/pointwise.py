@@ -7,6 +7,7 @@ from typing import Any as Anything
 
 import torch
 import torch.fx as fx
+
 from tsa_compile.passes.graph_names import SAME_VALUE, arg, tensor_of
 from tsa_compile.passes.prove_mask.element import Elements, Index, transfer
 from tsa_compile.passes.prove_mask.formula import Data, Formula, both, either, opposite
@@ -123,9 +124,7 @@ def _is_method(node: fx.Node) -> bool:
     return node.op == "call_method"
 
 
-def _select(
-    elements: Elements, node: fx.Node, index: Index, condition: Anything, yes: Anything, no: Anything
-) -> Value | None:
+def _select(elements: Elements, node: fx.Node, index: Index, condition: Anything, yes: Anything, no: Anything) -> Value | None:
     c = _formula(elements, condition, node, index)
     branches = [elements.operand(x, node, index) for x in (yes, no)]
     if c is None or None in branches:

@@ -9,6 +9,7 @@ from typing import Any
 import sympy
 import torch
 import torch.fx as fx
+
 from tsa_compile.passes.graph_names import describe, tensor_of
 from tsa_compile.passes.mutation import written_nodes
 from tsa_compile.passes.prove_mask import along_a_dim, creation, indexing, pointwise  # noqa: F401  (register transfers)
@@ -60,9 +61,7 @@ class MaskProver:
             self._proven[key] = self._prove(sources, shape, key[1])
         return self._proven[key]
 
-    def _prove(
-        self, sources: tuple[MaskSource, ...], shape: tuple[Size, ...], sizes: tuple[sympy.Expr, ...]
-    ) -> MaskFacts:
+    def _prove(self, sources: tuple[MaskSource, ...], shape: tuple[Size, ...], sizes: tuple[sympy.Expr, ...]) -> MaskFacts:
         if sizes not in self._elements:
             bounds = dict(zip((BATCH, HEAD, QUERY, KEY), sizes, strict=True))
             self._elements[sizes] = Elements(self._sizes, bounds, self._written, self._constants)

@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 import sympy
 import torch
+
 from tsa_compile.passes.prove_mask.formula import (
     FORMULAS,
     AtMostZero,

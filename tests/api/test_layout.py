@@ -17,7 +17,17 @@ MAY_IMPORT = {
     "passes": {"passes", "policies", "kernels"},
     "export": {"export", "passes", "policies", "kernels", "plan"},
 }
-OPTIONAL = ("triton", "onnx", "onnxscript", "onnx_ir", "onnxruntime", "tensorrt", "tensorrt_rtx", "transformers", "flash_attn")
+OPTIONAL = (
+    "triton",
+    "onnx",
+    "onnxscript",
+    "onnx_ir",
+    "onnxruntime",
+    "tensorrt",
+    "tensorrt_rtx",
+    "transformers",
+    "flash_attn",
+)
 
 
 def imports(path: Path):
@@ -85,7 +95,10 @@ def test_no_top_level_package_shadows_another():
 def test_every_folder_is_packaged():
     tomllib = pytest.importorskip("tomllib")
     packages = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
-    for top, prefix in (("tsa_compile", "tsa_compile"), *((f, f"tsa_compile.{f}") for f in ("passes", "kernels", "export"))):
+    for top, prefix in (
+        ("tsa_compile", "tsa_compile"),
+        *((f, f"tsa_compile.{f}") for f in ("passes", "kernels", "export")),
+    ):
         for folder, _, files in os.walk(ROOT / top):
             if any(f.endswith(".py") for f in files):
                 name = ".".join([prefix, *Path(folder).relative_to(ROOT / top).parts])

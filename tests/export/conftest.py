@@ -66,6 +66,7 @@ class Site:
     def portable(variant, settings, dtype=torch.float32, opset=21):
         """A model of one node and its body."""
         import onnx_ir
+
         from tsa_compile.export.body import function
 
         body = onnx_ir.to_proto(function(variant, opset))

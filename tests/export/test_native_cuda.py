@@ -185,8 +185,6 @@ def test_a_library_with_machine_code_loads_where_there_is_no_gpu(site, monkeypat
     node.overload = ""
     options = ort.SessionOptions()
     options.register_custom_ops_library(str(library))
-    runner = ort.InferenceSession(
-        site.model([node], [], False).SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    runner = ort.InferenceSession(site.model([node], [], False).SerializeToString(), options, providers=["CPUExecutionProvider"])
     operands = site.operands(1, 90, 90, dim=DIM, v_dim=V_DIM)
     assert site.difference(runner, *operands, None, site.paper) < 2e-5

@@ -12,10 +12,9 @@ ort = pytest.importorskip("onnxruntime", reason="extra 'onnx' is not installed")
 pytest.importorskip("onnxscript", reason="extra 'onnx' is not installed")
 transformers = pytest.importorskip("transformers", reason="extra 'hf' is not installed")
 
-from tsa_compile.export import native  # noqa: E402
-
 import tsa_compile as tsa  # noqa: E402
 from tsa_compile import export  # noqa: E402
+from tsa_compile.export import native  # noqa: E402
 
 logging.getLogger("torch.onnx").setLevel(logging.ERROR)
 DYNAMIC = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}

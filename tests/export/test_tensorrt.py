@@ -10,10 +10,9 @@ from torch import nn
 pytest.importorskip("onnx", reason="extra 'onnx' is not installed")
 pytest.importorskip("onnxscript", reason="extra 'onnx' is not installed")
 
-from tsa_compile.export.tensorrt_engine import Parsed, build_engine, load_runtime
-
 import tsa_compile as tsa
 from tsa_compile import export
+from tsa_compile.export.tensorrt_engine import Parsed, build_engine, load_runtime
 
 try:
     TRT = load_runtime("tensorrt_rtx")
@@ -56,9 +55,7 @@ def graph(tmp_path_factory):
     """A small Llama with the paper's form in one layer and the completed one in the other."""
     path = tmp_path_factory.mktemp("rtx") / "llama.onnx"
     plan = tsa.Plan(PAPER, layers={1: COMPLETED})
-    export.onnx(
-        llama(), (torch.randint(0, 128, (2, 100)),), path, policy=plan, target="tensorrt", dynamic_shapes=(DYNAMIC,)
-    )
+    export.onnx(llama(), (torch.randint(0, 128, (2, 100)),), path, policy=plan, target="tensorrt", dynamic_shapes=(DYNAMIC,))
     return path
 
 
@@ -97,9 +94,9 @@ def test_no_score_matrix_of_the_full_length(graph, tmp_path):
 
 def test_the_inspection_sees_dense_attention(tmp_path):
     x = torch.randn(1, 100, 64)
-    torch.onnx.export(
-        Dense(), (x,), dynamo=True, dynamic_shapes=({1: DYNAMIC[1]},), opset_version=21, verbose=False
-    ).save(tmp_path / "dense.onnx")
+    torch.onnx.export(Dense(), (x,), dynamo=True, dynamic_shapes=({1: DYNAMIC[1]},), opset_version=21, verbose=False).save(
+        tmp_path / "dense.onnx"
+    )
     assert score_matrices(tmp_path / "dense.onnx", (1, LENGTH, 64))
 
 

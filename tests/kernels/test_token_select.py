@@ -70,9 +70,7 @@ def test_the_same_sets_as_the_reference(case):
         has_query = bool((real >= k_len - q_len).any())
         kept, top = expected(means[b, :, :n], coverage, window, pool, min_tokens if has_query else k_len, heavy)
         rows.append((real, kept if n else [list(range(len(real)))] * heads, top if n else [[]] * heads))
-    got = host.select_from_means(
-        means, q_len, order, ranks, mask is not None, coverage, window, pool, min_tokens, heavy
-    )
+    got = host.select_from_means(means, q_len, order, ranks, mask is not None, coverage, window, pool, min_tokens, heavy)
     for b, (real, kept, top) in enumerate(rows):
         for h in range(heads):
             want = [int(real[i]) for i in kept[h]]
@@ -113,9 +111,7 @@ def test_scores_against_float64(dtype, dim, window, q_len, padded):
         from tsa_compile.kernels.token_scores.reference import token_scores_reference
 
         rows = min(q_len, length)
-        want = token_scores_reference(
-            q[b].double().cpu()[:, q_len - rows :], k[b, :, real].double().cpu(), dim**-0.5, window, 1
-        )
+        want = token_scores_reference(q[b].double().cpu()[:, q_len - rows :], k[b, :, real].double().cpu(), dim**-0.5, window, 1)
         error = (got[b, :, : length - window].double().cpu() - want).norm() / want.norm()
         assert error < TOLERANCE, error
 

@@ -40,7 +40,8 @@ def load_packaged(name: str, device: str = "cpu", dtype: torch.dtype = torch.flo
     path = gguf_file(name)
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
-    return model.to(device).eval(), tokenizer
+    model.to(device)  # type: ignore[arg-type]
+    return model.eval(), tokenizer
 
 
 def load_causal_lm(name: str) -> Any:
@@ -50,4 +51,4 @@ def load_causal_lm(name: str) -> Any:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if name in _PACKAGES:
         return load_packaged(name, device)[0]
-    return AutoModelForCausalLM.from_pretrained(name).to(device).eval()
+    return AutoModelForCausalLM.from_pretrained(name, device_map=device).eval()

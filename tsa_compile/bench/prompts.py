@@ -73,9 +73,7 @@ def needle_prompt(words: int, depth: float = 0.5, seed: int = 0) -> NeedlePrompt
 def chat_ids(tokenizer: Any, prompt: NeedlePrompt) -> Any:
     """Token ids `[1, L]` (int64) of the prompt in the tokenizer's chat form, ready for `generate`."""
     content = f"{prompt.text}\n\n{prompt.question}"
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-    )
+    text = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
     return tokenizer(text + "The special magic number is", return_tensors="pt", add_special_tokens=False).input_ids
 
 

@@ -129,5 +129,18 @@ class TokenSparse(Policy):
         dense_below = self.min_tokens + self.window
         return graph.call_function(
             torch.ops.tsa.sparse_attention.default,
-            (q, k, v, indices, counts, heavy, key_mask, site.scale, strip_window, strip_sinks, dense_below, self.engine),
+            (
+                q,
+                k,
+                v,
+                indices,
+                counts,
+                heavy,
+                key_mask,
+                site.scale,
+                strip_window,
+                strip_sinks,
+                dense_below,
+                self.engine,
+            ),
         )
