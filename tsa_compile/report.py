@@ -88,7 +88,8 @@ class Report:
 
         table = Table(title=title or self.summary(), title_justify="left")
         for name in ("graph", "layer", "module", "heads q/kv", "Lq", "Lk", "attention", "kept", "reason"):
-            table.add_column(name, justify="right" if name in ("graph", "layer", "Lq", "Lk", "kept") else "left")
+            numeric = name in ("graph", "layer", "Lq", "Lk", "kept")
+            table.add_column(name, justify="right" if numeric else "left", no_wrap=numeric or name == "attention")
         for s in self.sites:
             kept = "" if s.kept is None else f"{s.kept:.0%}"
             verdict = f"[green]{s.policy}[/]" if s.replaced else "[yellow]dense[/]"
