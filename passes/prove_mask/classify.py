@@ -125,7 +125,7 @@ def _key_term(atom: Data, written: frozenset[fx.Node]) -> KeyTerm:
     reads = set().union(*(i.free_symbols for i in atom.index)) if atom.index else set()
     if QUERY in reads:
         which = "query and key" if KEY in reads else "query"
-        raise UnprovenMask(f"mask depends on data in {which}: {describe(atom.node)}")
+        raise UnprovenMask(f"mask varies with {which} in a way that is not understood: {describe(atom.node)}")
     if HEAD in reads:
         raise UnprovenMask(f"mask differs between heads: {describe(atom.node)}")
     return KeyTerm(atom.node, tuple(_axis(i, atom.node) for i in atom.index), atom.negated)

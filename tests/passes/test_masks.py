@@ -1,0 +1,72 @@
+"""Every hand-made mask ends proven, and then the replacement is exact, or dense with the reason that was expected."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.passes.graphs import Outcome, by_dynamo, by_export
+from tests.passes.mask_cases import CASES, MaskCase
+
+BATCH, HEADS, KV_HEADS, LENGTH, DIM = 2, 4, 2, 13, 16
+names = pytest.mark.parametrize("name", CASES)
+dynamic = pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+
+
+def packed(case: MaskCase) -> Tensor:
+    """Q, K, V and padding in one tensor `[B, H + 2 Hk, Lk, D + 1]`, so that all lengths are one symbol, as in a model."""
+    x = torch.randn(BATCH, HEADS + 2 * KV_HEADS, LENGTH + case.past, DIM + 1)
+    x[..., DIM] = 1.0
+    x[0, 0, :3, DIM] = 0.0
+    return x
+
+
+def unpack(case: MaskCase, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q, k, v = x[..., :DIM].split([HEADS, KV_HEADS, KV_HEADS], 1)
+    return q[:, :, case.past :], k, v, x[:, 0, :, DIM] > 0.5
+
+
+def function(case: MaskCase) -> Callable[[Tensor], Tensor]:
+    return lambda x: case.function(*unpack(case, x))
+
+
+def check(case: MaskCase, outcome: Outcome, x: Tensor) -> None:
+    assert len(outcome.replaced) == 1
+    if case.reason is None:
+        assert outcome.replaced == [True], outcome.reasons
+    else:
+        assert outcome.replaced == [False]
+        assert case.reason in outcome.reasons[0]
+    rows = seen_rows(case, x)
+    torch.testing.assert_close(outcome.result[rows], function(case)(x)[rows], atol=2e-5, rtol=2e-5)
+
+
+def seen_rows(case: MaskCase, x: Tensor) -> Tensor:
+    """`[B, H, Lq]`: which queries see a key at all; what the others get is left open by every implementation."""
+    q, _, _, pad = unpack(case, x)
+    if not case.padded:
+        return torch.ones(q.shape[:3], dtype=torch.bool)
+    seen = pad.cumsum(-1)[:, case.past :] > 0
+    return seen[:, None].expand(q.shape[:3])
+
+
+@names
+@dynamic
+def test_dynamo(name, dynamic):
+    case = CASES[name]
+    x = packed(case)
+    if dynamic:
+        torch._dynamo.mark_dynamic(x, 2)
+    check(case, by_dynamo(function(case), x), x)
+
+
+@names
+@dynamic
+def test_export(name, dynamic):
+    case = CASES[name]
+    x = packed(case)
+    shapes = ({2: torch.export.Dim("length", min=8, max=4096)},) if dynamic else None
+    check(case, by_export(function(case), x, dynamic_shapes=shapes), x)
