@@ -50,9 +50,7 @@ def by_dynamo(function: Callable[..., Any], *args: Any, policy: Policy = KEEP_AL
     return Outcome(result, [s.replaced for s in report.sites], [s.reason for s in report.sites], report.warnings)
 
 
-def by_export(
-    function: Callable[..., Any], *args: Any, policy: Policy = KEEP_ALL, dynamic_shapes: Any = None
-) -> Outcome:
+def by_export(function: Callable[..., Any], *args: Any, policy: Policy = KEEP_ALL, dynamic_shapes: Any = None) -> Outcome:
     """Through `torch.export`."""
     with torch.no_grad():
         shapes = None if dynamic_shapes is None else {"args": dynamic_shapes}

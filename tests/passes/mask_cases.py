@@ -16,7 +16,6 @@ from torch import Tensor
 Case = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-
 @dataclasses.dataclass(frozen=True)
 class MaskCase:
     """`reason` is None where the site must be replaced, else a part of the reason why it must stay dense."""
@@ -29,6 +28,7 @@ class MaskCase:
     @property
     def padded(self) -> bool:
         return "padding" in self.name
+
 
 CASES: dict[str, MaskCase] = {}
 
