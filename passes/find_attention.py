@@ -11,7 +11,7 @@ import torch.fx as fx
 
 from tsa_compile.passes.find_manual import match_manual
 from tsa_compile.passes.find_sdpa import match_sdpa
-from tsa_compile.passes.graph_names import op_name
+from tsa_compile.passes.graph_names import op_name, tensor_of
 from tsa_compile.passes.match import Match, Unrecognised
 from tsa_compile.passes.mutation import writes_to, written_nodes
 from tsa_compile.passes.obstacles import obstacle_of
@@ -66,9 +66,7 @@ class _Finder:
         self._writers = [self._order[n] for n in graph.nodes if writes_to(n)]
 
     def site(self, match: Match, index: int) -> AttentionSite:
-        k, k_layout = self._heads.source(match.k, match.layouts.k)
-        v, v_layout = self._heads.source(match.v, match.layouts.v)
-        layouts = Layouts(match.layouts.q, k_layout, v_layout, match.layouts.out)
+        k, v, layouts = self._kv(match)
         module = module_path(match.node)
         layer = re.search(r"(?:^|\.)(\d+)(?=\.|$)", module)
         site = AttentionSite(
@@ -86,6 +84,15 @@ class _Finder:
             layouts=layouts,
         )
         return self._examined(site, match)
+
+    def _kv(self, match: Match) -> tuple[fx.Node, fx.Node, Layouts]:
+        """K and V before their repetition for grouped queries, if both were repeated from as many heads."""
+        k, k_layout = self._heads.source(match.k, match.layouts.k)
+        v, v_layout = self._heads.source(match.v, match.layouts.v)
+        k_heads, v_heads = (tensor_of(x).shape[y.index("h")] for x, y in ((k, k_layout), (v, v_layout)))  # type: ignore[union-attr]
+        if k_heads != v_heads:
+            return match.k, match.v, match.layouts
+        return k, v, Layouts(match.layouts.q, k_layout, v_layout, match.layouts.out)
 
     def _examined(self, site: AttentionSite, match: Match) -> AttentionSite:
         obstacle = match.obstacle or obstacle_of(site, self._sizes) or self._overwritten(site, match)

@@ -95,7 +95,8 @@ def written_nodes(graph: fx.Graph) -> frozenset[fx.Node]:
 def _storage(node: fx.Node) -> object:
     """What identifies the memory of the node's example value; the node itself if that is not known."""
     tensor = tensor_of(node)
-    return node if tensor is None or type(tensor) not in (torch.Tensor, FakeTensor) else tensor.untyped_storage()._cdata
+    plain = type(tensor) in (torch.Tensor, FakeTensor) and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return tensor.untyped_storage()._cdata if plain and tensor is not None else node
 
 
 def may_alias_input(node: fx.Node) -> bool:

@@ -21,8 +21,11 @@ _ORIGIN = ("nn_module_stack", "stack_trace", "source_fn_stack", "torch_fn", "fro
 
 
 def rewrite_attention(context: Context) -> int:
-    """Replace every site that has no reason against it; returns how many."""
-    for decision in context.decisions:
+    """Replace every site that has no reason against it; returns how many.
+
+    From the last to the first, so that a site that reads another's output is lowered while that output still stands.
+    """
+    for decision in reversed(context.decisions):
         if decision.reason is None:
             context.replacements.append((decision, *_replace(context.gm.graph, decision)))
     if context.replacements:
