@@ -1,0 +1,120 @@
+"""The pipeline: passes are counted and timed, dumps are written, and the verifier catches a policy that breaks its promise."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+import tsa_compile as tsa
+from tests.passes.graphs import KEEP_ALL, by_dynamo
+from tsa_compile.passes import pipeline
+from tsa_compile.passes.operands import attention_operands
+from tsa_compile.passes.site import AttentionSite
+from tsa_compile.plan import Plan
+from tsa_compile.policies.base import Policy
+
+
+def attention(q, k, v, pad=None):
+    mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask if pad is None else mask & pad[:, None, None])
+
+
+def operands():
+    return tuple(torch.randn(2, 2, 9, 16) for _ in range(3))
+
+
+def exported() -> fx.GraphModule:
+    class Attention(torch.nn.Module):
+        def forward(self, q, k, v):
+            return attention(q, k, v) + attention(q, k, v)
+
+    with torch.no_grad():
+        return torch.export.export(Attention(), operands()).graph_module
+
+
+def test_the_passes_in_order():
+    names = [p.__name__ for p in pipeline.PASSES]
+    assert names == ["find_attention", "decide_policy", "rewrite_attention", "verify_graph"]
+
+
+def test_each_pass_is_counted_and_timed():
+    result = pipeline.run_pipeline(exported(), lambda site: KEEP_ALL)
+    assert result.counts == {"find_attention": 2, "decide_policy": 2, "rewrite_attention": 2, "verify_graph": 4}
+    assert set(result.seconds) == set(result.counts)
+    assert all(s >= 0 for s in result.seconds.values())
+
+
+def test_a_dense_policy_changes_nothing():
+    gm = exported()
+    before = gm.code
+    result = pipeline.run_pipeline(gm, lambda site: tsa.Dense())
+    assert result.counts["rewrite_attention"] == 0
+    assert gm.code == before
+
+
+def test_dead_masks_go_with_the_attention():
+    gm = exported()
+    pipeline.run_pipeline(gm, lambda site: KEEP_ALL)
+    assert "tril" not in gm.code
+    assert "scaled_dot_product_attention" not in gm.code
+
+
+def test_the_policy_is_chosen_by_site():
+    result = pipeline.run_pipeline(exported(), lambda site: KEEP_ALL if site.index == 1 else tsa.Dense())
+    assert [d.reason is None for d in result.decisions] == [False, True]
+
+
+def test_debug_dumps(tmp_path, monkeypatch):
+    monkeypatch.setenv("TSA_DEBUG", str(tmp_path))
+    by_dynamo(attention, *operands())
+    (folder,) = tmp_path.iterdir()
+    assert "scaled_dot_product_attention" in (folder / "before.py").read_text()
+    assert "tsa.sparse_attention" in (folder / "after.py").read_text()
+    assert "replaced" in (folder / "decisions.txt").read_text()
+
+
+def test_the_identity_hashes_the_plan():
+    one, other = (Plan(tsa.TokenSparse(coverage=c)).to_dict() for c in (0.1, 0.2))
+    assert pipeline.pipeline_identity(one) == pipeline.pipeline_identity(dict(one))
+    assert pipeline.pipeline_identity(one) != pipeline.pipeline_identity(other)
+
+
+@dataclasses.dataclass(frozen=True)
+class Broken(Policy):
+    """Lowers to something it must not."""
+
+    how: str = ""
+
+    def refuse(self, site: AttentionSite) -> str | None:
+        return None
+
+    def lower(self, graph: fx.Graph, site: AttentionSite) -> fx.Node:
+        q, k, v, _ = attention_operands(graph, site)
+        if self.how == "no operator":
+            return graph.call_function(torch.ops.aten.clone.default, (q,))
+        if self.how == "in place":
+            return graph.call_function(torch.ops.aten.add_.Tensor, (q, q))
+        width = 8 if self.how == "shape" else 16
+        v = graph.call_function(torch.ops.aten.slice.Tensor, (v, 3, 0, width))
+        # everything is right but that the key mask is forgotten
+        args = (q, k, v, None, site.scale, 0.0, 1, 1, 1, 0, 0, 0, "auto")
+        return graph.call_function(torch.ops.tsa.token_sparse_attention.default, args)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("no operator", "emitted no tsa operator"),
+        ("in place", "no tsa operator|not a functional operator"),
+        ("shape", "the output was .* and is"),
+        ("mask", "lost the key mask"),
+    ],
+)
+def test_the_verifier_catches(how, message):
+    pad = torch.ones(2, 9, dtype=torch.bool)
+    with pytest.raises(Exception, match=message):
+        by_dynamo(attention, *operands(), pad, policy=Broken(how))
