@@ -31,10 +31,10 @@ def decide_policy(context: Context) -> int:
 
 def _dense_reason(site: AttentionSite) -> str | None:
     """What rules out any policy: the operators are for causal prefill."""
-    if site.obstacle is not None:
-        return site.obstacle
     if isinstance(site.q_len, int) and site.q_len == 1:
         return "decode step: one query"
+    if site.obstacle is not None:
+        return site.obstacle
     if site.mask.unproven is not None:
         return site.mask.unproven
     if not site.mask.causal:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sympy
 import torch
 import torch.fx as fx
 from torch._subclasses import FakeTensor
@@ -70,9 +71,11 @@ def _shapes(site: AttentionSite, sizes: SizeProver) -> str | None:
             (site.node, site.layouts.out),
         )
     )
-    pairs = [(q["b"], k["b"]), (q["b"], v["b"]), (q["d"], k["d"]), (k["h"], v["h"]), (k["l"], v["l"])]
+    pairs = [(q["b"], k["b"]), (q["b"], v["b"]), (q["d"], k["d"]), (k["h"], v["h"])]
     pairs += [(out["b"], q["b"]), (out["h"], q["h"]), (out["l"], q["l"]), (out["d"], v["d"])]
-    if all(sizes.is_zero(a - b) for a, b in pairs):  # type: ignore[operator]
+    # Caches give keys and values symbols of their own. Any attention needs them equal: ours guards on it, and checks at run time.
+    lengths_differ = sympy.expand(k["l"] - v["l"]).is_Integer and k["l"] != v["l"]  # type: ignore[operator]
+    if all(sizes.is_zero(a - b) for a, b in pairs) and not lengths_differ:  # type: ignore[operator]
         return None
     shapes = [list(tensor_of(x).shape) for x in (site.q, site.k, site.v, site.node)]  # type: ignore[union-attr]
     return f"shapes do not fit: query {shapes[0]}, key {shapes[1]}, value {shapes[2]}, output {shapes[3]}"
