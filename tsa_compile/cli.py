@@ -12,15 +12,16 @@ console = Console()
 
 Tokens = Annotated[int, typer.Option(help="prompt length, in tokens", min=64)]
 Coverage = Annotated[float | None, typer.Option(help="share of attention mass that may be dropped, in [0, 1)")]
+Repeats = Annotated[int, typer.Option(help="timed runs; the median counts", min=1)]
 
 
 @app.command()
-def demo(tokens: Tokens = 4000, coverage: Coverage = None) -> None:
+def demo(tokens: Tokens = 4000, coverage: Coverage = None, repeats: Repeats = 3) -> None:
     """Load SmolLM2-135M-Instruct, hide a number in a long text, and ask for it dense and token-sparse."""
     from tsa_compile import demo as job
     from tsa_compile.plan import default_policy
 
-    result = job.run_demo(tokens, default_policy(coverage), console)
+    result = job.run_demo(tokens, default_policy(coverage), console, repeats)
     job.print_result(result, console)
     if not result.both_found:
         raise typer.Exit(1)
@@ -40,9 +41,10 @@ def explain(
     from tsa_compile.bench.models import load_causal_lm
     from tsa_compile.plan import default_policy
 
+    policy = default_policy(coverage)
     network = load_causal_lm(model)
     ids = torch.randint(0, network.config.get_text_config().vocab_size, (1, tokens), device=network.device)
-    report = api.explain(network, input_ids=ids, use_cache=False, policy=default_policy(coverage))
+    report = api.explain(network, input_ids=ids, use_cache=False, policy=policy)
     if json:
         print(report.to_json())
         return
@@ -55,6 +57,6 @@ def main() -> None:
     """Entry point of `tsa-compile`; expected failures are one line on stderr and exit code 1."""
     try:
         app(standalone_mode=True)
-    except (FileNotFoundError, ImportError, ValueError) as error:
+    except (OSError, ImportError, ValueError) as error:
         Console(stderr=True).print(f"error: {error}", markup=False, highlight=False)
         raise SystemExit(1) from error

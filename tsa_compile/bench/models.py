@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,6 @@ def gguf_file(name: str) -> Path:
 
 def load_packaged(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """(model, tokenizer) of a packaged model, in evaluation mode on `device`."""
-    os.environ.setdefault("TQDM_DISABLE", "1")  # the caller shows its own progress; read when tqdm is imported
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = gguf_file(name)

@@ -1,0 +1,64 @@
+"""The command line: each command runs, and a failure is one line on stderr with exit code 1."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.api.tiny import LAYERS, tiny_llama
+
+ROOT = Path(__file__).parents[2]
+
+
+def command(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "tsa_compile", *args], cwd=ROOT, capture_output=True, text=True, timeout=500, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    tiny_llama().save_pretrained(path)
+    return str(path)
+
+
+def test_explain_prints_json(folder):
+    done = command("explain", folder, "--tokens", "100", "--json")
+    assert done.returncode == 0, done.stderr
+    sites = json.loads(done.stdout)["sites"]
+    assert [s["replaced"] for s in sites] == [True] * LAYERS
+
+
+def test_explain_prints_a_table(folder):
+    done = command("explain", folder, "--tokens", "100")
+    assert done.returncode == 0, done.stderr
+    assert "2 of 2 attention sites replaced" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("explain", "no/such/folder/here"), "error: "),
+        (("explain", "smollm2", "--coverage", "7"), "error: TokenSparse.coverage must be a number in [0, 1), got 7.0"),
+        (("explain", "smollm2", "--tokens", "3"), "Invalid value for '--tokens'"),
+        (("frobnicate",), "No such command 'frobnicate'"),
+    ],
+)
+def test_a_failure_is_one_line(args, message):
+    done = command(*args)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_the_demo_finds_the_needle():
+    done = command("demo", "--tokens", "2000", "--repeats", "1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(": found") == 2
+    assert "30 of 30 attention sites replaced" in done.stdout
