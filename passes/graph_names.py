@@ -71,6 +71,8 @@ def op_name(node: object) -> str:
         return node.op
     if name in _CASTS and node.op == "call_method":
         return "to"
+    if name.startswith("__") and name.endswith("__"):
+        name = name[2:-2]  # `a.__eq__(b)`, as Dynamo traces comparisons in masks up to torch 2.12
     return _ALIASES.get(name, name)
 
 

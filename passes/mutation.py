@@ -23,6 +23,7 @@ _INPLACE_OPERATORS = frozenset({
     operator.ipow, operator.imatmul, operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift,
 })
 # fmt: on
+_INPLACE_METHODS = frozenset(f"__{o.__name__}__" for o in _INPLACE_OPERATORS)
 
 
 def writes_to(node: fx.Node) -> list[fx.Node]:
@@ -30,7 +31,7 @@ def writes_to(node: fx.Node) -> list[fx.Node]:
     written = _nodes(node.kwargs.get("out"))
     if node.op == "call_method":
         name = str(node.target)
-        if name.endswith("_") and not name.endswith("__"):
+        if (name.endswith("_") and not name.endswith("__")) or name in _INPLACE_METHODS:
             written.append(node.args[0])  # type: ignore[arg-type]
     elif node.op == "call_function":
         written += _function_writes(node)
@@ -58,7 +59,11 @@ def _function_writes(node: fx.Node) -> list[fx.Node]:
     if isinstance(target, torch._ops.HigherOrderOperator):
         return [] if _bodies_are_pure(node) else node.all_input_nodes
     name = getattr(target, "__name__", "")
-    inplace = target in _INPLACE_OPERATORS or (name.endswith("_") and not name.endswith("__") and name not in ("and_", "or_"))
+    inplace = (
+        target in _INPLACE_OPERATORS
+        or name in _INPLACE_METHODS
+        or (name.endswith("_") and not name.endswith("__") and name not in ("and_", "or_"))
+    )
     if (inplace or node.kwargs.get("inplace") is True) and node.args and isinstance(node.args[0], fx.Node):
         return [node.args[0]]
     return []

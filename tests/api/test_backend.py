@@ -40,9 +40,7 @@ def test_llama_prefill_is_one_graph(compiler):
     model, ids = tiny_llama(), token_ids(48)
     with torch.no_grad():
         dense = model(input_ids=ids, use_cache=False).logits
-        compiled = torch.compile(
-            model, backend="tsa", fullgraph=True, options={"compiler": compiler, "policy": KEEP_ALL}
-        )
+        compiled = torch.compile(model, backend="tsa", fullgraph=True, options={"compiler": compiler, "policy": KEEP_ALL})
         sparse = compiled(input_ids=ids, use_cache=False).logits
     torch.testing.assert_close(sparse, dense, atol=1e-4, rtol=1e-4)
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import operator
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.passes.graphs import by_dynamo, by_export
+from tests.passes.graphs import KEEP_ALL, by_dynamo, by_export
+from tsa_compile.passes.pipeline import run_pipeline
 
 B, H, HK, L, D = 2, 4, 2, 11, 16
 both = pytest.mark.parametrize("trace", [by_dynamo, by_export])
@@ -198,9 +200,7 @@ def test_autocast_casts_as_the_dense_operator_does():
 
 def test_head_dim_above_the_kernels_stays_dense():
     args = (torch.randn(1, 2, L, 320) for _ in range(3))
-    check_dense(
-        by_dynamo, lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), *args, reason="head dim 320"
-    )
+    check_dense(by_dynamo, lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), *args, reason="head dim 320")
 
 
 def test_gradients_stay_dense():
@@ -224,3 +224,25 @@ def test_two_attentions_are_two_sites(trace):
 
     outcome = trace(function, *qkv(kv_heads=H))
     assert outcome.replaced == [True, True, False]
+
+
+@pytest.mark.parametrize(("method", "replaced"), [(torch.Tensor.__le__, True), (torch.Tensor.__ge__, False)])
+def test_comparisons_as_methods(method, replaced):
+    """torch 2.11 traces comparisons in vmapped masks as `Tensor.__le__`."""
+
+    def function(q, k, v):
+        mask = torch.arange(L)[None, :] <= torch.arange(L)[:, None]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    decided = []
+
+    def backend(gm, inputs):
+        (node,) = (n for n in gm.graph.nodes if n.target is operator.le)
+        node.target = method
+        decided.extend(run_pipeline(gm, lambda site: KEEP_ALL).decisions)
+        return gm.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(function, backend=backend)(*qkv(kv_heads=H))
+    assert [d.reason is None for d in decided] == [replaced]
