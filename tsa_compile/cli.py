@@ -1,4 +1,4 @@
-"""The command line: `tsa-compile demo|explain`."""
+"""The command line: `tsa-compile demo|explain|bench`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import typer
 from rich.console import Console
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
+bench = typer.Typer(help="Time attention or a whole prefill on the GPU, dense against sparse.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
 console = Console()
 
 Tokens = Annotated[int, typer.Option(help="prompt length, in tokens", min=64)]
@@ -51,6 +53,63 @@ def explain(
     console.print(report.to_table())
     for warning in report.warnings:
         console.print(f"warning: {warning}", markup=False)
+
+
+JsonFile = Annotated[str | None, typer.Option("--json", help="write the results to this file")]
+
+
+@bench.command("attention")
+def bench_attention(
+    only: Annotated[str | None, typer.Option(help="cases whose name contains this, such as 'L128K'")] = None,
+    peer: Annotated[list[str] | None, typer.Option(help="NAME=PATH of a file with a function attention(q, k, v)")] = None,
+    json: JsonFile = None,
+    html: Annotated[str | None, typer.Option(help="write speed-up against length to this file")] = None,
+) -> None:
+    """Each stage of token-sparse attention and the dense kernels, in one run; each result is checked before it is timed."""
+    from rich.progress import track
+
+    from tsa_compile.bench import attention, cases, output
+
+    found = cases.select_cases(only)
+    pairs = [p.partition("=") for p in peer or []]
+    peers = {name: attention.load_peer(path) for name, _, path in pairs}
+    gpu, versions = _gpu()
+    rows = [attention.bench_case(case, peers) for case in track(found, "timing", console=console)]
+    console.print(output.attention_table(rows, gpu))
+    if json:
+        output.write_json(json, rows, environment=versions, ceilings=gpu)
+    if html:
+        notes = [", ".join(f"{k} {v}" for k, v in versions.items())]
+        output.write_html(html, "Speed-up over SDPA against length", output.attention_plot(rows), notes)
+
+
+@bench.command("prefill")
+def bench_prefill(
+    lengths: Annotated[str, typer.Option(help="prompt lengths, comma separated")] = "8192,32768,131072",
+    layers: Annotated[int, typer.Option(help="layers of the random Llama-3.1-8B", min=1)] = 32,
+    coverage: Annotated[float, typer.Option(help="random attention is flat, so this drops about as large a share")] = 0.5,
+    json: JsonFile = None,
+) -> None:
+    """Time to the first token of a random-weight Llama-3.1-8B, dense and transformed, both through Inductor."""
+    from tsa_compile.bench import output, prefill
+    from tsa_compile.plan import default_policy
+
+    policy = default_policy(coverage)
+    gpu, versions = _gpu()
+    rows = prefill.bench_prefill(prefill.build_llama(layers), [int(n) for n in lengths.split(",")], policy)
+    console.print(output.prefill_table(rows))
+    if json:
+        output.write_json(json, rows, environment=versions, ceilings=gpu, layers=layers, policy=policy.to_dict())
+
+
+def _gpu() -> tuple[dict[str, float], dict[str, str]]:
+    import torch
+
+    from tsa_compile.bench import timing
+
+    if not torch.cuda.is_available():
+        raise ValueError("the benchmarks time a GPU, and PyTorch sees none")
+    return timing.ceilings(), timing.environment()
 
 
 def main() -> None:

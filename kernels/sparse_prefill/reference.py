@@ -81,22 +81,47 @@ def sparse_attention_oracle(
     dense_below: int,
     engine: str = "reference",
 ) -> Tensor:
-    """The definition: one softmax over an explicit mask `allowed[h, i, j]`, in blocks of query rows. For tests."""
+    """The definition, row by row, in blocks of query rows. For tests."""
+    out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]).transpose(1, 2)
+    for first in range(0, q.shape[2], _BLOCK_ROWS):
+        rows = torch.arange(first, min(first + _BLOCK_ROWS, q.shape[2]), device=q.device)
+        strip = (strip_window, strip_sinks)
+        out[:, :, rows] = sparse_attention_rows(q, k, v, indices, counts, heavy_indices, key_mask, scale, *strip, rows).to(
+            q.dtype
+        )
+    return out
+
+
+def sparse_attention_rows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    heavy_indices: Tensor,
+    key_mask: Tensor | None,
+    scale: float,
+    strip_window: int,
+    strip_sinks: int,
+    rows: Tensor,
+) -> Tensor:
+    """The definition for the queries `rows` (int64 `[n]`) alone: one softmax over an explicit mask `allowed[h, i, j]`.
+
+    Returns:
+        `[B, H, n, Dv]` in float64 if q is float64, else in float32.
+    """
     (batch, heads, q_len, _), (kv_heads, k_len) = q.shape, k.shape[1:3]
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    out = q.new_zeros(batch, q_len, heads, v.shape[-1]).transpose(1, 2)
+    out = q.new_zeros(batch, heads, rows.shape[0], v.shape[-1], dtype=dtype)
     for b in range(batch):
         k_b = k[b].to(dtype).repeat_interleave(heads // kv_heads, 0)
         v_b = v[b].to(dtype).repeat_interleave(heads // kv_heads, 0)
         real = torch.ones(k_len, dtype=torch.bool, device=q.device) if key_mask is None else key_mask[b]
         kept = _members(indices[b, :, : int(counts[b])], k_len, heads)
         heavy = _members(heavy_indices[b], k_len, heads)
-        for first in range(0, q_len, _BLOCK_ROWS):
-            rows = torch.arange(first, min(first + _BLOCK_ROWS, q_len), device=q.device)
-            at = rows + (k_len - q_len)
-            allowed = _allowed(at, real, kept, heavy, strip_window, strip_sinks)
-            scores = (q[b][:, rows].to(dtype) @ k_b.mT * scale).masked_fill(~allowed, -torch.inf)
-            out[b][:, rows] = (scores.softmax(-1).nan_to_num(0.0) @ v_b).to(out.dtype)
+        allowed = _allowed(rows + (k_len - q_len), real, kept, heavy, strip_window, strip_sinks)
+        scores = (q[b][:, rows].to(dtype) @ k_b.mT * scale).masked_fill(~allowed, -torch.inf)
+        out[b] = scores.softmax(-1).nan_to_num(0.0) @ v_b
     return out
 
 

@@ -1,0 +1,88 @@
+"""`tsa-compile bench prefill`: a Llama of real size and random weights, dense against transformed, end to end."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from tsa_compile import api
+from tsa_compile.bench.timing import median_ms
+from tsa_compile.policies.base import Policy
+from tsa_compile.trace import record_kept
+
+# Llama-3.1-8B (arXiv 2407.21783, table 3)
+LLAMA_8B: dict[str, Any] = dict(
+    vocab_size=128_256,
+    hidden_size=4096,
+    intermediate_size=14_336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    max_position_embeddings=131_072,
+    rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefillRow:
+    """Times to the first token in milliseconds, peak memory in bytes, share of the tokens kept."""
+
+    length: int
+    dense: float
+    sparse: float
+    dense_memory: int
+    sparse_memory: int
+    kept: float
+    replaced: int
+    sites: int
+
+
+def build_llama(layers: int) -> Any:
+    """A bf16 Llama-3.1-8B of `layers` layers on the GPU, weights drawn at random."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with torch.device("cuda"):
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            model = LlamaForCausalLM(LlamaConfig(**{**LLAMA_8B, "num_hidden_layers": layers}))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    return model.eval()
+
+
+def bench_prefill(model: Any, lengths: list[int], policy: Policy, repeats: int = 3) -> list[PrefillRow]:
+    """Prefill of each length: dense (SDPA), both through Inductor, then `transform(model, policy)`."""
+    dense = {}
+    torch._dynamo.reset()
+    model.compile(dynamic=True)
+    for length in lengths:
+        dense[length] = _time(model, length, repeats)
+    model._compiled_call_impl = None
+    torch._dynamo.reset()
+    api.transform(model, policy, compiler="inductor")
+    rows = []
+    for length in lengths:
+        sparse = _time(model, length, repeats)
+        with record_kept() as kept:
+            _prefill(model, length)
+        shares, report = kept.shares(), api.report(model)
+        last = [s for s in report.sites if s.graph == report.graphs - 1]
+        mean = sum(shares) / len(shares) if shares else 1.0
+        replaced = sum(s.replaced for s in last)
+        rows.append(PrefillRow(length, dense[length][0], sparse[0], dense[length][1], sparse[1], mean, replaced, len(last)))
+    api.restore(model)
+    return rows
+
+
+@torch.no_grad()
+def _prefill(model: Any, length: int) -> torch.Tensor:
+    g = torch.Generator("cuda").manual_seed(length)
+    ids = torch.randint(0, model.config.vocab_size, (1, length), device="cuda", generator=g)
+    return model(input_ids=ids, use_cache=False, logits_to_keep=1).logits
+
+
+def _time(model: Any, length: int, repeats: int) -> tuple[float, int]:
+    torch.cuda.reset_peak_memory_stats()
+    return median_ms(lambda: _prefill(model, length), repeats, warmup=1), torch.cuda.max_memory_allocated()

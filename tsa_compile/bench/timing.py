@@ -1,0 +1,69 @@
+"""GPU times by CUDA events, and the ceilings of the GPU measured in the same run."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def median_ms(work: Callable[[], Any], repeats: int = 9, warmup: int = 2) -> float:
+    """Median time of `work()` in milliseconds, launches included."""
+    for _ in range(warmup):
+        work()
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for start, end in events:
+        start.record()
+        work()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in events)
+
+
+def graph_ms(work: Callable[[], Any], repeats: int = 9) -> float:
+    """Median time of a CUDA graph of `work()`, in milliseconds: no launch gaps."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return median_ms(graph.replay, repeats)
+
+
+def peak_extra_bytes(work: Callable[[], Any]) -> int:
+    """Device memory that `work()` allocates at its peak, its result included."""
+    work()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    work()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def ceilings() -> dict[str, float]:
+    """What this GPU reaches now: bf16 matrix product (TFLOP/s, 8192^3) and device copy (TB/s, read + write, 2 GiB)."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    product = median_ms(lambda: a @ b)
+    source = torch.randn(1 << 29, device="cuda")
+    target = torch.empty_like(source)
+    copy = median_ms(lambda: target.copy_(source))
+    return {"gemm_tflops": 2 * 8192**3 / product / 1e9, "copy_tbps": 2 * source.nbytes / copy / 1e9}
+
+
+def environment() -> dict[str, str]:
+    """GPU and versions, as every reported number needs them."""
+    import triton
+
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": str(torch.version.cuda),
+        "cudnn": str(torch.backends.cudnn.version()),
+    }
