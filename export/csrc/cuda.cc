@@ -238,7 +238,7 @@ Selection select_tokens(Call& c, const Order& o) {
     scores = c.take<float>(p.batch * p.heads * p.k_len);
     count_kept(c, o, mean, scores, s.counts);
   }
-  c.launch(*c.find(Kernel::select), p.batch * p.heads, 1, 1,
+  c.launch(*c.find(Kernel::select), p.batch * p.heads, c.a.heavy > 0 ? 2 : 1, 1,
            select_args{scores, s.counts, s.indices, s.heavy, o.order, o.ranks, p.heads, p.q_len, p.k_len, c.a.window,
                        c.a.min_tokens, c.a.heavy});
   return s;

@@ -158,25 +158,36 @@ def count_kernel(
 
 
 @triton.jit
+def count_digits(scores, n, prefix, shift, BLOCK: tl.constexpr):
+    """Of the scores whose bits above `shift + 4` are `prefix`: how many have each next digit of four bits, int32 [16].
+
+    Each lane counts for itself, in fields of 16 bits: no atomics, which the few exponents of attention scores would serialise.
+    """
+    column = tl.arange(0, 4)
+    fields = tl.zeros([BLOCK, 4], tl.int64)  # digits 4c..4c+3 in column c
+    for start in tl.range(0, n, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        bits = tl.load(scores + i, mask=i < n, other=0.0).to(tl.int32, bitcast=True)
+        upper = bits >> shift
+        inside = (i < n) & ((upper >> 4) == prefix)
+        one = inside.to(tl.int64) << ((upper & 3) * 16).to(tl.int64)
+        fields += tl.where(((upper >> 2) & 3)[:, None] == column[None, :], one[:, None], 0)
+    pair = 0x0000FFFF0000FFFF
+    even, odd = tl.sum(fields & pair, 0), tl.sum((fields >> 16) & pair, 0)
+    low, high = tl.join(even & 0xFFFFFFFF, odd & 0xFFFFFFFF), tl.join(even >> 32, odd >> 32)  # digits (0, 1) and (2, 3)
+    return tl.reshape(tl.permute(tl.join(low, high), (0, 2, 1)), [16]).to(tl.int32)
+
+
+@triton.jit
 def kth_largest(scores, n, k, BLOCK: tl.constexpr):
-    """(bits of the k-th largest of n scores >= 0, how many equal to it are among the k largest)."""
+    """(bits of the k-th largest of n scores >= 0, how many equal to it are among the k largest): a radix search."""
     threshold, need = tl.zeros([], tl.int32), k
-    for level in tl.static_range(3):
-        shift = 20 - 10 * level
-        count = tl.zeros([BINS], tl.int32)
-        for start in tl.range(0, n, BLOCK):
-            i = start + tl.arange(0, BLOCK)
-            bits = tl.load(scores + i, mask=i < n, other=0.0).to(tl.int32, bitcast=True)
-            inside = i < n
-            if level > 0:
-                inside = inside & ((bits >> (shift + 10)) == threshold)
-            digit = (bits >> shift) & (0x7FF if level == 0 else 0x3FF)
-            count += tl.histogram(digit, BINS, mask=inside)
-        from_here = tl.sum(count) - tl.cumsum(count, 0) + count  # how many in this bin or a higher one
+    for level in tl.range(0, 8):
+        count = count_digits(scores, n, threshold, 28 - 4 * level, BLOCK)
+        from_here = tl.sum(count) - tl.cumsum(count, 0) + count  # how many with this digit or a higher one
         at = tl.sum((from_here >= need).to(tl.int32)) - 1
-        here = tl.arange(0, BINS) == at
-        need -= tl.sum(tl.where(here, from_here - count, 0))
-        threshold = (threshold << (0 if level == 0 else 10)) | at
+        need -= tl.sum(tl.where(tl.arange(0, 16) == at, from_here - count, 0))
+        threshold = (threshold << 4) | at
     return threshold, need
 
 
@@ -203,32 +214,38 @@ def fill_tail(out, first, size, BLOCK: tl.constexpr):
         tl.store(out + i, -1, mask=i < size)
 
 
+@triton.jit
+def write_largest(scores, n, k, order, b, k_len, out, BLOCK: tl.constexpr, PADDED: tl.constexpr):
+    """Positions of the k largest of n scores, ascending."""
+    if k > 0:
+        threshold, need = kth_largest(scores, n, k, BLOCK)
+        compact(scores, n, threshold, need, order, b, k_len, out, BLOCK, PADDED)
+
+
 @triton.jit(do_not_specialize=LENGTHS)
 def select_kernel(
     scores, counts, indices, heavy_indices, order, ranks, heads, q_len, k_len, window, min_tokens, heavy,
     BLOCK: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """One head's kept positions to indices [B, H, Lk], ascending, then -1; its heaviest to heavy_indices [B, H, heavy]."""
+    """One head's kept positions to indices [B, H, Lk], ascending, then -1; by a second program, its heaviest to
+    heavy_indices [B, H, heavy]."""
     head_index = tl.program_id(0).to(tl.int64)
     b = head_index // heads
     length, _ = row_extent(ranks, b, q_len, k_len, window, PADDED)
     count, n = tl.load(counts + b), length - window
     scores += head_index * k_len
     indices += head_index * k_len
-    heavy_indices += head_index * heavy
     everything = count == length
-    n_keep = count - window
-    if not everything:
-        threshold, need = kth_largest(scores, n, n_keep, BLOCK)
-        compact(scores, n, threshold, need, order, b, k_len, indices, BLOCK, PADDED)
+    if tl.program_id(1) == 1:
+        n_heavy = tl.where(everything, 0, tl.minimum(heavy, n))
+        heavy_indices += head_index * heavy
+        write_largest(scores, n, n_heavy, order, b, k_len, heavy_indices, BLOCK, PADDED)
+        fill_tail(heavy_indices, n_heavy, heavy, BLOCK)
+        return
     first = tl.where(everything, 0, n)  # ranks from here on follow, whatever their score
+    write_largest(scores, n, tl.where(everything, 0, count - window), order, b, k_len, indices, BLOCK, PADDED)
     for start in tl.range(first, length, BLOCK):
         r = start + tl.arange(0, BLOCK)
         at = positions_of(order, b, r, r < length, k_len, PADDED)
         tl.store(indices + r - length + count, at.to(tl.int32), mask=r < length)
     fill_tail(indices, count, k_len, BLOCK)
-    n_heavy = tl.where(everything, 0, tl.minimum(heavy, n))
-    if n_heavy > 0:
-        threshold, need = kth_largest(scores, n, n_heavy, BLOCK)
-        compact(scores, n, threshold, need, order, b, k_len, heavy_indices, BLOCK, PADDED)
-    fill_tail(heavy_indices, n_heavy, heavy, BLOCK)

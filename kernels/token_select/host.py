@@ -84,7 +84,7 @@ def select_from_means(
         masses, histograms, counts, ranks, q_len, k_len, window, min_tokens, coverage_bits,
         BLOCK=4096, PADDED=padded, num_warps=16,
     )  # fmt: skip
-    device.select_kernel[(batch * heads,)](
+    device.select_kernel[(batch * heads, 2 if heavy else 1)](
         scores, counts, indices, heavy_indices, order, ranks, heads, q_len, k_len, window, min_tokens, heavy,
         BLOCK=4096, PADDED=padded, num_warps=16,
     )  # fmt: skip

@@ -76,13 +76,16 @@ def test_capture_and_replay(model, compiler):
 def test_ten_lengths_compile_no_kernel_after_two(model):
     from triton import knobs
 
+    from tsa_compile.kernels.token_select.device import select_kernel
+
     compiled = []
+    select_kernel.device_caches.clear()  # another test may have compiled it
     tsa.transform(model, SPARSE)
     before = knobs.runtime.jit_post_compile_hook
     knobs.runtime.jit_post_compile_hook = lambda **info: compiled.append(info["fn"].name)
     try:
         logits(model, ids(1024)), logits(model, ids(1333))
-        assert compiled  # the hook works
+        assert any("select_kernel" in name for name in compiled)  # the hook works
         compiled.clear()
         for length in (500, 777, 1025, 1400, 1999, 2048, 2500, 3001, 4096, 4100):
             logits(model, ids(length))

@@ -69,4 +69,10 @@ def test_export(name, dynamic):
     case = CASES[name]
     x = packed(case)
     shapes = ({2: torch.export.Dim("length", min=8, max=4096)},) if dynamic else None
-    check(case, by_export(function(case), x, dynamic_shapes=shapes), x)
+    try:
+        outcome = by_export(function(case), x, dynamic_shapes=shapes)
+    except torch._dynamo.exc.UserError as error:
+        if torch.__version__ >= "2.13" or "Constraints violated" not in str(error):
+            raise
+        pytest.skip("this torch.export refuses repeated heads of dynamic length")
+    check(case, outcome, x)
