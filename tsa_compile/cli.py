@@ -1,4 +1,4 @@
-"""The command line: `tsa-compile demo|explain|bench`."""
+"""The command line: `tsa-compile demo|explain|bench|tune`."""
 
 from __future__ import annotations
 
@@ -102,6 +102,18 @@ def bench_prefill(
         output.write_json(json, rows, environment=versions, ceilings=gpu, layers=layers, policy=policy.to_dict())
 
 
+@app.command()
+def tune(head_dims: Annotated[str, typer.Option(help="comma separated")] = "64,128") -> None:
+    """Measure on this GPU from which length on the packed engine is faster, and keep it for `engine="auto"`."""
+    from tsa_compile.bench.tune import tune as measure
+    from tsa_compile.kernels.sparse_prefill.engines import tuned_file
+
+    _gpu()
+    table = measure([int(d) for d in head_dims.split(",")])
+    console.print(f"packed from (tokens, by compute capability and head dim): {table}", markup=False)
+    console.print(f"written to {tuned_file()}", markup=False)
+
+
 def _gpu() -> tuple[dict[str, float], dict[str, str]]:
     import torch
 
@@ -116,6 +128,6 @@ def main() -> None:
     """Entry point of `tsa-compile`; expected failures are one line on stderr and exit code 1."""
     try:
         app(standalone_mode=True)
-    except (OSError, ImportError, ValueError) as error:
+    except (OSError, ImportError, ValueError, RuntimeError) as error:
         Console(stderr=True).print(f"error: {error}", markup=False, highlight=False)
         raise SystemExit(1) from error

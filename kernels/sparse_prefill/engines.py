@@ -6,12 +6,17 @@ An inner engine runs causal attention over packed rows whose number only the dev
 
 from __future__ import annotations
 
+import functools
+import json
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 Tensor = torch.Tensor
+SHIPPED = Path(__file__).with_name("engines.json")
 #: q [B, H, C, D], k [B, G, C, D], v [B, G, C, Dv], counts [B], scale, need_lse
 #: -> out [B, H, C, Dv] and, if asked for, the natural log-sum-exp [B, H, C]; rows beyond the count are undefined
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor, float, bool], "tuple[Tensor, Tensor | None]"]
@@ -75,5 +80,32 @@ def find_inner(q: Tensor, v: Tensor) -> InnerEngine:
 
 
 def choose(q: Tensor, k: Tensor, v: Tensor) -> str:
-    """The engine that `auto` takes for q [B, H, Lq, D], k [B, Hk, Lk, D], v [B, Hk, Lk, Dv]."""
-    return "fused"
+    """The engine that `auto` takes for q [B, H, Lq, D], k [B, Hk, Lk, D], v [B, Hk, Lk, Dv]: `packed` from the length on from
+    which it was measured to be faster on this kind of GPU (`tsa-compile tune`), if an inner engine is there."""
+    start = packed_from(q.device, max(q.shape[-1], v.shape[-1]))
+    if start is None or k.shape[2] < start or q.shape[2] != k.shape[2]:
+        return "fused"
+    return "packed" if any(engine.missing(q, v) is None for engine in INNER) else "fused"
+
+
+def packed_from(device: torch.device, head_dim: int) -> int | None:
+    """Tokens from which `packed` is faster, for this compute capability and head dim; None: never, or not measured."""
+    table = measured_table()
+    return table.get("{}.{}".format(*torch.cuda.get_device_capability(device)), {}).get(str(head_dim))
+
+
+@functools.cache
+def measured_table() -> dict[str, dict[str, int | None]]:
+    """Compute capability -> head dim -> tokens: what the package ships, and over it what `tsa-compile tune` measured here."""
+    table: dict[str, dict[str, int | None]] = {}
+    for path in (SHIPPED, tuned_file()):
+        if path.is_file():
+            for capability, entries in json.loads(path.read_text()).items():
+                table.setdefault(capability, {}).update(entries)
+    return table
+
+
+def tuned_file() -> Path:
+    """Where `tsa-compile tune` writes: TSA_TUNED, or engines.json in the user's cache folder."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return Path(os.environ.get("TSA_TUNED", cache / "tsa_compile" / "engines.json"))

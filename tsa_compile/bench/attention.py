@@ -99,9 +99,9 @@ def bench_case(case: AttentionCase, peers: Mapping[str, Dense], repeats: int = 9
         return torch.ops.tsa.select_tokens(q, k, None, scale, *numbers, POLICY.completion.heavy)  # type: ignore[union-attr]
 
     chosen = select()
-    selection = forced(_scores(q, k, scale), case.keep, POLICY.window, POLICY.completion.heavy)  # type: ignore[union-attr]
+    selection = forced(window_scores_of(q, k, scale), case.keep, POLICY.window, POLICY.completion.heavy)  # type: ignore[union-attr]
     engines = ["fused", *(["packed"] if _packed(q, v) else [])]
-    runs = {(e, s): _run(q, k, v, selection, scale, e, s) for e in engines for s in (False, True)}
+    runs = {(e, s): attend(q, k, v, selection, scale, e, s) for e in engines for s in (False, True)}
     error = {f"{e}{' completed' if s else ''}": _check(q, k, v, selection, scale, e, s, run) for (e, s), run in runs.items()}
     plain = {e: runs[e, False] for e in engines}
 
@@ -122,16 +122,18 @@ def bench_case(case: AttentionCase, peers: Mapping[str, Dense], repeats: int = 9
     )
 
 
-def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
+def window_scores_of(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """What the last queries give each key, `[B, H, L]`: the scores that selections are forced by."""
     from tsa_compile.kernels.token_scores.host import window_scores
 
     dummy = torch.empty(1, dtype=torch.int32, device=q.device)
     return window_scores(q, k, dummy, dummy, False, scale, POLICY.window)
 
 
-def _run(
+def attend(
     q: Tensor, k: Tensor, v: Tensor, selection: tuple[Tensor, Tensor, Tensor], scale: float, engine: str, strip: bool
 ) -> Callable[[], Tensor]:
+    """Token-sparse attention of a given selection, as a call that can be timed."""
     tail = _strip_arguments(selection, strip)
     return lambda: torch.ops.tsa.sparse_attention(q, k, v, *tail[0], None, scale, *tail[1], 0, engine)
 
