@@ -29,7 +29,7 @@ def attention_table(rows: Sequence[AttentionRow], gpu: Mapping[str, float]) -> T
     for name in columns:
         table.add_column(name, justify="left" if name in ("case", "engine") else "right")
     for r in rows:
-        best, attend = r.best, r.sparse[r.best] - r.select
+        best, attend = r.best, r.sparse_in_graph[r.best] - r.select_in_graph  # launches hide what kernels take
         tflops = r.case.flops * r.case.keep**2 / max(attend, 1e-6) / 1e9
         cells = [r.case.name, f"{r.select:.3f}", f"{r.sparse[best]:.3f}", best, f"{r.completed[best]:.3f}"]
         cells += [f"{r.dense[d]:.3f}" if d in r.dense else "" for d in dense]
