@@ -17,6 +17,9 @@ from tsa_compile.passes.site import Layouts
 _PRODUCTS = ("matmul", "einsum", "baddbmm")
 _MAX_STEPS = 16
 _STEPS = frozenset({"to", "contiguous", "clone", "add", "sub", "mul", "div", "where", "masked_fill", "tanh", "view", "cat"})
+_RESHAPES = frozenset(
+    {"view", "getitem", "slice", "narrow", "flatten", "unflatten", "transpose", "permute", "squeeze", "unsqueeze"}
+)
 
 
 @dataclasses.dataclass
@@ -47,8 +50,11 @@ def match_manual(softmax: fx.Node) -> Match | None:
         return None
     if arg(softmax, 1, "dim") not in (-1, tensor.dim() - 1):
         return None
+    if not _comes_from_product(softmax.args[0]):  # type: ignore[arg-type]
+        return None
     output, obstacle = _weights_use(softmax)
-    if output is None or not _comes_from_product(softmax.args[0]):  # type: ignore[arg-type]
+    if output is None:
+        _check_not_reshaped(softmax)
         return None
     if tensor.dim() != 4:
         rank = f"scores of rank {tensor.dim()}, not [batch, heads, queries, keys]"
@@ -91,6 +97,22 @@ def _weights_use(softmax: fx.Node) -> tuple[tuple[fx.Node, fx.Node] | None, str 
             obstacle = "dropout in training"
         at = step
     return None, None
+
+
+def _check_not_reshaped(softmax: fx.Node) -> None:
+    """Raise if the weights reach a product after all, but cut or reshaped: sinks, merged batch and heads."""
+    stack = [(softmax, "")]
+    for _ in range(4 * _MAX_STEPS):
+        if not stack:
+            return
+        node, how = stack.pop()
+        for user in node.users:
+            if how and op_name(user) in _PRODUCTS and user.args[0] is node:
+                raise Unrecognised(f"{softmax.name}: attention weights go through {how} before they meet the values")
+            if op_name(user) in _RESHAPES:
+                stack.append((user, op_name(user)))
+            elif _continues(user) and op_name(user) not in _PRODUCTS:
+                stack.append((user, how))
 
 
 def _continues(node: fx.Node) -> bool:

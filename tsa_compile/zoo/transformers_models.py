@@ -19,6 +19,7 @@ SEQ2SEQ: dict[str, Any] = dict(
     vocab_size=96, d_model=64, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
     encoder_ffn_dim=96, decoder_ffn_dim=96, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
 )  # fmt: skip
+MIXED: dict[str, Any] = dict(head_dim=16, sliding_window=16, layer_types=["sliding_attention", "full_attention"])
 TEXT: dict[str, Any] = dict(
     vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64
 )
@@ -61,7 +62,7 @@ DECODERS: tuple[Entry, ...] = (
     causal("Gemma 2", "Gemma2", **GQA, head_dim=16, sliding_window=16),
     causal("Gemma 3", "Gemma3", **GQA, head_dim=16, sliding_window=16, layer_types=["sliding_attention", "full_attention"]),
     causal("Phi-3", "Phi3", **GQA, sliding_window=None),
-    causal("GPT-2", "GPT2", n_embd=64, n_layer=2, n_head=4, n_positions=256),
+    Entry("GPT-2", "transformers", hf("GPT2Config", "GPT2LMHeadModel", n_embd=64, n_layer=2, n_head=4, n_positions=256), ids),
     causal("GPT-NeoX", "GPTNeoX"),
     causal("OPT", "OPT", ffn_dim=96, word_embed_proj_dim=64),
     causal("BLOOM", "Bloom", n_head=4, n_layer=2),
