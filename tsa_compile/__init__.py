@@ -10,6 +10,7 @@ if not _os.path.isdir(_os.path.join(_os.path.dirname(__file__), "kernels")) and 
 
 from tsa_compile.api import explain, report, restore, transform
 from tsa_compile.backend import register as _register
+from tsa_compile.check import compare
 from tsa_compile.plan import Plan
 from tsa_compile.policies.dense import Dense
 from tsa_compile.policies.token_sparse import Completion, TokenSparse
@@ -22,6 +23,7 @@ __all__ = [
     "Plan",
     "Report",
     "TokenSparse",
+    "compare",
     "explain",
     "report",
     "restore",

@@ -1,4 +1,4 @@
-"""The command line: `tsa-compile demo|explain|bench|tune`."""
+"""The command line: `tsa-compile demo|compare|explain|bench|tune`."""
 
 from __future__ import annotations
 
@@ -53,6 +53,32 @@ def explain(
     console.print(report.to_table())
     for warning in report.warnings:
         console.print(f"warning: {warning}", markup=False)
+
+
+@app.command()
+def compare(
+    model: Annotated[str, typer.Argument(help="a Hugging Face folder or id, or a packaged model: smollm2")],
+    tokens: Tokens = 4000,
+    text: Annotated[str | None, typer.Option(help="a text file to read; without it the prompt is generated prose")] = None,
+    coverage: Coverage = None,
+    repeats: Repeats = 3,
+) -> None:
+    """Run MODEL on a text, dense and token-sparse: which sites are replaced, how much faster, how close to dense."""
+    from pathlib import Path
+
+    from tsa_compile import check
+    from tsa_compile.bench.models import load_causal_lm, load_tokenizer
+    from tsa_compile.bench.prompts import essay
+    from tsa_compile.plan import default_policy
+
+    policy = default_policy(coverage)
+    prompt = Path(text).read_text() if text else essay(tokens, seed=0)
+    ids = load_tokenizer(model)(prompt, return_tensors="pt").input_ids[:, :tokens]
+    network = load_causal_lm(model)
+    with console.status(f"running {ids.shape[1]} tokens, dense and sparse"):
+        result = check.compare(network, input_ids=ids.to(network.device), use_cache=False, policy=policy, repeats=repeats)
+    console.print(result.to_table())
+    console.print(result.summary(), markup=False, highlight=False)
 
 
 JsonFile = Annotated[str | None, typer.Option("--json", help="write the results to this file")]

@@ -33,13 +33,22 @@ def gguf_file(name: str) -> Path:
 
 def load_packaged(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """(model, tokenizer) of a packaged model, in evaluation mode on `device`."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    path = gguf_file(name)
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    path, tokenizer = gguf_file(name), load_tokenizer(name)
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
     model.to(device)  # type: ignore[arg-type]
     return model.eval(), tokenizer
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a packaged model, folder or Hugging Face id."""
+    from transformers import AutoTokenizer
+
+    if name in _PACKAGES:
+        path = gguf_file(name)
+        return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    return AutoTokenizer.from_pretrained(name)
 
 
 def load_causal_lm(name: str) -> Any:
