@@ -1,0 +1,58 @@
+"""Every example runs as its first lines say, and prints something."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.api.tiny import tiny_llama
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def run(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    monkeypatch.setattr(sys, "argv", [name, *args])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    return capsys.readouterr().out
+
+
+def test_own_module(monkeypatch, capsys):
+    assert "3 of 3 attention sites replaced" in run("own_module.py", monkeypatch, capsys)
+
+
+def test_compile_backend(monkeypatch, capsys):
+    assert "relative difference" in run("compile_backend.py", monkeypatch, capsys)
+
+
+def test_export_onnx(monkeypatch, capsys, tmp_path):
+    pytest.importorskip("onnxruntime")
+    out = run("export_onnx.py", monkeypatch, capsys, str(tmp_path / "a.onnx"))
+    assert (tmp_path / "a.onnx").is_file()
+    assert "attention nodes" in out
+
+
+def test_hugging_face(monkeypatch, capsys, tmp_path):
+    """With a random model, and a tokenizer that reads bytes."""
+    tiny_llama(vocab_size=300, max_position_embeddings=4096).save_pretrained(tmp_path)
+    _save_byte_tokenizer(tmp_path)
+    (tmp_path / "text.txt").write_text("many words " * 120)
+    out = run("hugging_face.py", monkeypatch, capsys, str(tmp_path), str(tmp_path / "text.txt"))
+    assert "attention sites replaced" in out
+
+
+def _save_byte_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer = Tokenizer(models.BPE(vocab={c: n for n, c in enumerate(sorted(alphabet))}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+
+
+def test_no_example_is_left_out():
+    tested = {"own_module.py", "compile_backend.py", "export_onnx.py", "hugging_face.py"}
+    assert {p.name for p in EXAMPLES.glob("*.py")} == tested
