@@ -10,6 +10,7 @@ if not _os.path.isdir(_os.path.join(_os.path.dirname(__file__), "kernels")) and 
 
 from tsa_compile.api import explain, report, restore, transform
 from tsa_compile.backend import register as _register
+from tsa_compile.calibration import calibrate
 from tsa_compile.check import compare
 from tsa_compile.plan import Plan
 from tsa_compile.policies.dense import Dense
@@ -23,6 +24,7 @@ __all__ = [
     "Plan",
     "Report",
     "TokenSparse",
+    "calibrate",
     "compare",
     "explain",
     "report",

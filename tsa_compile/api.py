@@ -48,7 +48,7 @@ def transform(
     if model._compiled_call_impl is not None:
         raise RuntimeError("the model is compiled already; call tsa_compile.restore(model) before transforming it again")
     backend = Backend(as_plan(policy_or_plan), compiler, inductor_options)
-    model._compiled_call_impl = torch.compile(_isolated(model), backend=backend, fullgraph=fullgraph)
+    model._compiled_call_impl = torch.compile(isolated(model), backend=backend, fullgraph=fullgraph)
     _BACKENDS[model] = backend
     return model
 
@@ -85,13 +85,13 @@ def explain(
     The model is left as it was. `explain(model, **tokenizer(text, return_tensors="pt"))` is the usual call.
     """
     backend = Backend(as_plan(policy), "eager")
-    compiled = torch.compile(_isolated(model), backend=backend)
+    compiled = torch.compile(isolated(model), backend=backend)
     with torch.no_grad():
         compiled(*args, **kwargs)
     return backend.report
 
 
-def _isolated(model: nn.Module) -> Callable[..., Any]:
+def isolated(model: nn.Module) -> Callable[..., Any]:
     """The model's call as a function with a code object of its own.
 
     Dynamo keeps compiled code, and counts recompilations, by code object; a model's forward is shared by all models of its class,

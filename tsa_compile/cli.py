@@ -1,4 +1,4 @@
-"""The command line: `tsa-compile demo|compare|explain|bench|tune`."""
+"""The command line: `tsa-compile demo|compare|explain|calibrate|bench|tune`."""
 
 from __future__ import annotations
 
@@ -79,6 +79,28 @@ def compare(
         result = check.compare(network, input_ids=ids.to(network.device), use_cache=False, policy=policy, repeats=repeats)
     console.print(result.to_table())
     console.print(result.summary(), markup=False, highlight=False)
+
+
+@app.command()
+def calibrate(
+    model: Annotated[str, typer.Argument(help="a Hugging Face folder or id, or a packaged model: smollm2")],
+    prompts: Annotated[list[str], typer.Option(help="a .jsonl file (a prompt a line) or a text file (one prompt)")],
+    out: Annotated[str, typer.Option(help="the plan, a JSON file")],
+    target: Annotated[str, typer.Option(help="kl<=X or sparsity>=X")] = "kl<=0.01",
+    policy: Annotated[str | None, typer.Option(help="JSON file of the TokenSparse policy of a sparse layer")] = None,
+    coverages: Annotated[str, typer.Option(help="what a layer may get, comma separated")] = "0.02,0.1,0.2",
+    method: Annotated[str, typer.Option(help="loss (layers by what they cost), or drift (the paper's order)")] = "loss",
+    last: Annotated[int, typer.Option(help="predictions at the end of a prompt that are compared", min=1)] = 128,
+    max_tokens: Annotated[int | None, typer.Option(help="longer prompts lose their beginning", min=1)] = None,
+    state: Annotated[str | None, typer.Option(help="file of what is measured; a second call goes on from it")] = None,
+) -> None:
+    """Choose a policy for each layer of MODEL on your own prompts, and write the plan."""
+    from tsa_compile.calibration.command import calibrate_files
+
+    numbers = [float(c) for c in coverages.split(",")]
+    plan = calibrate_files(model, prompts, target, policy, numbers, method, last, max_tokens, state)
+    plan.save(out)
+    console.print(f"{out}: {plan.notes['sparse layers']} layers sparse; {plan.notes['measured']}", markup=False)
 
 
 JsonFile = Annotated[str | None, typer.Option("--json", help="write the results to this file")]

@@ -1,0 +1,40 @@
+"""What a calibration must reach: `kl<=X` or `sparsity>=X`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+
+_FORM = re.compile(r"\s*(kl\s*<=|sparsity\s*>=)\s*([0-9.eE+-]+)\s*")
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A bound on the loss (`kl`: KL(dense || sparse) in nats, at most) or on the sparsity (share of tokens, at least)."""
+
+    quantity: str
+    bound: float
+
+    @classmethod
+    def parse(cls, text: str) -> Target:
+        """The target that `text` says.
+
+        Raises:
+            ValueError: it is neither "kl<=X" with X > 0 nor "sparsity>=X" with X in (0, 1).
+        """
+        match = _FORM.fullmatch(text) if isinstance(text, str) else None
+        try:
+            target = cls(match[1].split("<")[0].split(">")[0].strip(), float(match[2])) if match else None
+        except ValueError:
+            target = None
+        limit = math.inf if target and target.quantity == "kl" else 1.0
+        if target is None or not 0 < target.bound < limit:
+            raise ValueError(f'target must be "kl<=X" with X > 0 or "sparsity>=X" with X in (0, 1), got {text!r}')
+        return target
+
+    def met_by(self, kl: float, sparsity: float) -> bool:
+        return kl <= self.bound if self.quantity == "kl" else sparsity >= self.bound
+
+    def __str__(self) -> str:
+        return f"{self.quantity}{'<=' if self.quantity == 'kl' else '>='}{self.bound:g}"
