@@ -22,7 +22,6 @@ from tsa_compile.export.require import require
 
 CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
 PTX = (0, 0)  # stands for PTX in place of a compute capability
-_CTYPES = {"fp32": "float", "i32": "int32_t", "i64": "int64_t"}
 _DTYPES = {"fp32": "ort::kFloat", "fp16": "ort::kFloat16", "bf16": "ort::kBFloat16"}
 
 
@@ -70,7 +69,7 @@ def _source_class(function: Any) -> Any:
 
 
 def compile_forms(forms: Iterable[Form], capabilities: Sequence[tuple[int, int]], folder: Path) -> None:
-    """Write `kernels.h` and `kernels.bin` for csrc/cuda.cc into `folder`."""
+    """Write `kernel_names.h`, `kernels.h` and `kernels.bin` for csrc/ into `folder`."""
     images: list[Image] = []
     for form in sorted(set(forms)):
         for capability in (*capabilities, PTX):
@@ -80,52 +79,59 @@ def compile_forms(forms: Iterable[Form], capabilities: Sequence[tuple[int, int]]
 
 
 def write_images(images: Sequence[Image], folder: Path) -> None:
-    """The header and the blob of these images."""
+    """The headers and the blob of these images."""
     blob, rows = bytearray(), []
     for image in images:
         f, start = image.kernel.form, len(blob)
         blob += image.data
         blob += b"\0" * (-len(blob) % 64)
         fields = (
-            f"Kernel::{image.kernel.name}", _DTYPES[f.dtype], f.dim, f.v_dim, f.rows, int(f.masked), int(f.strip),
+            f"Kernel::{image.kernel.name}", _DTYPES[f.dtype], f.dim, f.v_dim, f.window, int(f.masked), int(f.strip),
             image.capability[0] * 10 + image.capability[1], json.dumps(image.entry), start, image.shared,
             image.threads, *image.kernel.blocks,
         )  # fmt: skip
         rows.append("  {" + ", ".join(map(str, fields)) + "},")
     (folder / "kernels.bin").write_bytes(blob)
-    (folder / "kernels.h").write_text(_header(every_kernel(), rows))
+    (folder / "kernel_names.h").write_text(_names(every_kernel()))
+    (folder / "kernels.h").write_text(_tables(every_kernel(), rows))
 
 
 def every_kernel() -> dict[str, AotKernel]:
-    """Each kernel that csrc/cuda.cc launches, in one of its forms: the run-time arguments are the same in all."""
+    """Each kernel that csrc/cuda.cc launches, in one of its forms: the run-time parameters are the same in all."""
     form = Form.of(torch.float16, 64, 64, 128, masked=True, strip=True)
     return {k.name: k for capability in ((8, 0), (9, 0)) for k in kernels_of(form, capability)}
 
 
-def _header(kernels: dict[str, AotKernel], rows: Sequence[str]) -> str:
+def _names(kernels: Iterable[str]) -> str:
     enum = "enum class Kernel { " + ", ".join(kernels) + " };"
-    structs = [_arguments(kernel) for kernel in kernels.values()]
-    table = ["const Image kImages[] = {", *rows, "};"]
-    return "\n".join(["// Written by tsa_compile.export.aot.", enum, *structs, *table, ""])
+    return "\n".join(["// Written by tsa_compile.export.aot.", "#pragma once", "namespace tsa {", enum, "}", ""])
 
 
-def _arguments(kernel: AotKernel) -> str:
-    """A struct of the kernel's run-time arguments in their order; csrc/cuda.cc must name every one."""
-    types = kernel.types()
-    lines = [f"  Arg<{'Pointer' if t.startswith('*') else _CTYPES[t]}> {name};" for name, t in types.items()]
-    pack = ", ".join(f"&a.{name}.value" for name in types)
+def _tables(kernels: dict[str, AotKernel], images: Sequence[str]) -> str:
+    """The kernels' parameters, in order, each with the member of `Values` that it takes; and the images."""
+    cases = [f"    case Kernel::{name}: return {{k_{name}, std::size(k_{name})}};" for name in kernels]
     return "\n".join(
         [
-            f"struct {kernel.name}_args {{",
-            *lines,
-            "};",
-            f"inline int pack({kernel.name}_args& a, void** out) {{",
-            f"  void* all[] = {{{pack}}};",
-            f"  std::copy(all, all + {len(types)}, out);",
-            f"  return {len(types)};",
+            "// Written by tsa_compile.export.aot.",
+            *(f"const Parameter k_{name}[] = {{{_parameters(kernel)}}};" for name, kernel in kernels.items()),
+            "std::pair<const Parameter*, size_t> parameters_of(Kernel kernel) {",
+            "  switch (kernel) {",
+            *cases,
+            "  }",
+            '  throw std::logic_error("no such kernel");',
             "}",
+            "const Image kImages[] = {",
+            *images,
+            "};",
+            "",
         ]
     )
+
+
+def _parameters(kernel: AotKernel) -> str:
+    made = ("pointer" if kind.startswith("*") else kind for kind in kernel.types().values())
+    members = (kernel.binds.get(name, name) for name in kernel.types())
+    return ", ".join(f"{kind}(&Values::{member})" for kind, member in zip(made, members, strict=True))
 
 
 def run(forms: Iterable[Form], capabilities: Sequence[tuple[int, int]], folder: Path) -> None:

@@ -1,7 +1,7 @@
 """Which kernels the native library holds for one form of attention site, with their compile-time constants.
 
-Mirrors the launches in kernels/*/host.py, fused.py, strip.py and hopper.py; csrc/cuda.cc mirrors their arguments.
-tests/export/test_native_cuda.py runs the result against the reference through Triton's interpreter.
+Mirrors kernels/*/host.py, fused.py, strip.py and hopper.py; csrc/cuda.cc mirrors the order and the grids of the launches.
+tests/export/test_native_cuda.py compares both with what the host code launches, and runs them against the reference.
 """
 
 from __future__ import annotations
@@ -22,22 +22,26 @@ _POINTERS = {
     "masses": "*i64", "histograms": "*i64", "key_mask": "*u8",
 }  # fmt: skip
 _POINTERS.update(dict.fromkeys(("indices", "counts", "heavy_indices", "slots", "order", "ranks"), "*i32"))
+_STRIP_BINDS = {
+    "heavy": "heavy_indices", "n_heavy": "heavy", "window": "strip_window", "sinks": "strip_sinks", "order": "strip_order",
+    "ranks": "strip_ranks", "part": "out", "part_lse": "lse", "s_sb": "i_sb", "s_sg": "i_sg", "p_sb": "o_sb", "p_sh": "o_sh",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Form:
-    """What distinguishes the kernels of one site from another's. `rows`: scoring queries that one program takes."""
+    """What distinguishes the kernels of one site from another's."""
 
     dtype: str  # "fp32", "fp16" or "bf16"
     dim: int
     v_dim: int
-    rows: int
+    window: int
     masked: bool
     strip: bool
 
     @classmethod
     def of(cls, dtype: torch.dtype, dim: int, v_dim: int, window: int, masked: bool, strip: bool) -> Form:
-        return cls(TYPES[dtype], dim, v_dim, score_config(dim, dtype, window).block_m, masked, strip)
+        return cls(TYPES[dtype], dim, v_dim, window, masked, strip)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -46,14 +50,19 @@ class Form:
 
 @dataclasses.dataclass(frozen=True)
 class AotKernel:
-    """One kernel to compile: `name` in the C++ code, the Triton function, its constants and compile options."""
+    """One kernel to compile: `name` in the C++ code, the Triton function, its constants and compile options.
+
+    blocks: rows and columns of a program, where the grid depends on them.
+    binds: run-time parameters that are another member of `Values` (csrc/launch.h) than the one of their own name.
+    """
 
     name: str
     function: Any
     constants: Mapping[str, Any]
     options: Mapping[str, int]
     form: Form
-    blocks: tuple[int, int] = (0, 0)  # rows and columns of a program, where the grid depends on them
+    blocks: tuple[int, int] = (0, 0)
+    binds: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def types(self) -> dict[str, str]:
         """Triton type of each run-time parameter."""
@@ -115,7 +124,7 @@ def kernels_of(form: Form, capability: tuple[int, int]) -> Iterator[AotKernel]:
         yield AotKernel("rank", rank_kernel, {"BLOCK": 4096}, {"num_warps": 8}, form)
         yield AotKernel("order", order_kernel, {"BLOCK": 1024}, {}, form, (1024, 0))
     if form.strip:
-        yield AotKernel("invert", invert_kernel, {"BLOCK": 1024}, {}, form, (1024, 0))
+        yield AotKernel("invert", invert_kernel, {"BLOCK": 1024}, {}, form, (1024, 0), {"s_sb": "i_sb", "s_sg": "i_sg"})
         yield _strip(form, capability)
 
 
@@ -124,7 +133,7 @@ def _selection(form: Form) -> Iterator[AotKernel]:
     from tsa_compile.kernels.token_select import device as select
 
     padded = {"PADDED": form.masked}
-    config = score_config(form.dim, form.torch_dtype, form.rows)
+    config = score_config(form.dim, form.torch_dtype, form.window)
     tile = {
         "D": form.dim, "BLOCK_D": config.block_d, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
         "PRECISION": precision(form.torch_dtype),
@@ -148,7 +157,8 @@ def _prefill(form: Form, capability: tuple[int, int]) -> Iterator[AotKernel]:
         constants = {"D": form.dim, "BLOCK_M": hopper.BLOCK_M, "BLOCK_N": hopper.BLOCK_N, "STAGES": hopper.STAGES}
         strides = {name: value for name, value in _row_strides(form, "qkvo").items() if name.endswith("_sl")}
         blocks = (hopper.BLOCK_M, hopper.BLOCK_N)
-        yield AotKernel("prefill_hopper", function, {**constants, **strides, "STRIP": form.strip}, {"num_warps": 4}, form, blocks)
+        constants |= {**strides, "STRIP": form.strip}
+        yield AotKernel("prefill_hopper", function, constants, {"num_warps": 4}, form, blocks, {"lse": "lse_or_out"})
         return
     from tsa_compile.kernels.sparse_prefill.device import sparse_prefill_kernel
 
@@ -160,7 +170,7 @@ def _prefill(form: Form, capability: tuple[int, int]) -> Iterator[AotKernel]:
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     blocks = (config.block_m, config.block_n)
     constants.update(_row_strides(form, "qkvo"))
-    yield AotKernel("prefill", sparse_prefill_kernel, constants, options, form, blocks)
+    yield AotKernel("prefill", sparse_prefill_kernel, constants, options, form, blocks, {"lse": "lse_or_out"})
 
 
 def _strip(form: Form, capability: tuple[int, int]) -> AotKernel:
@@ -174,7 +184,7 @@ def _strip(form: Form, capability: tuple[int, int]) -> AotKernel:
     }  # fmt: skip
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     blocks = (config.block_m, config.block_n)
-    return AotKernel("strip", strip_kernel, {**constants, **_row_strides(form, "qkvop")}, options, form, blocks)
+    return AotKernel("strip", strip_kernel, {**constants, **_row_strides(form, "qkvop")}, options, form, blocks, _STRIP_BINDS)
 
 
 def _row_strides(form: Form, tensors: str) -> dict[str, int]:

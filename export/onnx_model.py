@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +49,8 @@ def export_onnx(
     dynamic_shapes: Any = None,
     opset: int = 21,
     require_sites: bool = True,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
 ) -> OnnxExport:
     """Write `model` with token-sparse attention as an ONNX file that runs without this project.
 
@@ -63,6 +65,7 @@ def export_onnx(
         dynamic_shapes: as for `torch.export.export`; without it every size is fixed.
         opset: 21 to 24. From 23 on the exporter's optimiser is off: it fuses RoPE in a way that fails for batch > 1.
         require_sites: raise if no attention site takes the policy, as in a decode graph, which stays dense.
+        input_names, output_names: names of the file's inputs and outputs, in order; None: those of torch.export.
 
     Raises:
         ExportError: no site was replaced, or a site cannot be one node; the message names it.
@@ -81,6 +84,8 @@ def export_onnx(
         opset_version=opset,
         optimize=opset < 23,
         verbose=False,
+        input_names=input_names,
+        output_names=output_names,
     )
     assert program is not None
     nodes = _finish(program.model, form, target, opset)

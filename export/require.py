@@ -6,6 +6,7 @@ import importlib
 from types import ModuleType
 
 _EXTRAS = {
+    "hf": "pip install 'tsa-compile[hf]'",
     "onnx": "pip install 'tsa-compile[onnx]'",
     "tensorrt": "pip install 'tsa-compile[tensorrt]'",
     "triton": "pip install 'tsa-compile[triton]'",

@@ -1,7 +1,8 @@
-"""The command line: `tsa-compile demo|compare|explain|calibrate|bench|tune`."""
+"""The command line: `tsa-compile demo|compare|explain|calibrate|export|bench|tune`."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -101,6 +102,46 @@ def calibrate(
     plan = calibrate_files(model, prompts, target, policy, numbers, method, last, max_tokens, state)
     plan.save(out)
     console.print(f"{out}: {plan.notes['sparse layers']} layers sparse; {plan.notes['measured']}", markup=False)
+
+
+@app.command("export")
+def export_command(
+    model: Annotated[str, typer.Argument(help="a Hugging Face folder or id, smollm2, or an exported .onnx file")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="the file to write: .onnx, .engine or .pt2")],
+    to: Annotated[str, typer.Option(help="onnx (ONNX Runtime), tensorrt, or aoti (AOTInductor)")] = "onnx",
+    graph: Annotated[str, typer.Option(help="prefill (token-sparse), or decode: one token and a cache, dense")] = "prefill",
+    form: Annotated[str, typer.Option(help="portable: standard operators only; custom: needs libtsa_ort.so")] = "portable",
+    native: Annotated[bool, typer.Option("--native", help="build libtsa_ort.so for the model, beside --out")] = False,
+    cuda: Annotated[bool, typer.Option("--cuda", help="with --native: with CUDA kernels (needs Triton, no GPU)")] = False,
+    capability: Annotated[list[str] | None, typer.Option(help="GPUs to compile for, such as 9.0; several times")] = None,
+    runtime: Annotated[str, typer.Option(help="with --to tensorrt: tensorrt_rtx or tensorrt")] = "tensorrt_rtx",
+    coverage: Coverage = None,
+    plan: Annotated[Path | None, typer.Option(help="a plan's JSON file, in place of --coverage")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16")] = "float32",
+    tokens: Annotated[int, typer.Option(help="length of the example input, in tokens", min=2)] = 512,
+    max_tokens: Annotated[int, typer.Option(help="longest prompt of a TensorRT engine, in tokens", min=2)] = 8192,
+    max_batch: Annotated[int, typer.Option(help="largest batch of a TensorRT engine", min=1)] = 4,
+    check: Annotated[bool, typer.Option(help="run an ONNX file on the CPU and compare it with PyTorch")] = True,
+) -> None:
+    """Write MODEL as an artifact that runs without this project: see docs/export.md."""
+    import torch
+
+    from tsa_compile.bench.models import load_causal_lm
+    from tsa_compile.export import command
+    from tsa_compile.plan import Plan, as_plan, default_policy
+
+    if dtype not in ("float32", "float16", "bfloat16"):
+        raise ValueError(f"--dtype must be float32, float16 or bfloat16, got {dtype!r}")
+    chosen = Plan.load(plan) if plan else as_plan(default_policy(coverage))
+    request = command.Request(
+        to, out, chosen, graph, form, tokens, max_tokens, max_batch, native, cuda, check, runtime, tuple(capability or ())
+    )
+    if model.endswith(".onnx"):
+        files = command.export_file(Path(model), request, console)
+    else:
+        files = command.export_model(load_causal_lm(model).to(getattr(torch, dtype)), request, console)
+    for file in files:
+        console.print(f"wrote {file}", markup=False, soft_wrap=True)
 
 
 JsonFile = Annotated[str | None, typer.Option("--json", help="write the results to this file")]

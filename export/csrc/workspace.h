@@ -45,7 +45,7 @@ class Workspace {
     throw std::runtime_error(std::string(what) + ": " + message);
   }
 
-  static constexpr int kBlocks = 16;
+  static constexpr int kBlocks = 24;
   MemoryInfo* info_ = nullptr;
   Allocator* allocator_ = nullptr;
   void* blocks_[kBlocks];

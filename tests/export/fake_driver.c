@@ -10,7 +10,7 @@ void fake_set_launch(Launch callback) { launch = callback; }
 
 int cuCtxGetDevice(int* device) { return *device = 0; }
 int cuDeviceGetAttribute(int* value, int attribute, int device) {
-  *value = attribute == 75 ? 8 : attribute == 76 ? 6 : 84; /* compute capability 8.6, 84 multiprocessors */
+  *value = attribute == 75 ? 9 : attribute == 76 ? 0 : 132; /* compute capability 9.0, 132 multiprocessors */
   return device;
 }
 int cuGetErrorString(int error, const char** text) {

@@ -32,6 +32,9 @@ CALLBACK = ctypes.CFUNCTYPE(
 )
 
 
+CAPABILITY = (9, 0)  # the fake driver's; the host code takes it for tensors on the CPU
+
+
 def forms(dtype):
     window = 16
     return [Form.of(dtype, DIM, V_DIM, window, masked, strip) for masked in (False, True) for strip in (False, True)]
@@ -64,7 +67,7 @@ class Machine:
                     values[name] = memory(ctypes.cast(parameters[i], ctypes.POINTER(ctypes.c_uint64))[0], kind[1:])
                 else:
                     values[name] = ctypes.cast(parameters[i], ctypes.POINTER(VALUES[kind]))[0]
-            kernel.function[(x, y, z)](**values, **kernel.constants)
+            kernel.function[(x, y, z)](**values, **kernel.constants, **kernel.options)
             return 0
         except Exception as error:  # must not cross the C frames; the test raises it
             self.error = error
@@ -80,10 +83,10 @@ def machine(tmp_path_factory):
     machine, images = Machine(), []
     for dtype in (torch.float32, torch.float16):
         for form in forms(dtype):
-            for kernel in kernels_of(form, (8, 6)):
+            for kernel in kernels_of(form, CAPABILITY):
                 entry = f"{kernel.name}_{len(images)}"
                 machine.kernels[entry] = kernel
-                images.append(aot.Image(kernel, (8, 6), b"-", entry, 0, 128))
+                images.append(aot.Image(kernel, CAPABILITY, b"-", entry, 0, 128))
     aot.write_images(images, folder)
     flags = [*native.FLAGS, "-DTSA_CUDA", "-DTSA_DEVICE_ON_HOST", f'-DTSA_DRIVER="{driver}"']
     machine.library = native.compile_sources(native.find_compiler(), flags, folder)
@@ -119,6 +122,45 @@ def test_launches_equal_the_reference(site, machine, form, masked):
         q, k, v = site.operands(batch, q_len, k_len, dim=DIM, v_dim=V_DIM)
         mask = site.ragged_mask(batch, k_len) if masked else None
         assert difference(site, machine, runner, q, k, v, mask, settings) < 1e-4, (batch, q_len, k_len)
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """What is launched in place of running it: kernel, grid, and all it is given but memory and strides."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    launches = []
+
+    def record(self, *args, grid, warmup, **kwargs):
+        given = {"num_warps": 4, "num_stages": 3, **dict(zip(self.arg_names, args, strict=False)), **kwargs}
+        single = {k: ctypes.c_float(v).value if isinstance(v, float) else v for k, v in given.items()}
+        seen = {k: v for k, v in single.items() if not isinstance(v, torch.Tensor) and k[1:3] != "_s"}
+        launches.append((self.__name__, (*grid, 1, 1)[:3], seen))
+
+    monkeypatch.setattr(InterpretedFunction, "run", record)
+    return launches
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+@pytest.mark.parametrize("form", ["paper", "strip"])
+@pytest.mark.parametrize(("batch", "q_len", "k_len"), [(2, 90, 1100), (1, 9000, 9000)])
+def test_the_library_launches_what_the_host_code_launches(site, machine, recorded, form, masked, batch, q_len, k_len):
+    """Same kernels, grids, numbers, constants and options, in the same order: `aot_kernels` and cuda.cc follow the host code."""
+    from tsa_compile.kernels.sparse_prefill.host import sparse_attention
+    from tsa_compile.kernels.token_select.host import select_tokens
+
+    s = getattr(site, form)
+    q, k, v = site.operands(batch, q_len, k_len, dim=DIM, v_dim=V_DIM)
+    mask = site.ragged_mask(batch, k_len) if masked else None
+    chosen = select_tokens(q, k, mask, site.scale, s["coverage"], s["window"], s["pool"], s["min_tokens"], s["heavy"])
+    sparse_attention(q, k, v, *chosen, mask, site.scale, s["strip_window"], s["strip_sinks"], 48, "fused")
+    host = list(recorded)
+    recorded.clear()
+    site.run(session(site, machine, s, masked), q, k, v, mask)
+    if masked and form == "strip":  # the host code orders the ranks for the selection and again for the strip
+        first, second = (i for i, x in enumerate(host) if x[0] == "order_kernel")
+        assert host.pop(second) == host[first]
+    assert [x for x in recorded if x[0] != "rank_kernel"] == host  # PyTorch's cumsum in the host code
 
 
 def test_half_precision(site, machine):
