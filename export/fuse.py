@@ -16,13 +16,17 @@ def fuse_selection(gm: fx.GraphModule) -> list[fx.Node]:
 
     Raises:
         ExportError: a `sparse_attention` reads a selection made from other operands (shared between layers): one node
-            cannot express it.
+            cannot express it. Or the heads of a group share a selection (`share="group"`).
     """
     fused = []
     for node in list(gm.graph.find_nodes(op="call_function", target=torch.ops.tsa.sparse_attention.default)):
         call = _arguments(node)
         selection = _selection(node, call)
         chosen = _arguments(selection)
+        if chosen["share"] != "head":
+            raise ExportError(
+                f"{node.name}: TokenSparse.share is {chosen['share']!r}; exports take 'head', where each head has its own tokens"
+            )
         for name in ("q", "k", "key_mask", "scale"):
             if chosen[name] is not call[name] and chosen[name] != call[name]:
                 raise ExportError(f"{node.name}: its tokens were selected with another {name} ({selection.name})")

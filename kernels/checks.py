@@ -7,6 +7,7 @@ import torch
 Tensor = torch.Tensor
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_HEAD_DIM = 256
+SHARES = ("head", "group")  # whose list of tokens it is: a query head's, or that of all heads of a KV head
 
 
 def check_attention(name: str, q: Tensor, k: Tensor, v: Tensor | None, key_mask: Tensor | None) -> None:
@@ -43,7 +44,9 @@ def _check_mask(name: str, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Non
         )
 
 
-def check_selection_arguments(name: str, coverage: float, window: int, pool: int, min_tokens: int, heavy: int) -> None:
+def check_selection_arguments(
+    name: str, coverage: float, window: int, pool: int, min_tokens: int, heavy: int, share: str
+) -> None:
     """Raise a ValueError naming operator `name` and the argument that is outside its range."""
     if not 0 <= coverage < 1:
         raise ValueError(f"{name}: coverage must be in [0, 1), got {coverage}")
@@ -53,6 +56,8 @@ def check_selection_arguments(name: str, coverage: float, window: int, pool: int
         raise ValueError(f"{name}: pool must be odd and at least 1, got {pool}")
     if not 0 <= heavy <= min_tokens:
         raise ValueError(f"{name}: heavy must be from 0 to min_tokens ({min_tokens}), got {heavy}")
+    if share not in SHARES:
+        raise ValueError(f"{name}: share must be one of {SHARES}, got {share!r}")
 
 
 def check_selection(name: str, q: Tensor, k: Tensor, indices: Tensor, counts: Tensor, heavy_indices: Tensor) -> None:

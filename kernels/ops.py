@@ -22,8 +22,8 @@ Selected = tuple[Tensor, Tensor, Tensor]
 _LIBRARY = torch.library.Library("tsa", "DEF")
 _SELECTION = "float coverage, int window, int pool, int min_tokens"
 _LIBRARY.define(
-    f"select_tokens(Tensor q, Tensor k, Tensor? key_mask, float scale, {_SELECTION}, int heavy)"
-    " -> (Tensor indices, Tensor counts, Tensor heavy_indices)"
+    f"select_tokens(Tensor q, Tensor k, Tensor? key_mask, float scale, {_SELECTION}, int heavy, *,"
+    " str share='head') -> (Tensor indices, Tensor counts, Tensor heavy_indices)"
 )
 _LIBRARY.define(
     "sparse_attention(Tensor q, Tensor k, Tensor v, Tensor indices, Tensor counts, Tensor heavy_indices,"
@@ -43,28 +43,28 @@ def empty_result(q: Tensor, v: Tensor) -> Tensor:
 # ---- select_tokens
 
 
-def _check_select(q: Tensor, k: Tensor, key_mask: Tensor | None, *numbers: Any) -> None:
+def _check_select(q: Tensor, k: Tensor, key_mask: Tensor | None, *numbers: Any, share: str) -> None:
     check_attention("tsa::select_tokens", q, k, None, key_mask)
-    check_selection_arguments("tsa::select_tokens", *numbers[1:])
+    check_selection_arguments("tsa::select_tokens", *numbers[1:], share)
 
 
-def _select_fake(q: Tensor, k: Tensor, key_mask: Tensor | None, *numbers: Any) -> Selected:
-    _check_select(q, k, key_mask, *numbers)
-    batch, heads, k_len, heavy = q.shape[0], q.shape[1], k.shape[2], numbers[-1]
+def _select_fake(q: Tensor, k: Tensor, key_mask: Tensor | None, *numbers: Any, share: str = "head") -> Selected:
+    _check_select(q, k, key_mask, *numbers, share=share)
+    batch, lists, k_len, heavy = q.shape[0], (q if share == "head" else k).shape[1], k.shape[2], numbers[-1]
     new = lambda *shape: q.new_empty(shape, dtype=torch.int32)  # noqa: E731
-    return new(batch, heads, k_len), new(batch), new(batch, heads, heavy)
+    return new(batch, lists, k_len), new(batch), new(batch, lists, heavy)
 
 
-def _select_cpu(q: Tensor, k: Tensor, key_mask: Tensor | None, *numbers: Any) -> Selected:
-    _check_select(q, k, key_mask, *numbers)
-    return _observed(select_tokens_reference(q, k, key_mask, *numbers), k)
+def _select_cpu(q: Tensor, k: Tensor, key_mask: Tensor | None, *numbers: Any, share: str = "head") -> Selected:
+    _check_select(q, k, key_mask, *numbers, share=share)
+    return _observed(select_tokens_reference(q, k, key_mask, *numbers, share), k)
 
 
-def _select_cuda(q: Tensor, k: Tensor, key_mask: Tensor | None, *numbers: Any) -> Selected:
+def _select_cuda(q: Tensor, k: Tensor, key_mask: Tensor | None, *numbers: Any, share: str = "head") -> Selected:
     from tsa_compile.kernels.token_select.host import select_tokens
 
-    _check_select(q, k, key_mask, *numbers)
-    return _observed(select_tokens(q, k, key_mask, *numbers), k)
+    _check_select(q, k, key_mask, *numbers, share=share)
+    return _observed(select_tokens(q, k, key_mask, *numbers, share), k)
 
 
 OBSERVERS: list[Callable[[Tensor, int], None]] = []  # each is called with counts [B] and k_len, on every selection

@@ -22,8 +22,9 @@ def select_tokens(
     pool: int,
     min_tokens: int,
     heavy: int,
+    share: str = "head",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`tsa::select_tokens` by Triton: (indices `[B, H, Lk]`, counts `[B]`, heavy_indices `[B, H, heavy]`), all int32.
+    """`tsa::select_tokens` by Triton: (indices `[B, G, Lk]`, counts `[B]`, heavy_indices `[B, G, heavy]`), all int32.
 
     Nothing waits for the device, and lengths are run-time arguments: a new length compiles nothing.
     Source: arXiv 2602.03216, section 3.
@@ -34,11 +35,11 @@ def select_tokens(
     if q.dtype == torch.float64:
         raise ValueError("tsa::select_tokens: float64 runs on CPU only")
     order, ranks = _order(q, k, key_mask)
-    padded, k_len = key_mask is not None, k.shape[2]
+    padded, k_len, lists = key_mask is not None, k.shape[2], (q if share == "head" else k).shape[1]
     if k_len <= min_tokens + window or coverage == 0 or q.shape[2] == 0:
-        return select_everything(q, k, order, ranks, padded, heavy)
+        return select_everything(q, k, order, ranks, padded, heavy, lists)
     mean = window_scores(q, k, order, ranks, padded, scale, window)
-    return select_from_means(mean, q.shape[2], order, ranks, padded, coverage, window, pool, min_tokens, heavy)
+    return select_from_means(mean, q.shape[2], order, ranks, padded, coverage, window, pool, min_tokens, heavy, lists)
 
 
 def select_from_means(
@@ -52,6 +53,7 @@ def select_from_means(
     pool: int,
     min_tokens: int,
     heavy: int,
+    lists: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Steps 3 (pooling) to 7 of the contract, from the mean attention float32 `[B, H, Lk]` by rank (`window_scores`)."""
     import triton
@@ -62,7 +64,7 @@ def select_from_means(
     new = lambda *shape, dtype=torch.int32: torch.empty(shape, dtype=dtype, device=mean.device)  # noqa: E731
     scores, masses = torch.empty_like(mean), new(batch, k_len, dtype=torch.int64)
     histograms = torch.zeros(batch, _LEVELS, 2, _BINS, dtype=torch.int64, device=mean.device)
-    counts, indices, heavy_indices = new(batch), new(batch, heads, k_len), new(batch, heads, heavy)
+    counts, indices, heavy_indices = new(batch), new(batch, lists, k_len), new(batch, lists, heavy)
     coverage_bits = struct.unpack("<q", struct.pack("<d", coverage))[0]
     grid = (triton.cdiv(k_len, 512), batch)
     device.pool_kernel[grid](mean, scores, masses, histograms, ranks, heads, q_len, k_len, window, pool, BLOCK=512, PADDED=padded)
@@ -84,18 +86,20 @@ def select_from_means(
         masses, histograms, counts, ranks, q_len, k_len, window, min_tokens, coverage_bits,
         BLOCK=4096, PADDED=padded, num_warps=16,
     )  # fmt: skip
-    device.select_kernel[(batch * heads, 2 if heavy else 1)](
-        scores, counts, indices, heavy_indices, order, ranks, heads, q_len, k_len, window, min_tokens, heavy,
+    if lists < heads:  # the heads of a group choose together
+        scores = scores.unflatten(1, (lists, -1)).sum(2)
+    device.select_kernel[(batch * lists, 2 if heavy else 1)](
+        scores, counts, indices, heavy_indices, order, ranks, lists, q_len, k_len, window, min_tokens, heavy,
         BLOCK=4096, PADDED=padded, num_warps=16,
     )  # fmt: skip
     return indices, counts, heavy_indices
 
 
 def select_everything(
-    q: Tensor, k: Tensor, order: Tensor, ranks: Tensor, padded: bool, heavy: int
+    q: Tensor, k: Tensor, order: Tensor, ranks: Tensor, padded: bool, heavy: int, lists: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Every real token of every head, where the host knows that nothing is dropped."""
-    batch, heads, k_len = q.shape[0], q.shape[1], k.shape[2]
+    """Every real token in each of `lists` lists, where the host knows that nothing is dropped."""
+    batch, k_len = q.shape[0], k.shape[2]
     if padded:
         counts = ranks[:, -1].contiguous() if k_len else ranks.new_zeros(batch)
         slot = torch.arange(k_len, device=q.device, dtype=torch.int32)
@@ -103,8 +107,8 @@ def select_everything(
     else:
         counts = torch.full((batch,), k_len, dtype=torch.int32, device=q.device)
         row = torch.arange(k_len, device=q.device, dtype=torch.int32).expand(batch, -1)
-    indices = row[:, None].repeat(1, heads, 1)
-    return indices, counts, torch.full((batch, heads, heavy), -1, dtype=torch.int32, device=q.device)
+    indices = row[:, None].repeat(1, lists, 1)
+    return indices, counts, torch.full((batch, lists, heavy), -1, dtype=torch.int32, device=q.device)
 
 
 def _order(q: Tensor, k: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:

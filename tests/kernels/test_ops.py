@@ -27,6 +27,7 @@ def test_opcheck(device, masked, q_len):
     mask = padding(2, 64, device) if masked else None
     select = (q, k, mask, *SELECT)
     torch.library.opcheck(torch.ops.tsa.select_tokens.default, select)
+    torch.library.opcheck(torch.ops.tsa.select_tokens.default, select, {"share": "group"})
     selection = torch.ops.tsa.select_tokens(*select)
     torch.library.opcheck(torch.ops.tsa.sparse_attention.default, (q, k, v, *selection, mask, 0.3, 8, 2, 24, "auto"))
     one = (q, k, v, mask, *SELECT[:5], 8, 2, 4, "auto")

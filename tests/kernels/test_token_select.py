@@ -28,17 +28,18 @@ def random_means(generator, heads, n, kind):
     return (x.float() / (1 << 20) / 4).to(DEVICE)
 
 
-def expected(mean, coverage, window, pool, min_tokens, heavy):
+def expected(mean, coverage, window, pool, min_tokens, heavy, lists):
     """Kept and heaviest ranks of one row without padding: the contract, from the means."""
-    heads, n = mean.shape
+    n = mean.shape[1]
     length = n + window
-    everything = [list(range(length))] * heads, [[]] * heads
+    everything = [list(range(length))] * lists, [[]] * lists
     if length <= min_tokens + window:
         return everything
     scores = torch.nn.functional.avg_pool1d(mean.cpu(), pool, 1, pool // 2)
     n_drop = count_dropped(scores, coverage)
     if n_drop == 0:
         return everything
+    scores = scores.unflatten(0, (lists, -1)).sum(1)
     kept = largest(scores, max(min_tokens, n - (n_drop + 1))).tolist()
     tail = list(range(n, length))
     return [row + tail for row in kept], largest(scores, min(heavy, n)).tolist()
@@ -51,7 +52,7 @@ def test_the_same_sets_as_the_reference(case):
     batch, heads, k_len = pick(1, 3), pick(1, 4), pick(20, 37, 64, 131, 700)
     window, pool, min_tokens, heavy = pick(1, 8, 13), pick(1, 3, 7), pick(1, 8, 16), pick(0, 1)
     coverage, kind = pick(0.001, 0.05, 0.5, 0.99), pick("ties", "equal", "zero", "near", "wide", "wide")
-    q_len = pick(k_len, max(1, k_len // 2), 1)
+    q_len, lists = pick(k_len, max(1, k_len // 2), 1), pick(heads, heads, 1, max(1, heads // 2))
     mask = None
     if batch > 1:
         position = torch.arange(k_len)
@@ -68,11 +69,11 @@ def test_the_same_sets_as_the_reference(case):
         n = max(len(real) - window, 0)
         means[b, :, :n] = random_means(g, heads, n, kind)
         has_query = bool((real >= k_len - q_len).any())
-        kept, top = expected(means[b, :, :n], coverage, window, pool, min_tokens if has_query else k_len, heavy)
-        rows.append((real, kept if n else [list(range(len(real)))] * heads, top if n else [[]] * heads))
-    got = host.select_from_means(means, q_len, order, ranks, mask is not None, coverage, window, pool, min_tokens, heavy)
+        kept, top = expected(means[b, :, :n], coverage, window, pool, min_tokens if has_query else k_len, heavy, lists)
+        rows.append((real, kept if n else [list(range(len(real)))] * lists, top if n else [[]] * lists))
+    got = host.select_from_means(means, q_len, order, ranks, mask is not None, coverage, window, pool, min_tokens, heavy, lists)
     for b, (real, kept, top) in enumerate(rows):
-        for h in range(heads):
+        for h in range(lists):
             want = [int(real[i]) for i in kept[h]]
             assert int(got[1][b]) == len(want), (case, b)
             assert got[0][b, h].tolist() == want + [-1] * (k_len - len(want))
@@ -149,16 +150,18 @@ def test_properties_of_any_selection(k_len, q_share, window, min_tokens, coverag
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("padded", [False, True])
-def test_whole_selection_agrees_with_float64_but_for_rounding_at_the_threshold(dtype, padded):
+@pytest.mark.parametrize("share", ["head", "group"])
+def test_whole_selection_agrees_with_float64_but_for_rounding_at_the_threshold(dtype, padded, share):
     q, k = structured(2, 4, 2, 300, 300, 64, dtype)
     mask = (torch.arange(300, device=DEVICE) < torch.tensor([[300], [251]], device=DEVICE)) if padded else None
-    arguments = (0.125, 0.3, 16, 7, 32, 8)
+    arguments = (0.125, 0.3, 16, 7, 32, 8, share)
     got = host.select_tokens(q, k, mask, *arguments)
     cpu_mask = None if mask is None else mask.cpu()
     want = select_tokens_reference(q.double().cpu(), k.double().cpu(), cpu_mask, *arguments)
     for b in range(2):
         assert abs(int(got[1][b]) - int(want[1][b])) <= 1
-        for h in range(4):
+        assert len(got[0][b]) == len(want[0][b]) == (4 if share == "head" else 2)
+        for h in range(len(got[0][b])):
             a, c = (set(x[0][b, h].tolist()) - {-1} for x in (got, want))
             assert len(a ^ c) <= 2, (b, h, a ^ c)
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tsa_compile.kernels import ops  # noqa: F401 - registers torch.ops.tsa
+from tsa_compile.kernels.checks import SHARES
 from tsa_compile.policies.base import Policy, build, check_int
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ class TokenSparse(Policy):
         min_tokens: kept tokens beside the window, at least; rows of up to `min_tokens + window` tokens run dense.
         layers: layers that become sparse; None: all of them. The paper takes the half with the lowest drift.
         completion: what rows that are not kept read; None: nothing, their attention output is zero, as in the paper.
+        share: "head": each query head keeps tokens of its own, as in the paper; "group": the query heads of a KV head keep the
+            same ones, by the sum of their scores.
         engine: who computes the attention: "auto", "fused" (Triton), "packed" (vendor library) or "reference".
 
     Raises:
@@ -71,6 +74,7 @@ class TokenSparse(Policy):
     min_tokens: int = 1024
     layers: tuple[int, ...] | None = None
     completion: Completion | None = None
+    share: str = "head"
     engine: str = "auto"
 
     def __post_init__(self) -> None:
@@ -82,6 +86,8 @@ class TokenSparse(Policy):
         if self.pool % 2 == 0:
             raise ValueError(f"TokenSparse.pool must be odd, got {self.pool}")
         check_int(self, "min_tokens", 1)
+        if self.share not in SHARES:
+            raise ValueError(f"TokenSparse.share must be one of {SHARES}, got {self.share!r}")
         if self.engine not in ENGINES:
             raise ValueError(f"TokenSparse.engine must be one of {ENGINES}, got {self.engine!r}")
         self._check_layers()
@@ -124,6 +130,7 @@ class TokenSparse(Policy):
         selection = graph.call_function(
             torch.ops.tsa.select_tokens.default,
             (q, k, key_mask, site.scale, float(self.coverage), self.window, self.pool, self.min_tokens, strip_heavy),
+            {"share": self.share},
         )
         indices, counts, heavy = (graph.call_function(operator.getitem, (selection, i)) for i in range(3))
         dense_below = self.min_tokens + self.window
