@@ -16,8 +16,11 @@ def fuse_selection(gm: fx.GraphModule) -> list[fx.Node]:
 
     Raises:
         ExportError: a `sparse_attention` reads a selection made from other operands (shared between layers): one node
-            cannot express it. Or the heads of a group share a selection (`share="group"`).
+            cannot express it. Or the heads of a group share a selection (`share="group"`), or attention among the kept tokens
+            is block-sparse (`inner`).
     """
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.tsa.block_sparse_attention.default):
+        raise ExportError(f"{node.name}: TokenSparse.inner is a BlockSparse; exports take only inner=None")
     fused = []
     for node in list(gm.graph.find_nodes(op="call_function", target=torch.ops.tsa.sparse_attention.default)):
         call = _arguments(node)

@@ -7,6 +7,7 @@ import torch
 Tensor = torch.Tensor
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_HEAD_DIM = 256
+BLOCKS = (16, 32, 64, 128)  # tokens of a block
 SHARES = ("head", "group")  # whose list of tokens it is: a query head's, or that of all heads of a KV head
 
 
@@ -73,3 +74,26 @@ def check_selection(name: str, q: Tensor, k: Tensor, indices: Tensor, counts: Te
         raise ValueError(f"{name}: indices {tuple(indices.shape)} and counts {tuple(counts.shape)} do not fit the keys")
     if tuple(heavy_indices.shape[:2]) != (batch, lists):
         raise ValueError(f"{name}: heavy_indices {tuple(heavy_indices.shape)} does not fit indices {tuple(indices.shape)}")
+
+
+def check_block_arguments(name: str, block: int, pool: int, mass: float, sinks: int, local: int) -> None:
+    """Raise a ValueError naming operator `name` and the argument that is outside its range."""
+    if block not in BLOCKS:
+        raise ValueError(f"{name}: block must be one of {BLOCKS}, got {block}")
+    if pool < 1 or block % pool or block // pool > 16:
+        raise ValueError(f"{name}: pool must divide block ({block}) into at most 16 parts, got {pool}")
+    if not 0 < mass <= 1:
+        raise ValueError(f"{name}: mass must be in (0, 1], got {mass}")
+    if sinks < 0 or local < 1:
+        raise ValueError(f"{name}: sinks must be at least 0 and local at least 1, got {sinks} and {local}")
+
+
+def check_blocks(name: str, q: Tensor, k: Tensor, blocks: Tensor, block_counts: Tensor, block: int) -> None:
+    """Raise a ValueError naming operator `name`, unless the block lists fit `q` and `k`."""
+    if block not in BLOCKS:
+        raise ValueError(f"{name}: block must be one of {BLOCKS}, got {block}")
+    expected = (*q.shape[:2], -(-k.shape[2] // block))
+    if blocks.dtype != torch.int16 or tuple(blocks.shape) != (*expected, expected[2]) or blocks.device != q.device:
+        raise ValueError(f"{name}: blocks must be int16 {(*expected, expected[2])}, got {blocks.dtype} {tuple(blocks.shape)}")
+    if block_counts.dtype != torch.int32 or tuple(block_counts.shape) != expected or block_counts.device != q.device:
+        raise ValueError(f"{name}: block_counts must be int32 {expected}, got {block_counts.dtype} {tuple(block_counts.shape)}")

@@ -12,7 +12,14 @@ from typing import Any
 
 import torch
 
-from tsa_compile.kernels.checks import check_attention, check_selection, check_selection_arguments
+from tsa_compile.kernels.block_sparse.reference import block_sparse_attention_reference, select_blocks_reference
+from tsa_compile.kernels.checks import (
+    check_attention,
+    check_block_arguments,
+    check_blocks,
+    check_selection,
+    check_selection_arguments,
+)
 from tsa_compile.kernels.sparse_prefill.reference import sparse_attention_reference
 from tsa_compile.kernels.token_select.reference import select_tokens_reference
 
@@ -32,6 +39,14 @@ _LIBRARY.define(
 _LIBRARY.define(
     f"token_sparse_attention(Tensor q, Tensor k, Tensor v, Tensor? key_mask, float scale, {_SELECTION},"
     " int strip_window, int strip_sinks, int heavy, str engine) -> Tensor"
+)
+_LIBRARY.define(
+    "select_blocks(Tensor q, Tensor k, Tensor indices, Tensor counts, float scale, int block, int pool, float mass, int sinks,"
+    " int local, int dense_below) -> (Tensor blocks, Tensor block_counts)"
+)
+_LIBRARY.define(
+    "block_sparse_attention(Tensor q, Tensor k, Tensor v, Tensor indices, Tensor counts, Tensor heavy_indices, Tensor blocks,"
+    " Tensor block_counts, Tensor? key_mask, float scale, int strip_window, int strip_sinks, int block, str engine) -> Tensor"
 )
 
 
@@ -107,7 +122,63 @@ def _sparse_cuda(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
     return sparse_attention(q, k, v, *rest)
 
 
-# ---- token_sparse_attention: the two above in one
+# ---- select_blocks and block_sparse_attention
+
+
+def _check_select_blocks(q: Tensor, k: Tensor, indices: Tensor, counts: Tensor, *numbers: Any) -> None:
+    name = "tsa::select_blocks"
+    check_attention(name, q, k, None, None)
+    check_selection(name, q, k, indices, counts, indices[..., :0])
+    check_block_arguments(name, *numbers[1:6])
+
+
+def _blocks_fake(q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    _check_select_blocks(q, k, *rest)
+    (batch, heads), n = q.shape[:2], -(-k.shape[2] // rest[3])
+    return q.new_empty(batch, heads, n, n, dtype=torch.int16), q.new_empty(batch, heads, n, dtype=torch.int32)
+
+
+def _blocks_cpu(*args: Any) -> tuple[Tensor, Tensor]:
+    _check_select_blocks(*args)
+    return select_blocks_reference(*args)
+
+
+def _blocks_cuda(*args: Any) -> tuple[Tensor, Tensor]:
+    from tsa_compile.kernels.block_sparse.host import select_blocks
+
+    _check_select_blocks(*args)
+    return select_blocks(*args)
+
+
+def _check_block_sparse(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> None:
+    name, engine = "tsa::block_sparse_attention", rest[-1]
+    check_attention(name, q, k, v, rest[5])
+    check_selection(name, q, k, *rest[:3])
+    check_blocks(name, q, k, *rest[3:5], rest[-2])
+    if engine not in ("auto", "fused", "reference"):
+        raise ValueError(f"{name}: engine must be auto, fused or reference, got {engine!r}")
+
+
+def _block_sparse_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+    _check_block_sparse(q, k, v, *rest)
+    return empty_result(q, v)
+
+
+def _block_sparse_cpu(*args: Any) -> Tensor:
+    _check_block_sparse(*args)
+    if args[-1] == "fused":
+        raise RuntimeError("tsa::block_sparse_attention: engine 'fused' needs CUDA tensors; on CPU use auto or reference")
+    return block_sparse_attention_reference(*args)
+
+
+def _block_sparse_cuda(*args: Any) -> Tensor:
+    from tsa_compile.kernels.block_sparse.host import block_sparse_attention
+
+    _check_block_sparse(*args)
+    return block_sparse_attention(*args)
+
+
+# ---- token_sparse_attention: select_tokens and sparse_attention in one
 
 
 def _token_sparse(
@@ -158,6 +229,8 @@ def _register(name: str, fake: Callable[..., Any], cpu: Callable[..., Any], cuda
 
 _register("select_tokens", _select_fake, _select_cpu, _select_cuda)
 _register("sparse_attention", _sparse_fake, _sparse_cpu, _sparse_cuda)
+_register("select_blocks", _blocks_fake, _blocks_cpu, _blocks_cuda)
+_register("block_sparse_attention", _block_sparse_fake, _block_sparse_cpu, _block_sparse_cuda)
 _register("token_sparse_attention", _token_sparse_fake, _token_sparse, _token_sparse)
 
 

@@ -13,12 +13,14 @@ from tsa_compile.backend import register as _register
 from tsa_compile.calibration import calibrate
 from tsa_compile.check import compare
 from tsa_compile.plan import Plan
+from tsa_compile.policies.block_sparse import BlockSparse
 from tsa_compile.policies.dense import Dense
 from tsa_compile.policies.token_sparse import Completion, TokenSparse
 from tsa_compile.report import Report
 
 __version__ = "0.1.0"
 __all__ = [
+    "BlockSparse",
     "Completion",
     "Dense",
     "Plan",

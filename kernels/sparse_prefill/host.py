@@ -55,7 +55,7 @@ def sparse_attention(
     selection = (indices, counts, heavy_indices, key_mask)
     if engine == "reference" or (engine == "auto" and q.device.type == "cpu"):
         return sparse_attention_reference(q, k, v, *selection, scale, strip_window, strip_sinks, dense_below, "reference")
-    _check_triton(q, v, scale, engine)
+    check_triton(q, v, scale, engine)
     everything = k.shape[2] <= dense_below
     if everything and key_mask is None and q.shape[2] == k.shape[2] and q.device.type == "cuda":
         return _dense(q, k, v, scale)
@@ -72,7 +72,7 @@ def sparse_attention(
     return attention(q, k, v, indices, counts, heavy_indices, key_mask, scale, strip_window, strip_sinks)
 
 
-def _check_triton(q: Tensor, v: Tensor, scale: float, engine: str) -> None:
+def check_triton(q: Tensor, v: Tensor, scale: float, engine: str) -> None:
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"engine {engine!r} takes float16, bfloat16 and float32, not {q.dtype}")
     if max(q.shape[-1], v.shape[-1]) > MAX_HEAD_DIM:

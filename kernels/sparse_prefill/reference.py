@@ -7,7 +7,8 @@ through the log-sum-exp. Half inputs are computed in float32, float64 stays floa
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -47,23 +48,46 @@ def sparse_attention_reference(
 
     Shapes, dtypes and meaning: docs/operators.md. Source: arXiv 2602.03216, section 3.
     """
+
+    def attend(b: int, *row: Any) -> Tensor:
+        return _attend_row(*row, scale)
+
+    everything = k.shape[2] <= dense_below
+    return by_row(q, k, v, indices, counts, heavy_indices, key_mask, strip_window, strip_sinks, everything, attend)
+
+
+def by_row(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    heavy_indices: Tensor,
+    key_mask: Tensor | None,
+    strip_window: int,
+    strip_sinks: int,
+    everything: bool,
+    attend: Callable[..., Tensor],
+) -> Tensor:
+    """Calls `attend(b, q [H, m, D], k [Hk, L, D], v [Hk, L, Dv], kept [G, n] or None if everything, strip)` for each batch row
+    without its padding, in float32 or float64, and puts its results [H, m, Dv] together."""
     (batch, heads, q_len, _), k_len = q.shape, k.shape[2]
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     out = q.new_zeros(batch, q_len, heads, v.shape[-1]).transpose(1, 2)
     counts_host = counts.tolist()
     for b in range(batch):
         real = None if key_mask is None else key_mask[b].nonzero().squeeze(1)
-        kept = None if k_len <= dense_below else indices[b, :, : counts_host[b]].long()
+        kept = None if everything else indices[b, :, : counts_host[b]].long()
         heavy = heavy_indices[b].long()
         q_b, k_b, v_b = q[b].to(dtype), k[b].to(dtype), v[b].to(dtype)
         if real is None:
-            out[b] = _attend_row(q_b, k_b, v_b, kept, Strip(strip_window, strip_sinks, heavy), scale)
+            out[b] = attend(b, q_b, k_b, v_b, kept, Strip(strip_window, strip_sinks, heavy))
             continue
-        rank = key_mask[b].cumsum(0) - 1
+        rank = key_mask[b].cumsum(0) - 1  # type: ignore[index]
         rows = real[real >= k_len - q_len] - (k_len - q_len)
         kept = None if kept is None else rank[kept]
         strip = Strip(strip_window, strip_sinks, torch.where(heavy >= 0, rank[heavy.clamp(min=0)], -1))
-        out[b][:, rows] = _attend_row(q_b[:, rows], k_b[:, real], v_b[:, real], kept, strip, scale).to(out.dtype)
+        out[b][:, rows] = attend(b, q_b[:, rows], k_b[:, real], v_b[:, real], kept, strip).to(out.dtype)
     return out
 
 
@@ -153,7 +177,7 @@ def _attend_row(q: Tensor, k: Tensor, v: Tensor, kept: Tensor | None, strip: Str
     lse = q.new_full(q.shape[:2], -torch.inf)
     _attend_kept(q, k, v, kept, scale, out, lse, need_lse=not strip.empty)
     if not strip.empty:
-        _merge_strip(q, k, v, kept, strip, scale, out, lse)
+        merge_strip(q, k, v, kept, strip, scale, out, lse)
     return out
 
 
@@ -214,7 +238,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) 
     return (scores - lse).exp() @ v, lse.squeeze(-1)
 
 
-def _merge_strip(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, strip: Strip, scale: float, out: Tensor, lse: Tensor) -> None:
+def merge_strip(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, strip: Strip, scale: float, out: Tensor, lse: Tensor) -> None:
     """Adds the strip to out [H, Lq, Dv], whose softmax over the kept keys has the log-sum-exp lse [H, Lq].
 
     One more feature, `selected(i)` in q and `_HIDDEN * kept(j)` in k, takes the kept keys out of the selected rows.

@@ -16,6 +16,7 @@ import torch
 from tsa_compile.kernels import ops  # noqa: F401 - registers torch.ops.tsa
 from tsa_compile.kernels.checks import SHARES
 from tsa_compile.policies.base import Policy, build, check_int
+from tsa_compile.policies.block_sparse import BlockSparse
 
 if TYPE_CHECKING:
     import torch.fx as fx
@@ -62,6 +63,7 @@ class TokenSparse(Policy):
         completion: what rows that are not kept read; None: nothing, their attention output is zero, as in the paper.
         share: "head": each query head keeps tokens of its own, as in the paper; "group": the query heads of a KV head keep the
             same ones, by the sum of their scores.
+        inner: attention among the kept tokens: None for all of them, or `BlockSparse`.
         engine: who computes the attention: "auto", "fused" (Triton), "packed" (vendor library) or "reference".
 
     Raises:
@@ -75,6 +77,7 @@ class TokenSparse(Policy):
     layers: tuple[int, ...] | None = None
     completion: Completion | None = None
     share: str = "head"
+    inner: BlockSparse | None = None
     engine: str = "auto"
 
     def __post_init__(self) -> None:
@@ -98,6 +101,16 @@ class TokenSparse(Policy):
                 f"Completion.heavy must be <= TokenSparse.min_tokens ({self.min_tokens}), got {self.completion.heavy}"
             )
 
+        self._check_inner()
+
+    def _check_inner(self) -> None:
+        if self.inner is None:
+            return
+        if not isinstance(self.inner, BlockSparse):
+            raise ValueError(f"TokenSparse.inner must be a BlockSparse or None, got {self.inner!r}")
+        if self.engine == "packed":
+            raise ValueError("TokenSparse.engine 'packed' runs dense attention among the kept tokens; with inner use 'auto'")
+
     def _check_layers(self) -> None:
         if self.layers is None:
             return
@@ -112,6 +125,8 @@ class TokenSparse(Policy):
         fields = dict(fields)
         if isinstance(fields.get("completion"), dict):
             fields["completion"] = build(Completion, fields["completion"])
+        if isinstance(fields.get("inner"), dict):
+            fields["inner"] = build(BlockSparse, fields["inner"])
         return super()._from_fields(fields)
 
     def refuse(self, site: AttentionSite) -> str | None:
@@ -133,21 +148,18 @@ class TokenSparse(Policy):
             {"share": self.share},
         )
         indices, counts, heavy = (graph.call_function(operator.getitem, (selection, i)) for i in range(3))
-        dense_below = self.min_tokens + self.window
+        kept = (q, k, v, indices, counts, heavy)
+        strip, dense_below = (strip_window, strip_sinks), self.min_tokens + self.window
+        if self.inner is None:
+            operands = (*kept, key_mask, site.scale, *strip, dense_below, self.engine)
+            return graph.call_function(torch.ops.tsa.sparse_attention.default, operands)
+        i = self.inner
+        chosen = graph.call_function(
+            torch.ops.tsa.select_blocks.default,
+            (q, k, indices, counts, site.scale, i.block, i.pool, float(i.mass), i.sinks, i.local, dense_below),
+        )
+        blocks, block_counts = (graph.call_function(operator.getitem, (chosen, n)) for n in range(2))
         return graph.call_function(
-            torch.ops.tsa.sparse_attention.default,
-            (
-                q,
-                k,
-                v,
-                indices,
-                counts,
-                heavy,
-                key_mask,
-                site.scale,
-                strip_window,
-                strip_sinks,
-                dense_below,
-                self.engine,
-            ),
+            torch.ops.tsa.block_sparse_attention.default,
+            (*kept, blocks, block_counts, key_mask, site.scale, *strip, i.block, self.engine),
         )
