@@ -191,6 +191,20 @@ def bench_prefill(
         output.write_json(json, rows, environment=versions, ceilings=gpu, layers=layers, policy=policy.to_dict())
 
 
+@bench.command("export")
+def bench_export(
+    json: Annotated[Path, typer.Option(help="write the results to this file")],
+    lengths: Annotated[str, typer.Option(help="prompt lengths of the attention, comma separated")] = "8192,32768,131072",
+) -> None:
+    """Exported files on ONNX Runtime's CUDA provider against PyTorch: results, where nodes ran, times."""
+    from tsa_compile.bench import exported
+
+    _gpu()
+    result = exported.bench_export(json, [int(n) for n in lengths.split(",")])
+    if result["failed"]:
+        raise RuntimeError(f"failed: {result['failed']}")
+
+
 @app.command()
 def tune(head_dims: Annotated[str, typer.Option(help="comma separated")] = "64,128") -> None:
     """Measure on this GPU from which length on the packed engine is faster, and keep it for `engine="auto"`."""

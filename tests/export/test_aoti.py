@@ -1,4 +1,4 @@
-"""AOTInductor packages of rewritten models, on CPU."""
+"""AOTInductor packages of rewritten models."""
 
 import pytest
 import torch
@@ -40,6 +40,18 @@ def test_a_package_equals_eager_at_other_sizes(tmp_path, completion):
             actual, sparse, dense = loaded(x), traced(x), model(x)
         torch.testing.assert_close(actual, sparse, rtol=1e-4, atol=1e-5)
         assert (length > 48) == (not torch.allclose(actual, dense, atol=1e-4))  # short rows stay dense
+
+
+@pytest.mark.gpu
+def test_a_package_equals_eager_on_the_gpu(tmp_path):
+    model, example = Block().half().cuda().eval(), (torch.randn(2, 100, 64).half().cuda(),)
+    path = export.aoti(model, example, tmp_path / "block.pt2", policy=PAPER, dynamic_shapes=SHAPES)
+    loaded = torch._inductor.aoti_load_package(str(path))
+    traced = trace(model, example, policy=PAPER, dynamic_shapes=SHAPES).program.module()
+    for batch, length in [(2, 100), (3, 1000), (2, 20)]:
+        x = 3 * torch.randn(batch, length, 64, device="cuda").half()
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(x), traced(x), rtol=1e-2, atol=1e-2)
 
 
 def test_the_name_must_end_in_pt2(tmp_path):
