@@ -3,6 +3,7 @@
 export.onnx(model, args, "model.onnx")                  # ONNX Runtime (CPU, CUDA), or the graph for TensorRT
 export.check("model.onnx", model, other_args)           # run it and compare
 export.tensorrt(model, args, "model.engine", profile=...)
+export.torch_tensorrt(model, args, "model.ep")          # engines by Torch-TensorRT
 export.aoti(model, args, "model.pt2")                   # AOTInductor package
 """
 
@@ -12,7 +13,7 @@ from typing import Any
 
 from tsa_compile.export.errors import ExportError
 
-__all__ = ["ExportError", "aoti", "check", "onnx", "tensorrt"]
+__all__ = ["ExportError", "aoti", "check", "onnx", "tensorrt", "torch_tensorrt"]
 
 
 def onnx(*args: Any, **kwargs: Any) -> Any:
@@ -34,6 +35,13 @@ def tensorrt(*args: Any, **kwargs: Any) -> Any:
     from tsa_compile.export.tensorrt_model import export_tensorrt
 
     return export_tensorrt(*args, **kwargs)
+
+
+def torch_tensorrt(*args: Any, **kwargs: Any) -> Any:
+    """Compile with Torch-TensorRT; see `tsa_compile.export.torch_tensorrt_model.export_torch_tensorrt`."""
+    from tsa_compile.export.torch_tensorrt_model import export_torch_tensorrt
+
+    return export_torch_tensorrt(*args, **kwargs)
 
 
 def aoti(*args: Any, **kwargs: Any) -> Any:

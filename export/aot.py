@@ -10,7 +10,7 @@ import dataclasses
 import json
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,23 +39,46 @@ class Image:
 
 def compile_kernel(kernel: AotKernel, capability: tuple[int, int]) -> Image:
     """Compile one kernel; `PTX` gives the text for compute capability 8.0."""
-    triton = require("triton", "triton")
-    compiler = require("triton.backends.compiler", "triton")
     target = capability if capability != PTX else (8, 0)
-    names = parameters(kernel.function)
-    types = kernel.types()
-    source = _source_class(kernel.function)(
-        fn=kernel.function,
-        signature={name: types.get(name, "constexpr") for name in names},
-        constexprs={(names.index(name),): value for name, value in kernel.constants.items()},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in sorted(kernel.divisible())},
-    )
-    made = triton.compile(source, target=compiler.GPUTarget("cuda", target[0] * 10 + target[1], 32), options=dict(kernel.options))
+    made = compile_triton(kernel.function, kernel.types(), kernel.constants, kernel.divisible(), kernel.options, target)
     m = made.metadata
-    if m.global_scratch_size or m.profile_scratch_size:
-        raise ExportError(f"{kernel.name}: needs scratch memory that a plain launch does not give")
     data = made.asm["ptx"].encode() + b"\0" if capability == PTX else made.asm["cubin"]
     return Image(kernel, capability, data, m.name, m.shared, 32 * m.num_warps)
+
+
+def compile_triton(
+    function: Any,
+    types: Mapping[str, str],
+    constants: Mapping[str, Any],
+    divisible: Iterable[str],
+    options: Mapping[str, int],
+    capability: tuple[int, int],
+) -> Any:
+    """Triton's compiled kernel for a GPU that need not be there.
+
+    Args:
+        function: a Triton or Gluon kernel.
+        types, constants: of its run-time and compile-time parameters, by name.
+        divisible: run-time parameters that are multiples of 16.
+        options: `num_warps`, `num_stages`.
+
+    Raises:
+        ExportError: the kernel needs scratch memory, which a plain launch does not give.
+    """
+    triton = require("triton", "triton")
+    compiler = require("triton.backends.compiler", "triton")
+    names = parameters(function)
+    source = _source_class(function)(
+        fn=function,
+        signature={name: types.get(name, "constexpr") for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in sorted(divisible)},
+    )
+    target = compiler.GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
+    made = triton.compile(source, target=target, options=dict(options))
+    if made.metadata.global_scratch_size or made.metadata.profile_scratch_size:
+        raise ExportError(f"{made.metadata.name}: needs scratch memory that a plain launch does not give")
+    return made
 
 
 def _source_class(function: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from tsa_compile.export.body_attend import attend_kept, scatter
 from tsa_compile.export.body_call import Call
+from tsa_compile.export.body_plugin import attend_by_plugins
 from tsa_compile.export.body_rank import Bisect, Sort
 from tsa_compile.export.body_select import select_tokens
 from tsa_compile.export.body_strip import complete
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 DOMAIN, OP_TYPE, DOMAIN_VERSION = "ai.tsa", "TokenSparseAttention", 1
-TARGETS = ("onnxruntime", "tensorrt")
+TARGETS = ("onnxruntime", "tensorrt", "tensorrt_plugin")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Variant:
     Args:
         masked: it has the input `key_mask`.
         strip: it completes rows with the strip; without, rows that are not kept are zero.
-        target: "onnxruntime" sorts; "tensorrt" bisects, since TensorRT's TopK stops at 3,840.
+        target: "onnxruntime" sorts; "tensorrt" bisects, since TensorRT's TopK stops at 3,840; "tensorrt_plugin" does too,
+            and leaves the attention to plugins (`tensorrt_plugin`).
     """
 
     masked: bool
@@ -50,14 +52,14 @@ class Variant:
     @property
     def identifier(self) -> tuple[str, str, str]:
         """Domain, operator name, overload. TensorRT's parser ignores overloads, so there the variant is in the name."""
-        if self.target == "tensorrt":
+        if self.target != "onnxruntime":
             return DOMAIN, OP_TYPE + "".join(part.capitalize() for part in self.name.split("_")), ""
         return DOMAIN, OP_TYPE, self.name
 
     @property
     def attributes(self) -> tuple[str, ...]:
         """Attributes the body reads; the node must carry them all (not every runtime applies a function's defaults)."""
-        coverage = "coverage_q56" if self.target == "tensorrt" else "coverage"
+        coverage = "coverage" if self.target == "onnxruntime" else "coverage_q56"
         strip = ("strip_window", "strip_sinks", "heavy") if self.strip else ()
         return ("scale", coverage, "window", "pool", "min_tokens", *strip)
 
@@ -73,10 +75,13 @@ def function(variant: Variant, opset: int = 21) -> ir.Function:
     q, k, v = (ir.Value(name=name) for name in "qkv")
     key_mask = ir.Value(name="key_mask") if variant.masked else None
     call = Call(op, q, k, v, key_mask)
-    ranking = Bisect() if variant.target == "tensorrt" else Sort()
+    ranking = Sort() if variant.target == "onnxruntime" else Bisect()
     kept = select_tokens(call, ranking, with_heavy=variant.strip)
-    attended = attend_kept(call, kept, with_totals=variant.strip)
-    out = complete(call, kept, attended) if variant.strip else scatter(call, kept, attended)
+    if variant.target == "tensorrt_plugin":
+        out = attend_by_plugins(call, kept)
+    else:
+        attended = attend_kept(call, kept, with_totals=variant.strip)
+        out = complete(call, kept, attended) if variant.strip else scatter(call, kept, attended)
     inputs = [q, k, v] if key_mask is None else [q, k, v, key_mask]
     out.name = "result"
     graph = op.graph(inputs, [out], "body")

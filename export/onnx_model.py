@@ -61,7 +61,8 @@ def export_onnx(
         policy: a policy, a plan, either as a dict, or None for `TokenSparse()`.
         form: "portable": each node carries a body of standard operators, so any runtime executes it. "custom": no
             body; the session must register the native library (`tsa_compile.export.native`).
-        target: whose limits the portable body respects, "onnxruntime" or "tensorrt".
+        target: whose limits the portable body respects, "onnxruntime" or "tensorrt"; or "tensorrt_plugin", whose attention
+            is plugins of full TensorRT (`tensorrt_plugin`) between standard operators.
         dynamic_shapes: as for `torch.export.export`; without it every size is fixed.
         opset: 21 to 24. From 23 on the exporter's optimiser is off: it fuses RoPE in a way that fails for batch > 1.
         require_sites: raise if no attention site takes the policy, as in a decode graph, which stays dense.
@@ -91,6 +92,8 @@ def export_onnx(
     nodes = _finish(program.model, form, target, opset)
     _name_by_module(nodes, traced)
     _describe(program.model, traced, form, target)
+    if target == "tensorrt_plugin":
+        _inline(program.model)
     program.save(str(path))
     onnx.checker.check_model(str(path), full_check=True)
     return OnnxExport(Path(path), tuple(node.name or "" for node in nodes), traced.plan)
@@ -124,7 +127,14 @@ def _finish(model: ir.Model, form: str, target: str, opset: int) -> list[ir.Node
             if variant.identifier not in model.functions:
                 model.functions[variant.identifier] = function(variant, opset)
     model.opset_imports.setdefault(DOMAIN, DOMAIN_VERSION)
+    if target == "tensorrt_plugin":
+        model.opset_imports.setdefault("tsa", 1)
     return nodes
+
+
+def _inline(model: ir.Model) -> None:
+    """Bodies into the graph: TensorRT reads a plugin's attributes from its node, where they must be literal."""
+    require("onnx_ir.passes.common", "onnx").InlinePass()(model)
 
 
 def _name_by_module(nodes: list[ir.Node], traced: Traced) -> None:

@@ -44,6 +44,16 @@ class Ops:
             self._made[key] = self._tape.op_multi_out(op_type, operands, attributes, outputs=values, name=name)
         return self._made[key]
 
+    def plugin(self, count: int, op_type: str, inputs: Sequence[ir.Value], **attributes: str) -> Sequence[ir.Value]:
+        """A node of domain "tsa" with `count` outputs; each attribute is the function's attribute of the name given."""
+        types = self._ir.AttributeType
+        given = {
+            name: self._ir.RefAttr(name, of, types.FLOAT if name == "scale" else types.INT) for name, of in attributes.items()
+        }
+        given["plugin_namespace"] = "tsa"
+        values = [self._ir.Value(name=f"v{next(self._names)}") for _ in range(count)]
+        return self._tape.op_multi_out(op_type, inputs, given, outputs=values, domain="tsa", name=f"{op_type}_{values[0].name}")
+
     def attribute(self, name: str, kind: str) -> ir.Value:
         """The value of the function's attribute `name`; `kind` is "int", "float" or "tensor"."""
         target = {"int": "value_int", "float": "value_float", "tensor": "value"}[kind]

@@ -9,6 +9,7 @@ _EXTRAS = {
     "hf": "pip install 'tsa-compile[hf]'",
     "onnx": "pip install 'tsa-compile[onnx]'",
     "tensorrt": "pip install 'tsa-compile[tensorrt]'",
+    "torch-tensorrt": "pip install torch-tensorrt",
     "triton": "pip install 'tsa-compile[triton]'",
 }
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from tsa_compile.export.errors import ExportError
 from tsa_compile.export.onnx_file import load_model, metadata
+from tsa_compile.export.tensorrt_plugin import register_plugins
 
 RUNTIMES = {"tensorrt": ("tensorrt",), "tensorrt_rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings")}
 _INSTALL = {"tensorrt": "pip install tensorrt", "tensorrt_rtx": "pip install 'tsa-compile[tensorrt]'"}
@@ -41,12 +42,16 @@ def load_runtime(runtime: str) -> ModuleType:
 class Parsed:
     """A parsed ONNX file. `network` is TensorRT's INetworkDefinition; `messages` collects warnings and errors."""
 
-    def __init__(self, path: str | Path, trt: ModuleType) -> None:
+    def __init__(self, path: str | Path, trt: ModuleType, plugins: bool = False) -> None:
         self.messages: list[str] = []
         self.trt = trt
         self._logger = _logger(trt, self.messages)
         self.builder = trt.Builder(self._logger)
-        flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+        flag = trt.NetworkDefinitionCreationFlag
+        flags = 1 << int(flag.STRONGLY_TYPED)
+        if plugins:
+            flags |= 1 << int(flag.PREFER_AOT_PYTHON_PLUGINS)
+            register_plugins(importlib.import_module("tensorrt.plugin"))
         self.network = self.builder.create_network(flags)
         self._parser = trt.OnnxParser(self.network, self._logger)  # owns the weights: it must outlive the network
         if not Path(path).is_file():
@@ -67,7 +72,7 @@ def build_engine(
     runtime: str = "tensorrt_rtx",
     compute_capabilities: Sequence[str] = (),
 ) -> Path:
-    """Build an engine from a portable graph that was exported with `target="tensorrt"`.
+    """Build an engine from a graph that was exported with `target="tensorrt"`, or "tensorrt_plugin" for runtime "tensorrt".
 
     Args:
         onnx_path: the graph.
@@ -81,8 +86,7 @@ def build_engine(
         ValueError: unknown runtime or capability, or a profile that does not fit the inputs.
     """
     trt = load_runtime(runtime)
-    _check_target(onnx_path)
-    parsed = Parsed(onnx_path, trt)
+    parsed = Parsed(onnx_path, trt, plugins=_takes_plugins(onnx_path, runtime))
     config = parsed.builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # node names stay in the engine
     _set_capabilities(config, trt, compute_capabilities)
@@ -94,12 +98,20 @@ def build_engine(
     return Path(path)
 
 
-def _check_target(path: str | Path) -> None:
-    """A graph for ONNX Runtime parses, but its bodies differ by overload, which TensorRT ignores: a wrong result."""
+def _takes_plugins(path: str | Path, runtime: str) -> bool:
+    """Whether the graph's attention is plugins.
+
+    Raises:
+        ExportError: it was exported for another runtime. A graph for ONNX Runtime parses, but its bodies differ by overload,
+            which TensorRT ignores: a wrong result. TensorRT-RTX has no plugins.
+    """
     model = load_model(path)
     target = metadata(model).get("tsa_compile.target")
-    if any(f.overload for f in model.functions) or target not in (None, "tensorrt"):
+    if any(f.overload for f in model.functions) or target not in (None, "tensorrt", "tensorrt_plugin"):
         raise ExportError(f'{path}: exported for {target or "another runtime"}; export it with target="tensorrt"')
+    if target == "tensorrt_plugin" and runtime != "tensorrt":
+        raise ExportError(f'{path}: exported with target="tensorrt_plugin"; {runtime} has no plugins: use target="tensorrt"')
+    return target == "tensorrt_plugin"
 
 
 def _set_capabilities(config: Any, trt: ModuleType, names: Sequence[str]) -> None:

@@ -21,20 +21,24 @@ def export_tensorrt(
     profile: Profile,
     runtime: str = "tensorrt_rtx",
     compute_capabilities: Sequence[str] = (),
+    plugins: bool = False,
     **onnx_options: Any,
 ) -> Path:
-    """Build a TensorRT engine of `model_or_onnx` with token-sparse attention; no plugin is needed to run it.
+    """Build a TensorRT engine of `model_or_onnx` with token-sparse attention; it runs without this project.
 
     Args:
         model_or_onnx: a module or ExportedProgram; or the path of a graph exported with `target="tensorrt"`.
         args: example inputs; None for a path.
         path: the engine file to write.
         profile, runtime, compute_capabilities: see `build_engine`.
+        plugins: attention by this project's kernels, compiled into the engine (runtime "tensorrt"); else standard operators.
         onnx_options: `policy`, `dynamic_shapes`, `kwargs`, `opset` of `export_onnx`.
 
     Raises:
         ExportError, ValueError, ImportError: as `export_onnx` and `build_engine`.
     """
+    if plugins and runtime != "tensorrt":
+        raise ValueError(f"plugins=True is for runtime 'tensorrt'; {runtime} has none")
     load_runtime(runtime)  # before the model is traced
     settings: dict[str, Any] = {
         "profile": profile,
@@ -49,5 +53,5 @@ def export_tensorrt(
 
     with tempfile.TemporaryDirectory() as folder:
         graph = Path(folder) / "model.onnx"
-        export_onnx(model_or_onnx, args or (), graph, target="tensorrt", **onnx_options)
+        export_onnx(model_or_onnx, args or (), graph, target="tensorrt_plugin" if plugins else "tensorrt", **onnx_options)
         return build_engine(graph, path, **settings)
