@@ -44,6 +44,10 @@ def fuse_selection(gm: fx.GraphModule) -> list[fx.Node]:
         gm.graph.erase_node(node)
         fused.append(one)
     gm.graph.eliminate_dead_code()
+    for node in gm.graph.nodes:
+        name = node.target.name() if isinstance(node.target, torch._ops.OpOverload) else ""
+        if name.startswith("tsa::") and node not in fused:
+            raise ExportError(f"{node.name}: exports take only tsa::token_sparse_attention, not {name}")
     gm.recompile()
     return fused
 

@@ -1,0 +1,39 @@
+"""What the exported node cannot express is refused by the name of the option."""
+
+import pytest
+import torch
+
+import tsa_compile as tsa
+from tests.export.test_aoti import Block
+from tsa_compile.export.errors import ExportError
+from tsa_compile.export.trace import trace
+
+SETTINGS = {"coverage": 0.3, "window": 16, "min_tokens": 32}
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        (tsa.TokenSparse(**SETTINGS, share="group"), r"sparse_attention\w*: TokenSparse\.share is 'group'"),
+        (tsa.TokenSparse(**SETTINGS, inner=tsa.BlockSparse()), r"block_sparse_attention\w*: TokenSparse\.inner is a BlockSparse"),
+    ],
+    ids=["share", "inner"],
+)
+def test_options_that_exports_do_not_take(policy, message):
+    with pytest.raises(ExportError, match=message):
+        trace(Block(), (torch.randn(2, 100, 64),), policy=policy)
+
+
+def test_an_operator_of_another_policy_is_named():
+    """A policy that lowers to an operator of its own: nothing else would notice before ONNX Runtime does."""
+    from tsa_compile.export.fuse import fuse_selection
+
+    class Selects(torch.nn.Module):
+        def forward(self, q, k):
+            return torch.ops.tsa.select_tokens(q, k, None, 0.25, 0.3, 16, 7, 32, 0)[1]
+
+    program = torch.export.export(Selects(), (torch.randn(1, 2, 90, 16), torch.randn(1, 2, 90, 16)))
+    with pytest.raises(
+        ExportError, match=r"select_tokens\w*: exports take only tsa::token_sparse_attention, not tsa::select_tokens"
+    ):
+        fuse_selection(program.graph_module)
