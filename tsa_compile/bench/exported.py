@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
 import json
 import multiprocessing
 import tempfile
@@ -104,8 +105,8 @@ def bench_model(files: Mapping[str, Made], name: str, dtype: torch.dtype) -> lis
     inputs = [torch.randint(0, 1000, size, device="cuda") for size in MODEL_SIZES]
     with torch.no_grad():
         expected = [model(ids) for ids in inputs]
-        torch_ms = [median_ms(lambda ids=ids: model(ids), 5) for ids in inputs]
-    rows = []
+        torch_ms = [median_ms(functools.partial(model, ids), 5) for ids in inputs]
+    rows: list[ModelRow] = []
     for form, made in files.items():
         timed, profiled = CudaSession(*made), CudaSession(*made, str(made[0].parent / "profile"))
         outputs = [torch.full_like(x, float("nan")) for x in expected]
@@ -114,10 +115,10 @@ def bench_model(files: Mapping[str, Made], name: str, dtype: torch.dtype) -> lis
         torch.cuda.synchronize()
         where = placement(Path(profiled.session.end_profiling()))
         del profiled
-        for ids, out, right, reference in zip(inputs, outputs, expected, torch_ms, strict=True):
+        for size, ids, out, right, reference in zip(MODEL_SIZES, inputs, outputs, expected, torch_ms, strict=True):
             same = (out.argmax(-1) == right.argmax(-1)).float().mean().item()
             error, ms = relative(out, right), median_ms(timed.bind((ids,), out), 5)
-            rows.append(ModelRow(name, str(dtype), form, *ids.shape, error, same, reference, ms, *where))
+            rows.append(ModelRow(name, str(dtype), form, *size, error, same, reference, ms, *where))
     return rows
 
 
@@ -165,13 +166,13 @@ def bench_export(out: Path, lengths: Sequence[int]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         made = prepare_all(jobs_in(folder), failed)
         groups: dict[tuple[str, str], dict[str, Made]] = {}
-        for (_, what, kind, dtype), files in made.items():
-            groups.setdefault((what, dtype), {})[kind] = files
+        for (_, what, kind, dtype), file in made.items():
+            groups.setdefault((what, dtype), {})[kind] = file
         for length in lengths:
             for (what, dtype), files in groups.items():
                 if what == "attention":
-                    add("attention", f"{dtype} {length}", lambda: bench_attention(files, getattr(torch, dtype), length))  # noqa: B023
+                    add(what, f"{dtype} {length}", functools.partial(bench_attention, files, getattr(torch, dtype), length))
         for (what, dtype), files in groups.items():
             if what != "attention":
-                add("models", f"{what} {dtype}", lambda: bench_model(files, what, getattr(torch, dtype)))  # noqa: B023
+                add("models", f"{what} {dtype}", functools.partial(bench_model, files, what, getattr(torch, dtype)))
     return result

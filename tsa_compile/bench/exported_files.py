@@ -73,8 +73,8 @@ def random_model(name: str, dtype: torch.dtype) -> LastLogits:
 
     torch.cuda.manual_seed(0)
     with torch.device("cuda"):
-        model = LlamaForCausalLM(LlamaConfig(**{**MODELS[name], "num_hidden_layers": LAYERS}))
-    return LastLogits(model.to(dtype).eval())
+        model: Any = LlamaForCausalLM(LlamaConfig(**{**MODELS[name], "num_hidden_layers": LAYERS}))
+    return LastLogits(model.to(dtype)).eval()
 
 
 def export_model(folder: Path, name: str, dtype: torch.dtype, form: str) -> Path:
