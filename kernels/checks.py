@@ -11,7 +11,7 @@ BLOCKS = (16, 32, 64, 128)  # tokens of a block
 SHARES = ("head", "group")  # whose list of tokens it is: a query head's, or that of all heads of a KV head
 
 
-def check_attention(name: str, q: Tensor, k: Tensor, v: Tensor | None, key_mask: Tensor | None) -> None:
+def check_attention(name: str, q: Tensor, k: Tensor, v: Tensor | None, key_mask: Tensor | None, causal: bool = True) -> None:
     """Raise a ValueError naming operator `name` and the argument, unless the shapes of docs/operators.md hold."""
     tensors = {"q": q, "k": k} | ({} if v is None else {"v": v})
     for label, x in tensors.items():
@@ -27,7 +27,7 @@ def check_attention(name: str, q: Tensor, k: Tensor, v: Tensor | None, key_mask:
         raise ValueError(f"{name}: k {tuple(k.shape)} and v {tuple(v.shape)} differ in batch, heads or length")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(f"{name}: {q.shape[1]} query heads are no multiple of {k.shape[1]} KV heads")
-    if q.shape[2] > k.shape[2]:
+    if causal and q.shape[2] > k.shape[2]:
         raise ValueError(f"{name}: {q.shape[2]} queries for {k.shape[2]} keys; queries are the last positions")
     if not 1 <= q.shape[3] <= MAX_HEAD_DIM:
         raise ValueError(f"{name}: head dim must be 1 to {MAX_HEAD_DIM}, got {q.shape[3]}")
@@ -63,8 +63,17 @@ def check_selection_arguments(
 
 def check_selection(name: str, q: Tensor, k: Tensor, indices: Tensor, counts: Tensor, heavy_indices: Tensor) -> None:
     """Raise a ValueError naming operator `name`, unless the selection fits `q` and `k`."""
+    check_lists(name, q, k, indices, counts)
+    if heavy_indices.dtype != torch.int32 or heavy_indices.dim() != 3 or heavy_indices.device != q.device:
+        raise ValueError(f"{name}: heavy_indices must be a 3-d int32 tensor on {q.device}, got {heavy_indices.dtype}")
+    if heavy_indices.shape[:2] != indices.shape[:2]:
+        raise ValueError(f"{name}: heavy_indices {tuple(heavy_indices.shape)} does not fit indices {tuple(indices.shape)}")
+
+
+def check_lists(name: str, q: Tensor, k: Tensor, indices: Tensor, counts: Tensor) -> None:
+    """Raise a ValueError naming operator `name`, unless the lists of kept positions fit `q` and `k`."""
     (batch, heads), (kv_heads, k_len) = q.shape[:2], k.shape[1:3]
-    for label, x, dims in (("indices", indices, 3), ("counts", counts, 1), ("heavy_indices", heavy_indices, 3)):
+    for label, x, dims in (("indices", indices, 3), ("counts", counts, 1)):
         if x.dtype != torch.int32 or x.dim() != dims or x.device != q.device:
             raise ValueError(f"{name}: {label} must be a {dims}-d int32 tensor on {q.device}, got {x.dtype}, {x.dim()}-d")
     lists = indices.shape[1]
@@ -72,8 +81,6 @@ def check_selection(name: str, q: Tensor, k: Tensor, indices: Tensor, counts: Te
         raise ValueError(f"{name}: indices has {lists} lists; expected one for each of {heads} heads or {kv_heads} KV heads")
     if tuple(indices.shape) != (batch, lists, k_len) or tuple(counts.shape) != (batch,):
         raise ValueError(f"{name}: indices {tuple(indices.shape)} and counts {tuple(counts.shape)} do not fit the keys")
-    if tuple(heavy_indices.shape[:2]) != (batch, lists):
-        raise ValueError(f"{name}: heavy_indices {tuple(heavy_indices.shape)} does not fit indices {tuple(indices.shape)}")
 
 
 def check_block_arguments(name: str, block: int, pool: int, mass: float, sinks: int, local: int) -> None:

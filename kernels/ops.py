@@ -26,25 +26,25 @@ from tsa_compile.kernels.token_select.reference import select_tokens_reference
 Tensor = torch.Tensor
 Selected = tuple[Tensor, Tensor, Tensor]
 
-_LIBRARY = torch.library.Library("tsa", "DEF")
+LIBRARY = torch.library.Library("tsa", "DEF")
 _SELECTION = "float coverage, int window, int pool, int min_tokens"
-_LIBRARY.define(
+LIBRARY.define(
     f"select_tokens(Tensor q, Tensor k, Tensor? key_mask, float scale, {_SELECTION}, int heavy, *,"
     " str share='head') -> (Tensor indices, Tensor counts, Tensor heavy_indices)"
 )
-_LIBRARY.define(
+LIBRARY.define(
     "sparse_attention(Tensor q, Tensor k, Tensor v, Tensor indices, Tensor counts, Tensor heavy_indices,"
     " Tensor? key_mask, float scale, int strip_window, int strip_sinks, int dense_below, str engine) -> Tensor"
 )
-_LIBRARY.define(
+LIBRARY.define(
     f"token_sparse_attention(Tensor q, Tensor k, Tensor v, Tensor? key_mask, float scale, {_SELECTION},"
     " int strip_window, int strip_sinks, int heavy, str engine) -> Tensor"
 )
-_LIBRARY.define(
+LIBRARY.define(
     "select_blocks(Tensor q, Tensor k, Tensor indices, Tensor counts, float scale, int block, int pool, float mass, int sinks,"
     " int local, int dense_below) -> (Tensor blocks, Tensor block_counts)"
 )
-_LIBRARY.define(
+LIBRARY.define(
     "block_sparse_attention(Tensor q, Tensor k, Tensor v, Tensor indices, Tensor counts, Tensor heavy_indices, Tensor blocks,"
     " Tensor block_counts, Tensor? key_mask, float scale, int strip_window, int strip_sinks, int block, str engine) -> Tensor"
 )
@@ -220,20 +220,21 @@ def _forward_only(name: str) -> Callable[..., Any]:
     return backward
 
 
-def _register(name: str, fake: Callable[..., Any], cpu: Callable[..., Any], cuda: Callable[..., Any]) -> None:
-    torch.library.register_fake(f"tsa::{name}", fake, lib=_LIBRARY)
-    _LIBRARY.impl(name, cpu, "CPU")
-    _LIBRARY.impl(name, cuda, "CUDA")
-    torch.library.register_autograd(f"tsa::{name}", _forward_only(f"tsa::{name}"), lib=_LIBRARY)
+def register(name: str, fake: Callable[..., Any], cpu: Callable[..., Any], cuda: Callable[..., Any]) -> None:
+    torch.library.register_fake(f"tsa::{name}", fake, lib=LIBRARY)
+    LIBRARY.impl(name, cpu, "CPU")
+    LIBRARY.impl(name, cuda, "CUDA")
+    torch.library.register_autograd(f"tsa::{name}", _forward_only(f"tsa::{name}"), lib=LIBRARY)
 
 
-_register("select_tokens", _select_fake, _select_cpu, _select_cuda)
-_register("sparse_attention", _sparse_fake, _sparse_cpu, _sparse_cuda)
-_register("select_blocks", _blocks_fake, _blocks_cpu, _blocks_cuda)
-_register("block_sparse_attention", _block_sparse_fake, _block_sparse_cpu, _block_sparse_cuda)
-_register("token_sparse_attention", _token_sparse_fake, _token_sparse, _token_sparse)
+register("select_tokens", _select_fake, _select_cpu, _select_cuda)
+register("sparse_attention", _sparse_fake, _sparse_cpu, _sparse_cuda)
+register("select_blocks", _blocks_fake, _blocks_cpu, _blocks_cuda)
+register("block_sparse_attention", _block_sparse_fake, _block_sparse_cpu, _block_sparse_cuda)
+register("token_sparse_attention", _token_sparse_fake, _token_sparse, _token_sparse)
 
 
 def source_tag() -> str:
-    """A hash of this file: compile caches see an operator's schema, but neither its fake nor its gradient."""
-    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
+    """A hash of the files of operators: compile caches see an operator's schema, but neither its fake nor its gradient."""
+    files = sorted(Path(__file__).parent.glob("*ops.py"))
+    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:16]

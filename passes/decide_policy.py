@@ -21,24 +21,30 @@ class Decision:
     reason: str | None
 
 
+_KINDS = {
+    "causal": "causal mask: {policy} is for {masks} attention",
+    "bidirectional": "bidirectional: no causal mask",
+    "sliding window": "sliding window of {window}: already local",
+}
+
+
 def decide_policy(context: Context) -> int:
     """Fill `context.decisions`; returns how many sites will be replaced."""
     for site in context.sites:
         policy = context.policy_for(site)
-        context.decisions.append(Decision(site, policy, _dense_reason(site) or policy.refuse(site)))
+        context.decisions.append(Decision(site, policy, dense_reason(site, policy) or policy.refuse(site)))
     return sum(d.reason is None for d in context.decisions)
 
 
-def _dense_reason(site: AttentionSite) -> str | None:
-    """What rules out any policy: the operators are for causal prefill."""
+def dense_reason(site: AttentionSite, policy: Policy) -> str | None:
+    """What rules out `policy` before it is asked: the site, or a mask of a kind that the policy does not take."""
     if isinstance(site.q_len, int) and site.q_len == 1:
         return "decode step: one query"
     if site.obstacle is not None:
         return site.obstacle
-    if site.mask.unproven is not None:
-        return site.mask.unproven
-    if not site.mask.causal:
-        return "bidirectional: no causal mask"
-    if site.mask.window is not None:
-        return f"sliding window of {site.mask.window}: already local"
-    return None
+    mask = site.mask
+    if mask.unproven is not None:
+        return mask.unproven
+    if mask.kind in policy.masks:
+        return None
+    return _KINDS[mask.kind].format(policy=policy.name, masks=" or ".join(sorted(policy.masks)), window=mask.window)

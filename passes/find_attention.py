@@ -89,8 +89,11 @@ class _Finder:
         """K and V before their repetition for grouped queries, if both were repeated from as many heads."""
         k, k_layout = self._heads.source(match.k, match.layouts.k)
         v, v_layout = self._heads.source(match.v, match.layouts.v)
-        k_heads, v_heads = (tensor_of(x).shape[y.index("h")] for x, y in ((k, k_layout), (v, v_layout)))  # type: ignore[union-attr]
-        if k_heads != v_heads:
+        q_heads, repeated, k_heads, v_heads = (
+            tensor_of(x).shape[layout.index("h")]  # type: ignore[union-attr]
+            for x, layout in ((match.q, match.layouts.q), (match.k, match.layouts.k), (k, k_layout), (v, v_layout))
+        )
+        if k_heads != v_heads or not repeated or q_heads % repeated:
             return match.k, match.v, match.layouts
         return k, v, Layouts(match.layouts.q, k_layout, v_layout, match.layouts.out)
 

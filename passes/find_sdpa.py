@@ -45,4 +45,4 @@ def _scale(scale: Any, q: fx.Node) -> float | None:
     if scale is None:
         head_dim = tensor_of(q).shape[-1]  # type: ignore[union-attr]
         return 1.0 / math.sqrt(head_dim) if isinstance(head_dim, int) else None
-    return float(scale) if isinstance(scale, (int, float)) else None
+    return float(scale) if isinstance(scale, (int, float)) and scale > 0 else None

@@ -47,6 +47,13 @@ class MaskFacts:
     keys_used: Size | None = None
     unproven: str | None = None
 
+    @property
+    def kind(self) -> str:
+        """ "causal", "sliding window" or "bidirectional"; a key mask may come with each."""
+        if not self.causal:
+            return "bidirectional"
+        return "causal" if self.window is None else "sliding window"
+
 
 @dataclasses.dataclass(frozen=True)
 class Layouts:

@@ -33,7 +33,10 @@ class Plan:
     notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def policy_for(self, site: AttentionSite) -> Policy:
-        return self.layers.get(site.layer, self.default)
+        return self.policy_for_layer(site.layer)
+
+    def policy_for_layer(self, layer: int) -> Policy:
+        return self.layers.get(layer, self.default)
 
     def to_dict(self) -> dict[str, Any]:
         return {

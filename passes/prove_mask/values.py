@@ -208,4 +208,4 @@ def visible(value: Value, factor: float = 1.0) -> Formula | None:
         return False if c * factor <= HIDDEN_BELOW else None
 
     result = lift(decide, value)
-    return result if result is not None and is_formula(result) else None  # type: ignore[return-value]
+    return result if isinstance(result, FORMULAS) else None  # type: ignore[return-value]

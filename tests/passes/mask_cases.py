@@ -211,6 +211,11 @@ def padding_only(q, k, v, pad):
     return sdpa(q, k, v, pad[:, None, None, :])
 
 
+@case("bidirectional")
+def padding_only_additive(q, k, v, pad):
+    return sdpa(q, k, v, torch.where(pad[:, None, None, :], 0.0, torch.finfo(torch.float32).min))
+
+
 @case("sliding window of 4")
 def sliding(q, k, v, pad):
     row, column = positions(q, k)
@@ -295,6 +300,26 @@ def weak_fill(q, k, v, pad):
 def fill_of_the_wrong_sign(q, k, v, pad):
     row, column = positions(q, k)
     return sdpa(q, k, v, additive(column <= row, 1e4))
+
+
+@case("hides keys by activations")
+def keys_dropped_by_the_layer(q, k, v, pad):
+    """Not padding: the dropped tokens' own rows are results like any other."""
+    row, column = positions(q, k)
+    return sdpa(q, k, v, (column <= row) & (k[:, :1, :, 0] < 1.0)[:, :, None])
+
+
+@case("hides keys by a fixed pattern")
+def keys_dropped_by_position(q, k, v, pad):
+    row, column = positions(q, k)
+    return sdpa(q, k, v, (column <= row) & (column % 2 == 0))
+
+
+@case("scale is not a positive constant")
+def negative_scale(q, k, v, pad):
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    row, column = positions(q, k)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=additive(column <= row), scale=-0.25)
 
 
 @case("differs between heads")

@@ -17,10 +17,11 @@ _REGISTRY: dict[str, type[Policy]] = {}
 class Policy:
     """Base of all policies. A subclass is a frozen dataclass in a file of its own under `tsa_compile/policies/`.
 
-    The passes know only the three methods below; a new policy changes no pass and no other policy.
+    The passes know only `masks` and the three methods below; a new policy changes no pass and no other policy.
     """
 
     name: ClassVar[str]
+    masks: ClassVar[frozenset[str]] = frozenset({"causal"})  # the kinds (`MaskFacts.kind`) that it takes
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -72,3 +73,10 @@ def check_int(owner: object, field: str, low: int, high: int | None = None) -> N
     upper = "" if high is None else f" and <= {high}"
     if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
         raise ValueError(f"{type(owner).__name__}.{field} must be an int >= {low}{upper}, got {value!r}")
+
+
+def check_share(owner: object, field: str) -> None:
+    """Raise a ValueError naming the field, its value and the allowed range, unless it is a number in [0, 1)."""
+    value = getattr(owner, field)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+        raise ValueError(f"{type(owner).__name__}.{field} must be a number in [0, 1), got {value!r}")

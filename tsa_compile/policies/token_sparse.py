@@ -7,7 +7,6 @@ Per layer, the last `window` queries score all keys; per head the heaviest token
 from __future__ import annotations
 
 import dataclasses
-import math
 import operator
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ import torch
 
 from tsa_compile.kernels import ops  # noqa: F401 - registers torch.ops.tsa
 from tsa_compile.kernels.checks import SHARES
-from tsa_compile.policies.base import Policy, build, check_int
+from tsa_compile.policies.base import Policy, build, check_int, check_share
 from tsa_compile.policies.block_sparse import BlockSparse
 
 if TYPE_CHECKING:
@@ -81,9 +80,7 @@ class TokenSparse(Policy):
     engine: str = "auto"
 
     def __post_init__(self) -> None:
-        c = self.coverage
-        if isinstance(c, bool) or not isinstance(c, (int, float)) or not math.isfinite(c) or not 0 <= c < 1:
-            raise ValueError(f"TokenSparse.coverage must be a number in [0, 1), got {c!r}")
+        check_share(self, "coverage")
         check_int(self, "window", 1)
         check_int(self, "pool", 1)
         if self.pool % 2 == 0:

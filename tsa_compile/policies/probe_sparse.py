@@ -1,0 +1,60 @@
+"""Token selection for encoders and vision towers, where no query comes last: queries spread evenly probe which keys matter.
+
+Ours, not from a paper; MInference (arXiv 2407.02490) scores all keys by the last queries of a prefill. Every query attends, so no
+row loses its output; only keys are dropped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from tsa_compile.kernels import key_ops  # noqa: F401 - registers torch.ops.tsa
+from tsa_compile.policies.base import Policy, check_int, check_share
+
+if TYPE_CHECKING:
+    import torch.fx as fx
+
+    from tsa_compile.passes.site import AttentionSite
+
+MAX_HEAD_DIM = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class ProbeSparse(Policy):
+    """Bidirectional and cross attention to the keys that hold most of the probes' attention. No default: ask for it.
+
+    Args:
+        coverage: share of the probes' attention mass that may be dropped, in [0, 1); 0 keeps every key.
+        probes: queries that score the keys, evenly spread.
+        min_keys: kept keys, at least; rows of up to `min_keys + 1` keys keep all of them.
+
+    Raises:
+        ValueError: a field is outside its range; the message names it.
+    """
+
+    masks: ClassVar[frozenset[str]] = frozenset({"bidirectional"})
+
+    coverage: float = 0.05
+    probes: int = 64
+    min_keys: int = 256
+
+    def __post_init__(self) -> None:
+        check_share(self, "coverage")
+        check_int(self, "probes", 1)
+        check_int(self, "min_keys", 1)
+
+    def refuse(self, site: AttentionSite) -> str | None:
+        return f"head dim {site.head_dim} is above {MAX_HEAD_DIM}" if site.head_dim > MAX_HEAD_DIM else None
+
+    def lower(self, graph: fx.Graph, site: AttentionSite) -> fx.Node:
+        from tsa_compile.passes.operands import attention_operands
+
+        q, k, v, key_mask = attention_operands(graph, site)
+        numbers = (site.scale, float(self.coverage), self.probes, self.min_keys)
+        selection = graph.call_function(torch.ops.tsa.select_keys.default, (q, k, key_mask, *numbers))
+        indices, counts = (graph.call_function(operator.getitem, (selection, i)) for i in range(2))
+        return graph.call_function(torch.ops.tsa.key_attention.default, (q, k, v, indices, counts, site.scale))
