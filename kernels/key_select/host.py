@@ -27,9 +27,9 @@ def select_keys(
     order, ranks = _order(q, k, key_mask)
     padded, (q_len, k_len) = key_mask is not None, (q.shape[2], k.shape[2])
     if k_len <= min_keys + 1 or coverage == 0 or q_len == 0:
-        return select_everything(q, k, order, ranks, padded, 0)[:2]
+        return select_everything(q, k, order, ranks, padded, 0, q.shape[1])[:2]
     mean = probe_means(probing_queries(q, k_len, order, ranks, padded, probes), k, order, ranks, padded, scale)
-    return select_from_means(mean, k_len, order, ranks, padded, coverage, 1, 1, min_keys, 0)[:2]
+    return select_from_means(mean, k_len, order, ranks, padded, coverage, 1, 1, min_keys, 0, q.shape[1])[:2]
 
 
 def probing_queries(q: Tensor, k_len: int, order: Tensor, ranks: Tensor, padded: bool, probes: int) -> Tensor:
