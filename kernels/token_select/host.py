@@ -7,6 +7,7 @@ import struct
 import torch
 
 from tsa_compile.kernels.token_scores.host import window_scores
+from tsa_compile.kernels.token_select.reference import sum_of_groups
 
 Tensor = torch.Tensor
 _LEVELS, _BINS = 3, 2048
@@ -86,8 +87,8 @@ def select_from_means(
         masses, histograms, counts, ranks, q_len, k_len, window, min_tokens, coverage_bits,
         BLOCK=4096, PADDED=padded, num_warps=16,
     )  # fmt: skip
-    if lists < heads:  # the heads of a group choose together
-        scores = scores.unflatten(1, (lists, -1)).sum(2)
+    if lists < heads:
+        scores = sum_of_groups(scores, lists)
     device.select_kernel[(batch * lists, 2 if heavy else 1)](
         scores, counts, indices, heavy_indices, order, ranks, lists, q_len, k_len, window, min_tokens, heavy,
         BLOCK=4096, PADDED=padded, num_warps=16,

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from tsa_compile.kernels.sparse_prefill.strip import rank_order
 from tsa_compile.kernels.token_select import host
-from tsa_compile.kernels.token_select.reference import count_dropped, largest, select_tokens_reference
+from tsa_compile.kernels.token_select.reference import count_dropped, largest, select_tokens_reference, sum_of_groups
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -39,7 +39,7 @@ def expected(mean, coverage, window, pool, min_tokens, heavy, lists):
     n_drop = count_dropped(scores, coverage)
     if n_drop == 0:
         return everything
-    scores = scores.unflatten(0, (lists, -1)).sum(1)
+    scores = sum_of_groups(scores, lists)
     kept = largest(scores, max(min_tokens, n - (n_drop + 1))).tolist()
     tail = list(range(n, length))
     return [row + tail for row in kept], largest(scores, min(heavy, n)).tolist()
