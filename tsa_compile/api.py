@@ -30,7 +30,8 @@ def transform(
 
     Works as `nn.Module.compile` does: parameters, `state_dict`, `.to()`, hooks and `generate()` stay as they are; a copy or a
     pickle of the model is dense again. Graphs are traced at the first calls; `report(model)` then says what was replaced.
-    Sites are replaced only where gradients are off (`torch.no_grad()`, `torch.inference_mode()`).
+    Sites are replaced only where gradients are off (`torch.no_grad()`, `torch.inference_mode()`). Compiling a transformed
+    model again is an error; in a larger model that is compiled Dynamo inlines it, dense: compile the whole with backend "tsa".
 
     Args:
         model: any module; attention is found in its traced graphs, not by its class.
@@ -48,7 +49,7 @@ def transform(
     if model._compiled_call_impl is not None:
         raise RuntimeError("the model is compiled already; call tsa_compile.restore(model) before transforming it again")
     backend = Backend(as_plan(policy_or_plan), compiler, inductor_options)
-    model._compiled_call_impl = torch.compile(isolated(model), backend=backend, fullgraph=fullgraph)
+    model._compiled_call_impl = _outermost(torch.compile(isolated(model), backend=backend, fullgraph=fullgraph))
     _BACKENDS[model] = backend
     return model
 
@@ -103,6 +104,25 @@ def isolated(model: nn.Module) -> Callable[..., Any]:
 
     call.__code__ = call.__code__.replace()
     return call
+
+
+def _outermost(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """`compiled`, but an error where another torch.compile traces it: that would inline the dense model without a word."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            _refuse_to_be_traced()
+        return compiled(*args, **kwargs)
+
+    return call
+
+
+@torch._dynamo.assume_constant_result  # runs while it is traced
+def _refuse_to_be_traced() -> None:
+    raise RuntimeError(
+        "torch.compile of a module that was transformed by tsa_compile: it is compiled already. "
+        'Use torch.compile(model, backend="tsa") instead of transform, or tsa_compile.restore(model) first.'
+    )
 
 
 def _backend_of(model: nn.Module) -> Backend:

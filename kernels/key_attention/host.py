@@ -54,6 +54,6 @@ def key_attention(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tens
 
 def _config(block_d: int, q: Tensor) -> Config:
     """Tiles and warps by head dim and dtype, chosen on an H200; never by length."""
-    if q.dtype != torch.float32 and block_d <= 64:
-        return Config(64, 64, 4, 3)
+    if q.dtype != torch.float32 and block_d != 128:
+        return Config(64, 64, 4, 3) if block_d <= 64 else Config(64, 64, 8, 2)
     return prefill_config(block_d, q.dtype, capability_of(q.device))
