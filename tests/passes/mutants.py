@@ -348,3 +348,8 @@ def scale_from_data(q, k, v, mask, options):
 @_call
 def another_scale(q, k, v, mask, options):
     return q, k, v, mask, {**options, "scale": 0.7}
+
+
+@_call
+def dropout_on(q, k, v, mask, options):
+    return q, k, v, mask, {**options, "dropout_p": 0.5}

@@ -36,6 +36,7 @@ def compiled(mutant: Mutant, x: Tensor, pad: Tensor) -> tuple[Tensor, Backend, s
         return backend(gm, inputs)
 
     function, base = mutant.function(), mutant.base
+    torch.manual_seed(0)
     with torch.no_grad():
         result = torch.compile(lambda x, pad: function(*unpack(base, x), pad), backend=traced, fullgraph=True)(x, pad)
     return result, backend, "".join(graphs)
