@@ -1,4 +1,4 @@
-"""Pass 2: what happens to each site, and if nothing, why. Pure: reads sites, writes decisions."""
+"""Pass 3: what happens to each site, and if nothing, why. Pure: reads sites, writes decisions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pass 1: find every attention of the graph and prove what its mask says. Changes nothing."""
+"""Pass 2: find every attention of the graph and prove what its mask says. Changes nothing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from tsa_compile.passes.pipeline import Context
 
 # Attention in one operator that the passes do not read.
-_OPAQUE_ATTENTION = re.compile(r"flex_attention|_scaled_dot_product_|_native_multi_head_attention|_transformer_encoder_layer_fwd")
+_OPAQUE_ATTENTION = re.compile(
+    r"flex_attention|_scaled_dot_product_|multi_head_attention|_transformer_encoder_layer_fwd|flash_attn|memory_efficient_attention"
+)
+_FAST_PATH = "call torch.backends.mha.set_fastpath_enabled(False) and it is written out"
 
 _SCALE_UNKNOWN = (
     "scale is not a positive constant of the graph (torch.compile(dynamic=True) turns floats into inputs; "
@@ -45,7 +48,8 @@ def find_attention(context: Context) -> int:
         if match is not None:
             context.sites.append(finder.site(match, len(context.sites)))
         elif _OPAQUE_ATTENTION.search(op_name(node)):
-            unknown.append(f"{module_path(node) or 'graph'}: {op_name(node)}")
+            hint = f" ({_FAST_PATH})" if re.search("_native_multi|_encoder_layer_fwd", op_name(node)) else ""
+            unknown.append(f"{module_path(node) or 'graph'}: {op_name(node)}{hint}")
     unknown += [f"{name}: inside a nested graph" for name in _nested_attention(context.gm)]
     if unknown:
         shown = "; ".join(unknown[:3]) + ("; ..." if len(unknown) > 3 else "")

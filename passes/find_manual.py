@@ -16,6 +16,7 @@ from tsa_compile.passes.site import Layouts
 
 _PRODUCTS = ("matmul", "einsum", "baddbmm")
 _MAX_STEPS = 16
+_SINKS = "attention sinks: columns that are no keys take part in the softmax"
 _STEPS = frozenset({"to", "contiguous", "clone", "add", "sub", "mul", "div", "where", "masked_fill", "tanh", "view", "cat"})
 _RESHAPES = frozenset(
     {"view", "getitem", "slice", "narrow", "flatten", "unflatten", "transpose", "permute", "squeeze", "unsqueeze"}
@@ -95,6 +96,8 @@ def _weights_use(softmax: fx.Node) -> tuple[tuple[fx.Node, fx.Node] | None, str 
             return (step, at), obstacle
         if op_name(step) == "dropout" and _drops(step):
             obstacle = "dropout in training"
+        if op_name(step) == "getitem":
+            obstacle = _SINKS
         at = step
     return None, None
 
@@ -116,6 +119,9 @@ def _check_not_reshaped(softmax: fx.Node) -> None:
 
 
 def _continues(node: fx.Node) -> bool:
+    if op_name(node) == "getitem":  # weights[..., :-1]
+        keys = node.args[1]
+        return isinstance(keys, tuple) and len(keys) == 2 and keys[0] is Ellipsis and isinstance(keys[1], slice)
     return op_name(node) in ("to", "contiguous", "clone", "dropout", "matmul", "einsum")
 
 
@@ -186,6 +192,21 @@ def _read_add(x: fx.Node, scores: _Scores) -> fx.Node | None:
     return None
 
 
+def _read_sub(x: fx.Node, scores: _Scores) -> fx.Node | None:
+    """A number for each row, such as its maximum, changes no softmax."""
+    score, shift = x.args[:2]
+    shape = None if tensor_of(shift) is None else tensor_of(shift).shape  # type: ignore[union-attr]
+    by_row = isinstance(shift, (int, float)) or (shape is not None and (not shape or shape[-1] == 1))
+    return score if by_row and isinstance(score, fx.Node) and _is_score(score, x) else None
+
+
+def _read_cat(x: fx.Node, scores: _Scores) -> fx.Node | None:
+    """A column beside those of the keys, as sinks are."""
+    first = x.args[0][0] if isinstance(x.args[0], (tuple, list)) and x.args[0] else None  # type: ignore[index]
+    scores.obstacle = _SINKS
+    return first if isinstance(first, fx.Node) and arg(x, 1, "dim", 0) in (-1, 3) else None
+
+
 def _read_where(x: fx.Node, scores: _Scores) -> fx.Node | None:
     condition, yes, no = _where_operands(x)
     if _is_score(yes, x) and not _is_score(no, x):
@@ -244,6 +265,8 @@ _STEP_READERS = {
     "contiguous": _read_copy,
     "clone": _read_copy,
     "add": _read_add,
+    "sub": _read_sub,
+    "cat": _read_cat,
     "where": _read_where,
     "masked_fill": _read_masked_fill,
     "mul": _read_mul,

@@ -1,4 +1,4 @@
-"""The compiler, top to bottom: find the attentions of a graph, decide, rewrite, verify.
+"""The compiler, top to bottom: write out fused calls, find the attentions of a graph, decide, rewrite, verify.
 
 Works alike on Dynamo graphs (before AOTAutograd) and on the graph module of an ExportedProgram.
 """
@@ -21,6 +21,7 @@ import torch.fx as fx
 import tsa_compile.policies
 from tsa_compile.kernels import ops
 from tsa_compile.passes.decide_policy import Decision, decide_policy
+from tsa_compile.passes.expand_attention import expand_attention
 from tsa_compile.passes.find_attention import find_attention
 from tsa_compile.passes.rewrite_attention import rewrite_attention
 from tsa_compile.passes.site import AttentionSite
@@ -51,7 +52,13 @@ class PipelineResult:
     seconds: dict[str, float]
 
 
-PASSES: tuple[Callable[[Context], int], ...] = (find_attention, decide_policy, rewrite_attention, verify_graph)
+PASSES: tuple[Callable[[Context], int], ...] = (
+    expand_attention,
+    find_attention,
+    decide_policy,
+    rewrite_attention,
+    verify_graph,
+)
 _graph_numbers = itertools.count()
 
 

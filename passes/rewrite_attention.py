@@ -1,4 +1,4 @@
-"""Pass 3: swap each decided site for what its policy lowers to."""
+"""Pass 4: swap each decided site for what its policy lowers to."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def _replace(graph: fx.Graph, decision: Decision) -> tuple[fx.Node, list[fx.Node
     created = []
     node = last_before.next
     while node is not old:
-        _describe(node, old)
+        describe_new(node, old)
         created.append(node)
         node = node.next
     old.replace_all_uses_with(new)
     return new, created
 
 
-def _describe(node: fx.Node, old: fx.Node) -> None:
+def describe_new(node: fx.Node, old: fx.Node) -> None:
     """Give a new node the old one's origin, and the example value that its operator computes from its operands'."""
     node.meta.update({name: old.meta[name] for name in _ORIGIN if name in old.meta})
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), value_of)

@@ -1,4 +1,4 @@
-"""The command line: `tsa-compile demo|compare|explain|calibrate|export|bench|tune`."""
+"""The command line: `tsa-compile demo|compare|explain|calibrate|export|bench|tune|zoo`."""
 
 from __future__ import annotations
 
@@ -215,6 +215,35 @@ def tune(head_dims: Annotated[str, typer.Option(help="comma separated")] = "64,1
     table = measure([int(d) for d in head_dims.split(",")])
     console.print(f"packed from (tokens, by compute capability and head dim): {table}", markup=False)
     console.print(f"written to {tuned_file()}", markup=False)
+
+
+@app.command()
+def zoo(
+    only: Annotated[str | None, typer.Option(help="models whose name contains this; several, comma separated")] = None,
+    processes: Annotated[int, typer.Option(help="models checked at the same time", min=1)] = 1,
+    json: JsonFile = None,
+    markdown: Annotated[str | None, typer.Option(help="write the support table to this file")] = None,
+    merge: Annotated[list[str] | None, typer.Option(help="add the results of a --json file, from other versions")] = None,
+) -> None:
+    """Check tiny random models of every family: what is replaced, what stays dense and why, and that all outputs are right."""
+    from rich.progress import track
+
+    from tsa_compile.zoo import registry, run, table
+
+    others = [table.read_json(path) for path in merge or []]
+    jobs = run.jobs_of(registry.select_entries(only))
+    checked = track(run.run(jobs, processes), "checking", total=len(jobs), console=console)
+    results = [r for group in checked for r in group]
+    console.print(table.rich_table(results))
+    if json:
+        table.write_json(json, results)
+    if markdown:
+        Path(markdown).write_text(table.markdown([(table.environment(), results), *others]))
+    failures = [r for r in results if r.status == "failed"]
+    for r in failures:
+        console.print(f"failed: {r.model}, {r.implementation}, {r.scenario}: {r.detail}", markup=False)
+    if failures:
+        raise typer.Exit(1)
 
 
 def _gpu() -> tuple[dict[str, float], dict[str, str]]:

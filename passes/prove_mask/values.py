@@ -83,9 +83,17 @@ def lift(op: Callable[..., Value | None], *values: Value) -> Value | None:
         if cases[0] < 0:
             return None
         yes, no = go(done, (head.yes, *rest)), go(done, (head.no, *rest))
-        return None if yes is None or no is None else choose(head.condition, yes, no)
+        if yes is None or no is None:
+            return None
+        booleans = isinstance(yes, FORMULAS) and isinstance(no, FORMULAS)  # Data among them: `op` gives no run-time numbers
+        return choose_formula(head.condition, yes, no) if booleans else choose(head.condition, yes, no)  # type: ignore[arg-type]
 
     return go((), values)
+
+
+def choose_formula(condition: Formula, yes: Formula, no: Formula) -> Formula:
+    """`where(condition, yes, no)` of booleans, run-time ones included."""
+    return either(both(condition, yes), both(opposite(condition), no))
 
 
 def choose(condition: Formula, yes: Value, no: Value) -> Value | None:
@@ -95,7 +103,7 @@ def choose(condition: Formula, yes: Value, no: Value) -> Value | None:
     if yes == no:
         return yes
     if is_formula(yes) and is_formula(no):
-        return either(both(condition, yes), both(opposite(condition), no))  # type: ignore[arg-type]
+        return choose_formula(condition, yes, no)  # type: ignore[arg-type]
     if is_formula(yes) or is_formula(no):
         yes, no = as_numeric(yes), as_numeric(no)
     return Where(condition, yes, no)
@@ -106,7 +114,7 @@ def select(condition: Formula, yes: Value, no: Value, dtype: torch.dtype) -> Val
     if dtype == torch.bool:
         if not (isinstance(yes, FORMULAS) and isinstance(no, FORMULAS)):
             return None
-        return either(both(condition, yes), both(opposite(condition), no))
+        return choose_formula(condition, yes, no)
     return choose(condition, yes, no)
 
 
@@ -174,7 +182,7 @@ def truth(value: Value) -> Formula | None:
     if is_formula(value):
         return value  # type: ignore[return-value]
     result = lift(lambda n: opposite(compare("eq")(n, number(0))), value)  # type: ignore[arg-type]
-    return result if result is not None and is_formula(result) else None  # type: ignore[return-value]
+    return result if isinstance(result, FORMULAS) else None
 
 
 def compare(name: str) -> Callable[[Number, Number], Formula | None]:
@@ -208,4 +216,4 @@ def visible(value: Value, factor: float = 1.0) -> Formula | None:
         return False if c * factor <= HIDDEN_BELOW else None
 
     result = lift(decide, value)
-    return result if isinstance(result, FORMULAS) else None  # type: ignore[return-value]
+    return result if isinstance(result, FORMULAS) else None

@@ -246,3 +246,149 @@ def test_comparisons_as_methods(method, replaced):
     with torch.no_grad():
         torch.compile(function, backend=backend)(*qkv(kv_heads=H))
     assert [d.reason is None for d in decided] == [replaced]
+
+
+class Multihead(torch.nn.Module):
+    """`nn.MultiheadAttention` as its users call it; Dynamo keeps it as one call."""
+
+    def __init__(self, **call):
+        super().__init__()
+        self.attention = torch.nn.MultiheadAttention(64, 4, batch_first=True, dropout=0.5)
+        self.call = call
+
+    def forward(self, x, padding=None, mask=None):
+        if mask is None:
+            mask = torch.nn.Transformer.generate_square_subsequent_mask(x.shape[1])
+        if padding is not None:
+            mask = mask != 0  # masks of different kinds are deprecated
+        return self.attention(x, x, x, attn_mask=mask, key_padding_mask=padding, **self.call)[0]
+
+
+PADDING = torch.tensor([[False] * L, [False] * (L - 3) + [True] * 3])
+
+
+@pytest.mark.parametrize("call", [{"need_weights": False, "is_causal": True}, {"need_weights": False}, {}])
+@pytest.mark.parametrize("padding", [None, PADDING])
+def test_multihead_attention_is_written_out(call, padding):
+    module, x = Multihead(**call).eval(), torch.randn(2, L, 64)
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        outcome = by_dynamo(module, x, padding)
+        expected = module(x, padding)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+    assert outcome.replaced == [True], outcome.reasons
+    real = slice(None) if padding is None else ~padding
+    torch.testing.assert_close(outcome.result[real], expected[real], atol=2e-5, rtol=2e-5)
+
+
+def test_multihead_attention_with_another_mask_is_dense():
+    x, mask = torch.randn(2, L, 64), torch.zeros(L, L)
+    mask[:, 3] = 1.0
+    outcome = by_dynamo(Multihead(need_weights=False).eval(), x, None, mask)
+    assert outcome.replaced == [False]
+    assert "bias that is not a mask" in outcome.reasons[0]
+
+
+def test_multihead_attention_that_trains_is_left_whole():
+    outcome = by_dynamo(Multihead(need_weights=False).train(), torch.randn(2, L, 64))
+    assert outcome.replaced == []
+    assert "multi_head_attention_forward" in outcome.warnings[0]
+
+
+def test_multihead_attention_whose_weights_are_used_is_left_whole():
+    class Weights(Multihead):
+        def forward(self, x):
+            return self.attention(x, x, x)
+
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        outcome = by_dynamo(Weights().eval(), torch.randn(2, L, 64))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+    assert outcome.replaced == []
+    assert "multi_head_attention_forward" in outcome.warnings[0]
+
+
+@both
+def test_padding_alone_as_an_added_mask_is_bidirectional(trace):
+    """A run-time boolean that is the whole condition of an added mask."""
+
+    def function(q, k, v, visible):
+        mask = torch.where(visible[:, None, None, :], torch.zeros(()), torch.finfo(q.dtype).min)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    check_dense(trace, function, *qkv(kv_heads=H), ~PADDING, reason="bidirectional")
+
+
+@both
+@pytest.mark.parametrize(("hidden", "reason"), [(-math.inf, None), (-1.0, "neither leaves nor hides")])
+def test_nested_masks_with_run_time_booleans(trace, hidden, reason):
+    def function(q, k, v, visible):
+        inner = torch.where(visible[:, None, None, :], torch.zeros(()), hidden)
+        mask = torch.where(causal(q), inner, -math.inf)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    args = (*qkv(kv_heads=H), ~PADDING)
+    if reason is not None:
+        check_dense(trace, function, *args, reason=reason)
+        return
+    outcome = trace(function, *args)
+    assert outcome.replaced == [True], outcome.reasons
+    torch.testing.assert_close(outcome.result[0], function(*args)[0], atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(outcome.result[1, :, :-3], function(*args)[1, :, :-3], atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("read_elsewhere", [False, True])
+def test_a_fresh_mask_filled_in_place(read_elsewhere):
+    def function(q, k, v):
+        mask = torch.zeros(L, L)
+        same = mask.view(L, L) if read_elsewhere else None
+        filled = mask.masked_fill_(~causal(q), -math.inf)
+        if same is not None:
+            same[0, 1] = 0.0  # shows a later token to the first query
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=filled)
+
+    if read_elsewhere:
+        check_dense(by_dynamo, function, *qkv(kv_heads=H), reason="")
+    else:
+        check_replaced(by_dynamo, function, *qkv(kv_heads=H))
+
+
+@both
+@pytest.mark.parametrize("shift", [lambda s: s.amax(-1, keepdim=True), lambda s: s.max(dim=-1, keepdim=True).values])
+def test_scores_less_their_maximum(trace, shift):
+    def function(q, k, v):
+        scores = (q @ k.mT).masked_fill(~causal(q), -1e9)
+        return (scores - shift(scores)).softmax(-1) @ v
+
+    check_replaced(trace, function, *qkv(kv_heads=H))
+
+
+def test_scores_less_something_of_the_keys_are_not_recognised():
+    def function(q, k, v):
+        scores = (q @ k.mT).masked_fill(~causal(q), -1e9)
+        return (scores - scores.amax(-2, keepdim=True)).softmax(-1) @ v
+
+    outcome = by_dynamo(function, *qkv(kv_heads=H))
+    assert outcome.replaced == []
+    assert "cannot read its scores through" in outcome.warnings[0]
+
+
+def test_sinks_stay_dense():
+    def function(q, k, v, sinks):
+        scores = (q @ k.mT).masked_fill(~causal(q), -1e9)
+        scores = torch.cat([scores, sinks.reshape(1, -1, 1, 1).expand(B, -1, L, -1)], dim=-1)
+        weights = (scores - scores.max(dim=-1, keepdim=True).values).softmax(-1)
+        return weights[..., :-1] @ v
+
+    check_dense(by_dynamo, function, *qkv(kv_heads=H), torch.randn(H), reason="attention sinks")
+
+
+def test_weights_without_their_first_keys_stay_dense():
+    def function(q, k, v):
+        scores = (q @ k.mT).masked_fill(~causal(q), -1e9)
+        return scores.softmax(-1)[..., 1:] @ v[:, :, 1:]
+
+    outcome = by_dynamo(function, *qkv(kv_heads=H))
+    assert True not in outcome.replaced

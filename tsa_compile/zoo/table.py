@@ -1,0 +1,134 @@
+"""The zoo's results as JSON and as the support table of docs/models.md."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tsa_compile.zoo.check import TOLERANCE, Result
+from tsa_compile.zoo.registry import LIBRARIES, missing, version
+
+_HEAD = f"""# Models
+
+Written by `tsa-compile zoo --markdown docs/models.md`; do not edit. Tiny random models in fp32 on the CPU, each with every
+attention implementation that it offers:
+
+- decoders: prefill, prefill with a dynamic and a static cache, prefill in chunks, decode, a batch padded on the left or on the
+  right, sequences packed by position ids, `generate()`; prefill and left padding with two lengths, the second symbolic;
+- encoders: a call, padded on either side; encoder-decoders: a call and `generate()`; all others: a call;
+- flex attention: the first of these only, as its mask function is not read and it stays dense.
+
+A scenario passes if no graph and no graph break is added to the model's own, the expected sites are replaced, the output at
+coverage 0 is the dense one, and the output at coverage > 0 is that of an eager run of the reference algorithm (both to
+{TOLERANCE:.0e} of the largest output). *Sites* and *replaced* count one prefill. Decode steps stay dense in every model, and so
+do packed sequences, whose mask is data.
+"""
+_NODE = re.compile(r": \w+ \(\w+\)$")  # the name of a node in one graph
+
+
+def environment() -> dict[str, str]:
+    """Versions of the libraries that are here, and of Python."""
+    here = {library: version(library).partition(" ")[2] for library in LIBRARIES if missing(library) is None}
+    return {"python": platform.python_version(), **here}
+
+
+def write_json(path: str, results: Sequence[Result]) -> None:
+    data = {"environment": environment(), "results": [dataclasses.asdict(r) for r in results]}
+    Path(path).write_text(json.dumps(data, indent=1) + "\n")
+
+
+def read_json(path: str) -> tuple[dict[str, str], list[Result]]:
+    """(environment, results) of a file that `write_json` wrote.
+
+    Raises:
+        ValueError: it is not such a file.
+    """
+    data = json.loads(Path(path).read_text())
+    if not isinstance(data, dict) or set(data) != {"environment", "results"}:
+        raise ValueError(f"{path} was not written by tsa-compile zoo --json")
+    return data["environment"], [Result(**r) for r in data["results"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One implementation of one model in one environment."""
+
+    library: str
+    model: str
+    implementation: str
+    sites: str
+    replaced: str
+    why: str
+    passed: str
+    failures: tuple[str, ...]
+
+
+def summarise(results: Sequence[Result]) -> list[Row]:
+    """A row for each model and implementation."""
+    groups: dict[tuple[str, str, str], list[Result]] = {}
+    for r in results:
+        groups.setdefault((r.library, r.model, r.implementation), []).append(r)
+    return [_row(key, group) for key, group in groups.items()]
+
+
+def _row(key: tuple[str, str, str], group: list[Result]) -> Row:
+    first = group[0]
+    if first.status in ("not offered", "not run"):
+        return Row(*key, "", "", first.detail, first.status, ())
+    run = [r for r in group if r.status != "not offered"]
+    passed = sum(r.status == "ok" for r in run)
+    failures = tuple(f"{r.model}, {r.implementation}, {r.scenario}: {r.detail}" for r in run if r.status == "failed")
+    calls = max(first.calls, 1)
+    why = dict.fromkeys(_NODE.sub("", x) for x in (*first.reasons, *(first.warnings if not first.sites else [])))
+    return Row(*key, str(first.sites // calls), str(first.replaced // calls), "; ".join(why), f"{passed} of {len(run)}", failures)
+
+
+def markdown(runs: Sequence[tuple[dict[str, str], list[Result]]]) -> str:
+    """docs/models.md for one or several environments."""
+    tables = [(env, summarise(results)) for env, results in runs]
+    lines = [_HEAD]
+    for n, (env, _) in enumerate(tables, 1):
+        lines.append(f"Run {n}: " + ", ".join(f"{name} {v}" for name, v in env.items()) + ".\n")
+    for library in LIBRARIES:
+        runs_of_it = [[r for r in rows if r.library == library] for _, rows in tables]
+        if any(runs_of_it):
+            lines += [f"## {library}\n", *_library_table(runs_of_it)]
+    failures = [f for _, rows in tables for r in rows for f in r.failures]
+    lines += ["## Failures\n", *([f"- {_cell(f)}" for f in failures] or ["None."])]
+    return "\n".join(lines) + "\n"
+
+
+def _library_table(runs: Sequence[Sequence[Row]]) -> list[str]:
+    """Rows of several runs side by side; what differs between runs has rows of its own."""
+    passed: dict[tuple[str, ...], list[str]] = {}
+    for n, rows in enumerate(runs):
+        for r in rows:
+            key = (r.model, r.implementation, r.sites, r.replaced, r.why)
+            passed.setdefault(key, [""] * len(runs))[n] = r.passed
+    order = list(dict.fromkeys(r.model for rows in runs for r in rows))
+    head = ["model", "attention", "sites", "replaced", "dense because", *(f"passed, run {n + 1}" for n in range(len(runs)))]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in sorted(passed, key=lambda row: order.index(row[0])):
+        lines.append("| " + " | ".join(_cell(c) for c in (*row, *passed[row])) + " |")
+    return [*lines, ""]
+
+
+def _cell(text: str) -> str:
+    text = text.replace("|", "\\|").replace("\n", " ")
+    return text if len(text) <= 160 else text[:157] + "..."
+
+
+def rich_table(results: Sequence[Result]) -> Any:
+    """The same for a terminal."""
+    from rich.table import Table
+
+    table = Table("library", "model", "attention", "sites", "replaced", "passed", "dense because")
+    for r in summarise(results):
+        style = "red" if r.failures else None
+        table.add_row(r.library, r.model, r.implementation, r.sites, r.replaced, r.passed, _cell(r.why), style=style)
+    return table
