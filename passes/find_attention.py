@@ -10,10 +10,11 @@ import torch
 import torch.fx as fx
 
 from tsa_compile.passes.find_manual import match_manual
+from tsa_compile.passes.find_missed import missed_attention
 from tsa_compile.passes.find_sdpa import match_sdpa
-from tsa_compile.passes.graph_names import op_name, tensor_of
+from tsa_compile.passes.graph_names import module_path, op_name, tensor_of
 from tsa_compile.passes.match import Match, Unrecognised
-from tsa_compile.passes.mutation import writes_to, written_nodes
+from tsa_compile.passes.mutation import Aliases, writes_to, written_nodes
 from tsa_compile.passes.obstacles import obstacle_of
 from tsa_compile.passes.prove_mask.prove import MaskProver
 from tsa_compile.passes.repeat_kv import RepeatedHeads
@@ -51,6 +52,8 @@ def find_attention(context: Context) -> int:
             hint = f" ({_FAST_PATH})" if re.search("_native_multi|_encoder_layer_fwd", op_name(node)) else ""
             unknown.append(f"{module_path(node) or 'graph'}: {op_name(node)}{hint}")
     unknown += [f"{name}: inside a nested graph" for name in _nested_attention(context.gm)]
+    if not (context.sites or unknown):
+        unknown += missed_attention(context.gm.graph)
     if unknown:
         shown = "; ".join(unknown[:3]) + ("; ..." if len(unknown) > 3 else "")
         context.warnings.append(f"{len(unknown)} attention-like operation(s) not recognised, left as they are: {shown}")
@@ -67,7 +70,8 @@ class _Finder:
         self._heads = RepeatedHeads(self._sizes)
         self._written = written_nodes(graph)
         self._order = {node: n for n, node in enumerate(graph.nodes)}
-        self._writers = [self._order[n] for n in graph.nodes if writes_to(n)]
+        self._aliases = Aliases(graph)
+        self._writers = [n for n in graph.nodes if writes_to(n)]
 
     def site(self, match: Match, index: int) -> AttentionSite:
         k, v, layouts = self._kv(match)
@@ -115,7 +119,8 @@ class _Finder:
             return None
         readers = [match.reader, *(user for x in operands for user in x.users if self._leads_to(user, match))]
         first, last = min(self._order[r] for r in readers), self._order[match.node]
-        if any(first < w < last for w in self._writers):
+        between = [w for w in self._writers if first < self._order[w] < last]
+        if not self._aliases.of(x for w in between for x in writes_to(w)).isdisjoint(operands):
             return "an operand may be written in place while the attention is computed"
         return None
 
@@ -149,13 +154,3 @@ def _attends(softmax: fx.Node) -> bool:
         return match_manual(softmax) is not None
     except Unrecognised:
         return True
-
-
-def module_path(node: fx.Node) -> str:
-    """The path of the innermost module a node was traced in, such as "model.layers.3.self_attn"; "" if unknown."""
-    path = ""
-    for entry in (node.meta.get("nn_module_stack") or {}).values():
-        path = entry[0] if isinstance(entry, tuple) else path
-    path = re.sub(r"^L\[[^\]]*\]", "", path)  # Dynamo: L['self'].model.layers.0
-    path = re.sub(r"\[['\"]?([^\]'\"]*)['\"]?\]", r".\1", path)  # _modules['model'], layers[0]
-    return ".".join(p for p in path.split(".") if p not in ("", "_modules", "_orig_mod"))

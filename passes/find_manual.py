@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Container
 from typing import Any
 
 import torch.fx as fx
@@ -51,12 +52,15 @@ def match_manual(softmax: fx.Node) -> Match | None:
         return None
     if arg(softmax, 1, "dim") not in (-1, tensor.dim() - 1):
         return None
-    if not _comes_from_product(softmax.args[0]):  # type: ignore[arg-type]
+    cut = not _comes_from(_PRODUCTS, softmax.args[0])  # type: ignore[arg-type]
+    if cut and not _comes_from(("placeholder",), softmax.args[0]):  # type: ignore[arg-type]
         return None
     output, obstacle = _weights_use(softmax)
     if output is None:
         _check_not_reshaped(softmax)
         return None
+    if cut:
+        raise Unrecognised(f"softmax {softmax.name}: its scores come from another graph, as after a graph break")
     if tensor.dim() != 4:
         rank = f"scores of rank {tensor.dim()}, not [batch, heads, queries, keys]"
         raise Unrecognised(f"softmax {softmax.name} over {rank}")
@@ -133,15 +137,15 @@ def _drops(dropout: fx.Node) -> bool:
 # ---- before the softmax
 
 
-def _comes_from_product(x: fx.Node) -> bool:
-    """Is there a product of tensors among what the scores are made of, elementwise steps aside?"""
+def _comes_from(origins: Container[str], x: fx.Node) -> bool:
+    """Is there one of these operations among what the scores are made of, elementwise steps aside?"""
     stack, seen = [x], set()
     while stack and len(seen) < 4 * _MAX_STEPS:
         node = stack.pop()
         if node in seen:
             continue
         seen.add(node)
-        if _base_name(node) in _PRODUCTS:
+        if _base_name(node) in origins:
             return True
         if _base_name(node) in _STEPS:
             stack += [a for a in node.all_input_nodes if tensor_of(a) is not None]
@@ -257,7 +261,7 @@ def _is_score(x: Any, result: fx.Node) -> bool:
     tensor = tensor_of(x) if isinstance(x, fx.Node) else None
     if tensor is None or not tensor.is_floating_point() or tensor.dim() != tensor_of(result).dim():  # type: ignore[union-attr]
         return False
-    return _comes_from_product(x)
+    return _comes_from(_PRODUCTS, x)
 
 
 _STEP_READERS = {

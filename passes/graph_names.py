@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from typing import Any
 
 import torch
@@ -132,3 +133,13 @@ def same_value(node: object) -> bool:
 
 def is_getitem(node: object) -> bool:
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target is operator.getitem
+
+
+def module_path(node: fx.Node) -> str:
+    """The path of the innermost module a node was traced in, such as "model.layers.3.self_attn"; "" if unknown."""
+    path = ""
+    for entry in (node.meta.get("nn_module_stack") or {}).values():
+        path = entry[0] if isinstance(entry, tuple) else path
+    path = re.sub(r"^L\[[^\]]*\]", "", path)  # Dynamo: L['self'].model.layers.0
+    path = re.sub(r"\[['\"]?([^\]'\"]*)['\"]?\]", r".\1", path)  # _modules['model'], layers[0]
+    return ".".join(p for p in path.split(".") if p not in ("", "_modules", "_orig_mod"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 
 import torch
 import torch.fx as fx
@@ -80,21 +81,31 @@ def _bodies_are_pure(node: fx.Node) -> bool:
 
 def written_nodes(graph: fx.Graph) -> frozenset[fx.Node]:
     """All nodes that may share memory, through views, with a node that is written in place somewhere in `graph`."""
-    sharing: dict[object, list[fx.Node]] = {}
-    for node in graph.nodes:
-        sharing.setdefault(_storage(node), []).append(node)
-    found: set[fx.Node] = set()
-    stack = [x for node in graph.nodes for x in writes_to(node)]
-    while stack:
-        node = stack.pop()
-        if node in found:
-            continue
-        found.add(node)
-        stack += sharing[_storage(node)]
-        if may_alias_input(node) and node.args and isinstance(node.args[0], fx.Node):
-            stack.append(node.args[0])
-        stack += [user for user in node.users if may_alias_input(user) and user.args and user.args[0] is node]
-    return frozenset(found)
+    return Aliases(graph).of([x for node in graph.nodes for x in writes_to(node)])
+
+
+class Aliases:
+    """Which nodes of a graph may share memory: by the storage of their example values, or as views of each other."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self._sharing: dict[object, list[fx.Node]] = {}
+        for node in graph.nodes:
+            self._sharing.setdefault(_storage(node), []).append(node)
+
+    def of(self, nodes: Iterable[fx.Node]) -> frozenset[fx.Node]:
+        """`nodes` and all that may share memory with one of them."""
+        found: set[fx.Node] = set()
+        stack = list(nodes)
+        while stack:
+            node = stack.pop()
+            if node in found:
+                continue
+            found.add(node)
+            stack += self._sharing[_storage(node)]
+            if may_alias_input(node) and node.args and isinstance(node.args[0], fx.Node):
+                stack.append(node.args[0])
+            stack += [user for user in node.users if may_alias_input(user) and user.args and user.args[0] is node]
+        return frozenset(found)
 
 
 def _storage(node: fx.Node) -> object:

@@ -223,23 +223,26 @@ def zoo(
     processes: Annotated[int, typer.Option(help="models checked at the same time", min=1)] = 1,
     json: JsonFile = None,
     markdown: Annotated[str | None, typer.Option(help="write the support table to this file")] = None,
-    merge: Annotated[list[str] | None, typer.Option(help="add the results of a --json file, from other versions")] = None,
+    results: Annotated[list[str] | None, typer.Option(help="show this --json file instead of running; several times")] = None,
 ) -> None:
     """Check tiny random models of every family: what is replaced, what stays dense and why, and that all outputs are right."""
     from rich.progress import track
 
     from tsa_compile.zoo import registry, run, table
 
-    others = [table.read_json(path) for path in merge or []]
-    jobs = run.jobs_of(registry.select_entries(only))
-    checked = track(run.run(jobs, processes), "checking", total=len(jobs), console=console)
-    results = [r for group in checked for r in group]
-    console.print(table.rich_table(results))
+    if results:
+        runs = table.joined([table.read_json(path) for path in results])
+    else:
+        jobs = run.jobs_of(registry.select_entries(only))
+        checked = track(run.run(jobs, processes), "checking", total=len(jobs), console=console)
+        runs = [(table.environment(), [r for group in checked for r in group])]
+    found = [r for _, part in runs for r in part]
+    console.print(table.rich_table(found))
     if json:
-        table.write_json(json, results)
+        table.write_json(json, found)
     if markdown:
-        Path(markdown).write_text(table.markdown([(table.environment(), results), *others]))
-    failures = [r for r in results if r.status == "failed"]
+        Path(markdown).write_text(table.markdown(runs))
+    failures = [r for r in found if r.status == "failed"]
     for r in failures:
         console.print(f"failed: {r.model}, {r.implementation}, {r.scenario}: {r.detail}", markup=False)
     if failures:

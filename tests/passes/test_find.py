@@ -176,6 +176,35 @@ def test_an_operand_written_in_place_meanwhile_stays_dense():
     check_dense(by_dynamo, function, *qkv(kv_heads=H), reason="written in place")
 
 
+def test_scores_scaled_in_place_beside_a_written_cache():
+    """Writes between the products matter only where they reach an operand."""
+
+    def function(q, k, v, cache):
+        cache.index_copy_(2, torch.arange(L), k)
+        scores = q @ cache.mT
+        scores /= 4.0
+        return scores.masked_fill(~causal(q), -math.inf).softmax(-1) @ v
+
+    q, k, v = qkv(kv_heads=H)
+    outcome = by_dynamo(function, q, k, v, torch.zeros_like(k))
+    assert outcome.replaced == [True], outcome.reasons
+    torch.testing.assert_close(outcome.result, function(q, k, v, torch.zeros_like(k)), atol=2e-5, rtol=2e-5)
+
+
+def test_a_cache_written_between_the_products_stays_dense():
+    def function(q, k, v, cache):
+        cache.copy_(k)
+        scores = (q @ cache.mT).masked_fill(~causal(q), -math.inf)
+        cache.view(-1).mul_(2.0)
+        return scores.softmax(-1) @ v
+
+    q, k, v = qkv(kv_heads=H)
+    outcome = by_dynamo(function, q, k, v, torch.zeros_like(k))
+    assert outcome.replaced == [False]
+    assert "written in place" in outcome.reasons[0]
+    torch.testing.assert_close(outcome.result, function(q, k, v, torch.zeros_like(k)))
+
+
 def test_a_mask_written_in_place_is_not_taken():
     def function(q, k, v):
         mask = causal(q)
@@ -392,3 +421,43 @@ def test_weights_without_their_first_keys_stay_dense():
 
     outcome = by_dynamo(function, *qkv(kv_heads=H))
     assert True not in outcome.replaced
+
+
+def test_a_graph_break_inside_attention_is_a_warning():
+    def function(q, k, v):
+        scores = q @ k.mT
+        torch._dynamo.graph_break()
+        return scores.masked_fill(~causal(scores), -math.inf).softmax(-1) @ v
+
+    from tsa_compile.backend import Backend
+    from tsa_compile.plan import Plan
+
+    torch._dynamo.reset()
+    backend = Backend(Plan(KEEP_ALL), "eager")
+    with torch.no_grad():
+        torch.compile(function, backend=backend)(*qkv(kv_heads=H))
+    assert backend.report.sites == []
+    assert "scores come from another graph" in backend.report.warnings[0]
+
+
+def test_a_softmax_of_something_else_is_no_warning():
+    outcome = by_dynamo(
+        lambda x, w: (F.linear(x, w).softmax(-1) @ x, torch.topk(x.softmax(-1), 2)), torch.randn(2, 3, L, L), torch.eye(L)
+    )
+    assert outcome.warnings == []
+
+
+@pytest.mark.parametrize(("name", "warned"), [("attention", True), ("mixer", False)])
+def test_products_of_an_attention_module_without_attention_are_a_warning(name, warned):
+    """As where a graph break leaves the softmax outside of all graphs."""
+
+    class Scores(torch.nn.Module):
+        def forward(self, x):
+            return x.cos() @ x.sin().mT
+
+    model = torch.nn.Module()
+    model.add_module(name, Scores())
+    model.forward = lambda x: getattr(model, name)(x)
+    outcome = by_dynamo(model, torch.randn(2, H, L, D))
+    assert bool(outcome.warnings) == warned
+    assert not warned or "attention: 1 matmul, but no attention around it" in outcome.warnings[0]

@@ -28,7 +28,7 @@ QUICK = {  # (model, implementation) -> its scenarios in the default run; everyt
     ("ViT", "sdpa"): ("call",),
     ("nanoGPT-style", "computed mask"): ("prefill",),
     ("nn.MultiheadAttention (causal)", "no fast path"): ("call",),
-    ("nn.TransformerEncoder (causal)", "fast path"): ("call",),
+    ("nn.TransformerEncoder (causal, fused)", "fast path"): ("call",),
 }
 
 
@@ -36,7 +36,7 @@ def entry_named(name: str) -> Entry:
     return next(e for e in registry.ENTRIES if e.name == name)
 
 
-@pytest.mark.parametrize(("name", "implementation"), QUICK, ids=" ".join)
+@pytest.mark.parametrize(("name", "implementation"), QUICK)
 def test_a_part_of_the_zoo(name, implementation):
     entry = entry_named(name)
     pytest.importorskip(entry.library)
@@ -150,12 +150,14 @@ def test_the_table_shows_runs_side_by_side(tmp_path):
     text = table.markdown([(environment, read), (environment, [ok])])
     assert "| M | sdpa | 2 | 1 | softcap | 1 of 2 | 1 of 1 |" in text
     assert "- M, sdpa, decode: a \\| b" in text
+    assert table.joined([(environment, [bad]), ({}, [ok]), (environment, [ok, bad])]) == [(environment, [bad, ok]), ({}, [ok])]
     (tmp_path / "b.json").write_text("{}")
     with pytest.raises(ValueError, match="was not written by"):
         table.read_json(str(tmp_path / "b.json"))
 
 
 def test_names_that_no_model_has():
+    assert len({(e.library, e.name) for e in registry.ENTRIES}) == len(registry.ENTRIES)
     assert [e.name for e in registry.select_entries("gemma")] == ["Gemma 2", "Gemma 3"]
     with pytest.raises(ValueError, match="no model of the zoo has 'nope'"):
         registry.select_entries("nope")

@@ -103,5 +103,5 @@ PLAIN: tuple[Entry, ...] = (
     _module("nn.MultiheadAttention (causal)", MultiheadAttention, NO_FAST_PATH, 2),
     _module("nn.TransformerEncoder", lambda: Encoder(causal=False), NO_FAST_PATH, 0),
     _module("nn.TransformerEncoder (causal)", lambda: Encoder(causal=True), NO_FAST_PATH, 2),
-    _module("nn.TransformerEncoder (causal)", lambda: Encoder(causal=True), "fast path", 0),
+    _module("nn.TransformerEncoder (causal, fused)", lambda: Encoder(causal=True), "fast path", 0),
 )

@@ -28,6 +28,7 @@ coverage 0 is the dense one, and the output at coverage > 0 is that of an eager 
 {TOLERANCE:.0e} of the largest output). *Sites* and *replaced* count one prefill. Decode steps stay dense in every model, and so
 do packed sequences, whose mask is data.
 """
+Run = tuple[dict[str, str], list[Result]]  # environment, results
 _NODE = re.compile(r": \w+ \(\w+\)$")  # the name of a node in one graph
 
 
@@ -42,7 +43,7 @@ def write_json(path: str, results: Sequence[Result]) -> None:
     Path(path).write_text(json.dumps(data, indent=1) + "\n")
 
 
-def read_json(path: str) -> tuple[dict[str, str], list[Result]]:
+def read_json(path: str) -> Run:
     """(environment, results) of a file that `write_json` wrote.
 
     Raises:
@@ -52,6 +53,18 @@ def read_json(path: str) -> tuple[dict[str, str], list[Result]]:
     if not isinstance(data, dict) or set(data) != {"environment", "results"}:
         raise ValueError(f"{path} was not written by tsa-compile zoo --json")
     return data["environment"], [Result(**r) for r in data["results"]]
+
+
+def joined(runs: Sequence[Run]) -> list[Run]:
+    """Runs of one environment as one, a later result of a scenario in place of an earlier one."""
+    environments: list[dict[str, str]] = []
+    merged: list[dict[tuple[str, ...], Result]] = []
+    for env, results in runs:
+        if env not in environments:
+            environments.append(env)
+            merged.append({})
+        merged[environments.index(env)].update({(r.library, r.model, r.implementation, r.scenario): r for r in results})
+    return [(env, list(part.values())) for env, part in zip(environments, merged, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +101,7 @@ def _row(key: tuple[str, str, str], group: list[Result]) -> Row:
     return Row(*key, str(first.sites // calls), str(first.replaced // calls), "; ".join(why), f"{passed} of {len(run)}", failures)
 
 
-def markdown(runs: Sequence[tuple[dict[str, str], list[Result]]]) -> str:
+def markdown(runs: Sequence[Run]) -> str:
     """docs/models.md for one or several environments."""
     tables = [(env, summarise(results)) for env, results in runs]
     lines = [_HEAD]
