@@ -7,7 +7,6 @@ import struct
 import torch
 
 from tsa_compile.kernels.token_scores.host import window_scores
-from tsa_compile.kernels.token_select.reference import sum_of_groups
 
 Tensor = torch.Tensor
 _LEVELS, _BINS = 3, 2048
@@ -88,7 +87,7 @@ def select_from_means(
         BLOCK=4096, PADDED=padded, num_warps=16,
     )  # fmt: skip
     if lists < heads:
-        scores = sum_of_groups(scores, lists)
+        scores = scores.unflatten(1, (lists, -1)).sum(2)
     device.select_kernel[(batch * lists, 2 if heavy else 1)](
         scores, counts, indices, heavy_indices, order, ranks, lists, q_len, k_len, window, min_tokens, heavy,
         BLOCK=4096, PADDED=padded, num_warps=16,

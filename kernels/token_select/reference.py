@@ -57,22 +57,13 @@ def _select_row(
         return everything
     scores = token_scores_reference(q, k, scale, window, pool)
     n_drop = count_dropped(scores, coverage)
-    scores = sum_of_groups(scores, lists)
+    scores = scores.unflatten(0, (lists, -1)).sum(1)
     heaviest = largest(scores, min(heavy, scores.shape[1]))
     if n_drop == 0:
         return everything[0], heaviest[:, :0]
     n_keep = max(min_tokens, scores.shape[1] - (n_drop + 1))
     tail = torch.arange(length - window, length, device=q.device).expand(lists, -1)
     return torch.cat([largest(scores, n_keep), tail], 1), heaviest
-
-
-def sum_of_groups(scores: Tensor, lists: int) -> Tensor:
-    """`[..., H, N]` -> `[..., lists, N]`: sums over the heads of a list, head after head, so that all devices round alike."""
-    groups = scores.unflatten(-2, (lists, -1))
-    total = groups[..., 0, :]
-    for head in range(1, groups.shape[-2]):
-        total = total + groups[..., head, :]
-    return total
 
 
 def count_dropped(scores: Tensor, coverage: float) -> int:
