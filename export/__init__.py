@@ -13,7 +13,7 @@ from typing import Any
 
 from tsa_compile.export.errors import ExportError
 
-__all__ = ["ExportError", "aoti", "check", "onnx", "tensorrt", "torch_tensorrt"]
+__all__ = ["ExportError", "aoti", "check", "load_aoti", "onnx", "tensorrt", "torch_tensorrt"]
 
 
 def onnx(*args: Any, **kwargs: Any) -> Any:
@@ -49,3 +49,10 @@ def aoti(*args: Any, **kwargs: Any) -> Any:
     from tsa_compile.export.aoti_package import export_aoti
 
     return export_aoti(*args, **kwargs)
+
+
+def load_aoti(*args: Any, **kwargs: Any) -> Any:
+    """Load an AOTInductor package; see `tsa_compile.export.aoti_package.load_aoti`."""
+    from tsa_compile.export.aoti_package import load_aoti as load
+
+    return load(*args, **kwargs)

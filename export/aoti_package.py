@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
+from tsa_compile.export.errors import ExportError
 from tsa_compile.export.trace import trace
 from tsa_compile.plan import Plan
 from tsa_compile.policies.base import Policy
@@ -27,7 +30,7 @@ def export_aoti(
 ) -> Path:
     """Compile `model` with token-sparse attention ahead of time; returns the package's path, which must end in ".pt2".
 
-    The operators stay calls to `torch.ops.tsa.*`: a process that loads the package must `import tsa_compile` first.
+    The operators stay calls to `torch.ops.tsa.*`: a process that loads the package must import them, as `load_aoti` does.
 
     Args:
         model, args, kwargs, policy, dynamic_shapes: as for `export_onnx`.
@@ -44,3 +47,22 @@ def export_aoti(
     with torch.no_grad():
         made = torch._inductor.aoti_compile_and_package(traced.program, package_path=str(path), inductor_configs=options or None)
     return Path(made)
+
+
+def load_aoti(path: str | Path) -> Callable[..., Any]:
+    """The model of a package, as a function that checks its inputs.
+
+    A package checks nothing by itself: wrong sizes read memory out of bounds. With AOTI_RUNTIME_CHECK_INPUTS=1, which this
+    function sets unless it is set, an input of wrong dtype, or of a size beyond what was exported, raises a RuntimeError.
+
+    Raises:
+        ExportError: no such file, or not a package.
+    """
+    import tsa_compile.kernels.ops  # noqa: F401  (registers the operators)
+
+    if not Path(path).is_file():
+        raise ExportError(f"{path}: no such file")
+    if not zipfile.is_zipfile(path):
+        raise ExportError(f"{path}: not an AOTInductor package, or damaged")
+    os.environ.setdefault("AOTI_RUNTIME_CHECK_INPUTS", "1")
+    return torch._inductor.aoti_load_package(str(path))

@@ -74,7 +74,7 @@ def function(variant: Variant, opset: int = 21) -> ir.Function:
     op = Ops(opset)
     q, k, v = (ir.Value(name=name) for name in "qkv")
     key_mask = ir.Value(name="key_mask") if variant.masked else None
-    call = Call(op, q, k, v, key_mask)
+    call = Call(op, q, k, v, key_mask, checked=variant.target == "onnxruntime")
     ranking = Sort() if variant.target == "onnxruntime" else Bisect()
     kept = select_tokens(call, ranking, with_heavy=variant.strip)
     if variant.target == "tensorrt_plugin":

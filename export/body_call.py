@@ -26,19 +26,30 @@ class Call:
         real_query: [B, 1, Lq, 1] bool, or None if all are real.
     """
 
-    def __init__(self, op: Ops, q: ir.Value, k: ir.Value, v: ir.Value, key_mask: ir.Value | None) -> None:
+    def __init__(self, op: Ops, q: ir.Value, k: ir.Value, v: ir.Value, key_mask: ir.Value | None, checked: bool = False) -> None:
         self.op, self.q, self.k, self.v, self.key_mask = op, q, k, v, key_mask
         self.batch, self.heads, self.q_len, self.dim = (op.Shape(q, start=i, end=i + 1) for i in range(4))
         self.kv_heads, self.k_len = op.Shape(k, start=1, end=2), op.Shape(k, start=2, end=3)
         self.v_dim = op.Shape(v, start=3, end=4)
         self.group = op.Div(self.heads, self.kv_heads)
         self.offset = op.Sub(self.k_len, self.q_len)  # position of the first query
+        if checked:
+            self._check()
         self.scale = op.attribute("scale", "float")
         self.column = self.range(self.k_len)  # [Lk]
         if key_mask is None:
             self._without_padding()
         else:
             self._with_padding(key_mask)
+
+    def _check(self) -> None:
+        """Operands that do not fit stop the runtime, by shapes that it must refuse; a gather out of bounds would not on CUDA."""
+        op, rows = self.op, (self.batch, self.kv_heads)
+        grouped = op.Reshape(self.q, self.shape(*rows, self.group, self.q_len, self.dim), allowzero=1)
+        self.q = op.Reshape(grouped, self.shape(self.batch, self.heads, self.q_len, self.dim), allowzero=1)
+        self.k = op.Reshape(self.k, self.shape(*rows, self.k_len, self.dim), allowzero=1)
+        self.v = op.Reshape(self.v, self.shape(*rows, self.k_len, self.v_dim), allowzero=1)
+        self.offset = op.Shape(op.ConstantOfShape(self.offset))  # more queries than keys: a negative size
 
     def _without_padding(self) -> None:
         op = self.op

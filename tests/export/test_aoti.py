@@ -32,7 +32,7 @@ def test_a_package_equals_eager_at_other_sizes(tmp_path, completion):
     model, example = Block().eval(), (torch.randn(2, 100, 64),)
     policy = tsa.TokenSparse(coverage=0.3, window=16, min_tokens=32, completion=completion)
     path = export.aoti(model, example, tmp_path / "block.pt2", policy=policy, dynamic_shapes=SHAPES)
-    loaded = torch._inductor.aoti_load_package(str(path))
+    loaded = export.load_aoti(path)
     traced = trace(model, example, policy=policy, dynamic_shapes=SHAPES).program.module()
     for batch, length in [(2, 100), (3, 300), (2, 20)]:
         x = 3 * torch.randn(batch, length, 64)
@@ -40,13 +40,17 @@ def test_a_package_equals_eager_at_other_sizes(tmp_path, completion):
             actual, sparse, dense = loaded(x), traced(x), model(x)
         torch.testing.assert_close(actual, sparse, rtol=1e-4, atol=1e-5)
         assert (length > 48) == (not torch.allclose(actual, dense, atol=1e-4))  # short rows stay dense
+    bad = {"too large at 1, expected to be <= 4096": torch.randn(2, 4097, 64), "at 2, expected: 64": torch.randn(2, 100, 32)}
+    for message, x in {**bad, "unmatched dtype": torch.randn(2, 100, 64).double()}.items():
+        with pytest.raises(RuntimeError, match=message):
+            loaded(x)
 
 
 @pytest.mark.gpu
 def test_a_package_equals_eager_on_the_gpu(tmp_path):
     model, example = Block().half().cuda().eval(), (torch.randn(2, 100, 64).half().cuda(),)
     path = export.aoti(model, example, tmp_path / "block.pt2", policy=PAPER, dynamic_shapes=SHAPES)
-    loaded = torch._inductor.aoti_load_package(str(path))
+    loaded = export.load_aoti(path)
     traced = trace(model, example, policy=PAPER, dynamic_shapes=SHAPES).program.module()
     for batch, length in [(2, 100), (3, 1000), (2, 20)]:
         x = 3 * torch.randn(batch, length, 64, device="cuda").half()
@@ -57,6 +61,14 @@ def test_a_package_equals_eager_on_the_gpu(tmp_path):
 def test_the_name_must_end_in_pt2(tmp_path):
     with pytest.raises(ValueError, match=r"ends in \.pt2"):
         export.aoti(Block(), (torch.randn(1, 60, 64),), tmp_path / "block.onnx", policy=PAPER)
+
+
+def test_missing_and_damaged_packages(tmp_path):
+    with pytest.raises(export.ExportError, match="no such file"):
+        export.load_aoti(tmp_path / "none.pt2")
+    (tmp_path / "bad.pt2").write_bytes(b"PK damaged")
+    with pytest.raises(export.ExportError, match=r"bad\.pt2: not an AOTInductor package, or damaged"):
+        export.load_aoti(tmp_path / "bad.pt2")
 
 
 def test_nothing_to_replace_is_an_error(tmp_path):

@@ -91,6 +91,25 @@ def test_grouped_query_heads(site, heads):
     assert site.difference(runner, *site.operands(1, 120, 120, *heads), None, site.paper) < 2e-5
 
 
+@pytest.mark.parametrize("strip", [False, True], ids=["paper", "completed"])
+@pytest.mark.parametrize(
+    ("q", "k", "v"),
+    [
+        ((1, 3, 80, 16), (1, 2, 80, 16), (1, 2, 80, 16)),
+        ((1, 4, 90, 16), (1, 2, 80, 16), (1, 2, 80, 16)),
+        ((1, 4, 80, 16), (1, 2, 80, 12), (1, 2, 80, 16)),
+        ((1, 4, 80, 16), (1, 2, 80, 16), (1, 2, 70, 16)),
+        ((2, 4, 80, 16), (1, 2, 80, 16), (1, 2, 80, 16)),
+    ],
+    ids=["heads", "more queries than keys", "head dim", "length of v", "batch"],
+)
+def test_operands_that_do_not_fit_are_refused_by_name(site, strip, q, k, v):
+    settings = site.strip if strip else site.paper
+    runner = session(site.portable(Variant(False, strip), settings))
+    with pytest.raises(Exception, match=r"running (Reshape|ConstantOfShape) node.*_TokenSparseAttention_"):
+        site.run(runner, *map(torch.zeros, (q, k, v)))
+
+
 def test_float16_stays_within_its_precision(site):
     runner = session(site.portable(Variant(False, True), site.strip, torch.float16))
     assert site.difference(runner, *site.operands(2, 130, 130, dtype=torch.float16), None, site.strip) < 1e-2

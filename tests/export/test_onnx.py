@@ -15,6 +15,7 @@ transformers = pytest.importorskip("transformers", reason="extra 'hf' is not ins
 import tsa_compile as tsa  # noqa: E402
 from tsa_compile import export  # noqa: E402
 from tsa_compile.export import native  # noqa: E402
+from tsa_compile.export.session import make_session  # noqa: E402
 
 logging.getLogger("torch.onnx").setLevel(logging.ERROR)
 DYNAMIC = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
@@ -123,6 +124,19 @@ def test_an_exported_program_is_taken_as_it_is(tmp_path):
         program = torch.export.export(model, args, dynamic_shapes=(DYNAMIC,), strict=False)
     export.onnx(program, args, tmp_path / "m.onnx", policy=PAPER)
     assert export.check(tmp_path / "m.onnx", model, (ids(2, 140),), atol=1e-5).worst < 1e-5
+
+
+def test_a_fixed_length_is_a_capacity_that_is_checked(tmp_path):
+    """Without dynamic sizes the graph has one length; rank, dtype and length of the inputs are refused by name."""
+    model, path = llama(layers=1), tmp_path / "m.onnx"
+    export.onnx(model, (ids(1, 80),), path, policy=PAPER)
+    runner = make_session(path)
+    runner.run(None, {"input_ids": ids(1, 80).numpy()})
+    for message, x in [("index: 1 Got: 81 Expected: 80", ids(1, 81)), ("Invalid rank for input: input_ids", ids(1, 80)[0])]:
+        with pytest.raises(Exception, match=message):
+            runner.run(None, {"input_ids": x.numpy()})
+    with pytest.raises(Exception, match="Unexpected input data type"):
+        runner.run(None, {"input_ids": ids(1, 80).int().numpy()})
 
 
 class Decode(nn.Module):
