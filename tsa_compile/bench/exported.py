@@ -168,11 +168,12 @@ def bench_export(out: Path, lengths: Sequence[int]) -> dict[str, Any]:
         groups: dict[tuple[str, str], dict[str, Made]] = {}
         for (_, what, kind, dtype), file in made.items():
             groups.setdefault((what, dtype), {})[kind] = file
-        for length in lengths:
+        with torch.cuda.stream(torch.cuda.Stream()):  # the default stream is no stream that ONNX Runtime could be given
+            for length in lengths:
+                for (what, dtype), files in groups.items():
+                    if what == "attention":
+                        add(what, f"{dtype} {length}", functools.partial(bench_attention, files, getattr(torch, dtype), length))
             for (what, dtype), files in groups.items():
-                if what == "attention":
-                    add(what, f"{dtype} {length}", functools.partial(bench_attention, files, getattr(torch, dtype), length))
-        for (what, dtype), files in groups.items():
-            if what != "attention":
-                add("models", f"{what} {dtype}", functools.partial(bench_model, files, what, getattr(torch, dtype)))
+                if what != "attention":
+                    add("models", f"{what} {dtype}", functools.partial(bench_model, files, what, getattr(torch, dtype)))
     return result

@@ -22,7 +22,10 @@ class CudaSession:
         options = ort.SessionOptions()
         if profile:
             options.enable_profiling, options.profile_file_prefix = True, profile
-        cuda = {"user_compute_stream": str(torch.cuda.current_stream().cuda_stream), "use_tf32": "0"}
+        stream = torch.cuda.current_stream().cuda_stream
+        if stream == 0:
+            raise RuntimeError("ONNX Runtime takes no default stream: use torch.cuda.stream(torch.cuda.Stream())")
+        cuda = {"user_compute_stream": str(stream), "use_tf32": "0"}
         providers: list[Any] = [("CUDAExecutionProvider", cuda), "CPUExecutionProvider"]
         if library:
             options.register_custom_ops_library(str(library))
