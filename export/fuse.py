@@ -47,7 +47,7 @@ def fuse_selection(gm: fx.GraphModule) -> list[fx.Node]:
     for node in gm.graph.nodes:
         name = node.target.name() if isinstance(node.target, torch._ops.OpOverload) else ""
         if name.startswith("tsa::") and node not in fused:
-            raise ExportError(f"{node.name}: exports take only tsa::token_sparse_attention, not {name}")
+            raise ExportError(f"{node.name}: exports take the policy TokenSparse; another one's operator {name} is in the graph")
     gm.recompile()
     return fused
 

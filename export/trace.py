@@ -15,6 +15,7 @@ from tsa_compile.export.errors import ExportError
 from tsa_compile.export.fuse import fuse_selection
 from tsa_compile.plan import Plan, as_plan
 from tsa_compile.policies.base import Policy
+from tsa_compile.policies.probe_sparse import ProbeSparse
 
 
 class Traced(NamedTuple):
@@ -62,6 +63,9 @@ def trace(
     plan = as_plan(policy)
     program = model if isinstance(model, ExportedProgram) else _export(model, args, kwargs, dynamic_shapes)
     result = run_pipeline(program.graph_module, plan.policy_for, constants=_constants(program))
+    for d in result.decisions:
+        if d.reason is None and isinstance(d.policy, ProbeSparse):
+            raise ExportError(f"{d.site.module or d.site.layer}: exports take the policy TokenSparse, not ProbeSparse")
     sites = fuse_selection(program.graph_module)
     if require_sites and not sites:
         reasons = "; ".join(f"{d.site.module or d.site.layer}: {d.reason}" for d in result.decisions)

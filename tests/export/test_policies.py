@@ -24,6 +24,16 @@ def test_options_that_exports_do_not_take(policy, message):
         trace(Block(), (torch.randn(2, 100, 64),), policy=policy)
 
 
+def test_another_policy_is_named():
+    class Encoder(torch.nn.Module):
+        def forward(self, x):
+            q = x.unflatten(-1, (4, 16)).transpose(1, 2)
+            return torch.nn.functional.scaled_dot_product_attention(q, q, q)
+
+    with pytest.raises(ExportError, match="exports take the policy TokenSparse, not ProbeSparse"):
+        trace(Encoder(), (torch.randn(2, 100, 64),), policy=tsa.ProbeSparse(min_keys=16))
+
+
 def test_an_operator_of_another_policy_is_named():
     """A policy that lowers to an operator of its own: nothing else would notice before ONNX Runtime does."""
     from tsa_compile.export.fuse import fuse_selection
@@ -34,6 +44,6 @@ def test_an_operator_of_another_policy_is_named():
 
     program = torch.export.export(Selects(), (torch.randn(1, 2, 90, 16), torch.randn(1, 2, 90, 16)))
     with pytest.raises(
-        ExportError, match=r"select_tokens\w*: exports take only tsa::token_sparse_attention, not tsa::select_tokens"
+        ExportError, match=r"select_tokens\w*: exports take the policy TokenSparse; .* tsa::select_tokens is in the graph"
     ):
         fuse_selection(program.graph_module)
