@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -15,6 +16,7 @@ from tsa_compile.policies.base import Policy
 from tsa_compile.report import Report
 
 M = TypeVar("M", bound=nn.Module)
+_CALLS = itertools.count()
 _BACKENDS: weakref.WeakKeyDictionary[nn.Module, Backend] = weakref.WeakKeyDictionary()
 
 
@@ -102,7 +104,8 @@ def isolated(model: nn.Module) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         return model._call_impl(*args, **kwargs)
 
-    call.__code__ = call.__code__.replace()
+    # The name, too: Dynamo also remembers by file, line and name which numbers changed, and makes inputs of them.
+    call.__code__ = call.__code__.replace(co_name=f"call_{next(_CALLS)}")
     return call
 
 
