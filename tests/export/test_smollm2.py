@@ -63,7 +63,7 @@ def greedy(step, ids, count):
 @pytest.mark.slow
 def test_the_whole_model_answers_as_pytorch_does(smollm2, tmp_path):
     model, tokenizer = smollm2
-    prompt = needle_prompt(400, depth=0.4)
+    prompt = needle_prompt(250, depth=0.4)
     ids = chat_ids(tokenizer, prompt)
     whole, path = LastLogits(model), tmp_path / "smollm2.onnx"
     example = torch.randint(0, model.config.vocab_size, (2, 150))
