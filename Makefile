@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 PIP    := $(VENV)/bin/pip install -q -c constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint types clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -22,7 +22,14 @@ demo: $(VENV)/.demo
 	$(VENV)/bin/tsa-compile demo
 
 lint: $(VENV)/.dev
-	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+	$(MAKE) types
+
+# mypy sees the package as it is installed: passes/, kernels/ and export/ inside tsa_compile/.
+types: $(VENV)/.dev
+	rm -rf build/types && mkdir -p build/types/tsa_compile
+	ln -s $(addprefix $(CURDIR)/,$(wildcard tsa_compile/*) passes kernels export) build/types/tsa_compile
+	cd build/types && $(abspath $(VENV))/bin/mypy --config-file $(CURDIR)/pyproject.toml
 
 test: $(VENV)/.dev
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)

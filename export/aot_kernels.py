@@ -154,7 +154,12 @@ def _prefill(form: Form, capability: tuple[int, int]) -> Iterator[AotKernel]:
     if takes_hopper(form, capability):
         from tsa_compile.kernels.sparse_prefill.hopper_device import sparse_prefill_hopper_kernel as function
 
-        constants = {"D": form.dim, "BLOCK_M": hopper.BLOCK_M, "BLOCK_N": hopper.BLOCK_N, "STAGES": hopper.STAGES}
+        constants: dict[str, int | str] = {
+            "D": form.dim,
+            "BLOCK_M": hopper.BLOCK_M,
+            "BLOCK_N": hopper.BLOCK_N,
+            "STAGES": hopper.STAGES,
+        }
         strides = {name: value for name, value in _row_strides(form, "qkvo").items() if name.endswith("_sl")}
         blocks = (hopper.BLOCK_M, hopper.BLOCK_N)
         constants |= {**strides, "STRIP": form.strip}

@@ -53,11 +53,11 @@ class Call:
 
     def _without_padding(self) -> None:
         op = self.op
-        self._position_of_rank = None
+        self._position_of_rank: ir.Value | None = None
         self.length = op.Unsqueeze(self.k_len, [0])
         self.first_query = op.Unsqueeze(self.offset, [0])
         self.query_rank = op.Unsqueeze(op.Add(self.range(self.q_len), self.offset), [0])
-        self.real_query = None
+        self.real_query: ir.Value | None = None
 
     def _with_padding(self, key_mask: ir.Value) -> None:
         op = self.op

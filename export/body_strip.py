@@ -24,7 +24,7 @@ class _Rows(NamedTuple):
     """
 
     block: ir.Value
-    count: ir.Value
+    count: ir.Value  # type: ignore[assignment]
     rank: ir.Value
     q: ir.Value
     selected: ir.Value
@@ -122,9 +122,8 @@ def _times_near(call: Call, rows: _Rows, weights: ir.Value, v: ir.Value) -> ir.V
 def _merge(call: Call, rows: _Rows, attended: Attended, top: ir.Value, total: ir.Value, strip: ir.Value) -> ir.Value:
     """One softmax over both parts; float32 [B, H, rows, Dv]. A row without any key is zero."""
     op = call.op
-    out, kept_top, kept_total = (
-        op.Cast(call.rows(x, call.heads, rows.slot), to=FLOAT) for x in (attended.out, attended.top, attended.total)
-    )
+    kept = (attended.out, attended.top, attended.total)
+    out, kept_top, kept_total = (op.Cast(call.rows(x, call.heads, rows.slot), to=FLOAT) for x in kept)  # type: ignore[arg-type]
     kept_top = op.Where(rows.selected, kept_top, HIDDEN)
     highest = op.Max(top, kept_top)
     kept_share = op.Where(rows.selected, op.Mul(kept_total, op.Exp(op.Sub(kept_top, highest))), 0.0)

@@ -33,8 +33,8 @@ def fuse_selection(gm: fx.GraphModule) -> list[fx.Node]:
         for name in ("q", "k", "key_mask", "scale"):
             if chosen[name] is not call[name] and chosen[name] != call[name]:
                 raise ExportError(f"{node.name}: its tokens were selected with another {name} ({selection.name})")
-        order = ("q", "k", "v", "key_mask", "scale", "coverage", "window", "pool", "min_tokens")
-        order += ("strip_window", "strip_sinks", "heavy", "engine")
+        order = ["q", "k", "v", "key_mask", "scale", "coverage", "window", "pool", "min_tokens"]
+        order += ["strip_window", "strip_sinks", "heavy", "engine"]
         with gm.graph.inserting_before(node):
             one = gm.graph.call_function(
                 torch.ops.tsa.token_sparse_attention.default, tuple({**chosen, **call}[name] for name in order)
@@ -54,12 +54,12 @@ def fuse_selection(gm: fx.GraphModule) -> list[fx.Node]:
 
 def _selection(node: fx.Node, call: dict[str, Any]) -> fx.Node:
     """The `select_tokens` node whose three outputs `node` reads."""
-    sources = []
+    sources: list[fx.Node] = []
     for position, name in enumerate(("indices", "counts", "heavy_indices")):
         item = call[name]
         if not isinstance(item, fx.Node) or item.target is not operator.getitem or item.args[1] != position:
             raise ExportError(f"{node.name}: {name} is not output {position} of a tsa::select_tokens node")
-        sources.append(item.args[0])
+        sources.append(item.args[0])  # type: ignore[arg-type]
     first = sources[0]
     if any(s is not first for s in sources) or first.target is not torch.ops.tsa.select_tokens.default:
         raise ExportError(f"{node.name}: indices, counts and heavy_indices come from different selections")

@@ -96,7 +96,7 @@ def forms_of(path: str | Path) -> list[Form]:
             raise ExportError(f"{path}: node {node.name}: the file does not say its head dims")
         masked = len(node.input) > 3 and bool(node.input[3])
         strip = any(ints.get(name, 0) for name in ("strip_window", "strip_sinks", "heavy"))
-        forms.add(Form.of(dtypes[kinds[0].elem_type], *dims, ints["window"], masked, strip))
+        forms.add(Form.of(dtypes[kinds[0].elem_type], *dims, ints["window"], masked, strip))  # type: ignore[union-attr,call-arg,arg-type]
     if not forms:
         raise ExportError(f"{path}: no node of {DOMAIN} in it")
     return sorted(forms)

@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """Quickly Deployable Plugins for full TensorRT (10.8 and later): the attention kernels, ahead of time, as PTX in the engine.
 
 TensorRT takes one kernel for each plugin, so a site is a chain: selection by standard operators (they give `indices`,

@@ -78,7 +78,7 @@ def export_torch_tensorrt(
     traced = trace(model, args, kwargs, policy=policy, dynamic_shapes=dynamic_shapes)
     if use_unmasked_operator(traced.program.graph_module) and not hasattr(torch_tensorrt, "_tsa_registered"):
         plugins.custom_op(OPERATOR, supports_dynamic_shapes=True)
-        torch_tensorrt._tsa_registered = True
+        torch_tensorrt._tsa_registered = True  # type: ignore[attr-defined]
     compiled = torch_tensorrt.dynamo.compile(traced.program, arg_inputs=args, kwarg_inputs=dict(kwargs or {}), **options)
     torch_tensorrt.save(compiled, str(path), arg_inputs=list(args), kwarg_inputs=dict(kwargs or {}))
     return Path(path)

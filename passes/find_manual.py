@@ -139,7 +139,7 @@ def _drops(dropout: fx.Node) -> bool:
 
 def _comes_from(origins: Container[str], x: fx.Node) -> bool:
     """Is there one of these operations among what the scores are made of, elementwise steps aside?"""
-    stack, seen = [x], set()
+    stack, seen = [x], set[fx.Node]()
     while stack and len(seen) < 4 * _MAX_STEPS:
         node = stack.pop()
         if node in seen:

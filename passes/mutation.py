@@ -43,7 +43,7 @@ def writes_to(node: fx.Node) -> list[fx.Node]:
 
 def _nodes(x: object) -> list[fx.Node]:
     found: list[fx.Node] = []
-    fx.node.map_arg(x, found.append)  # type: ignore[arg-type]
+    fx.node.map_arg(x, found.append)  # type: ignore[arg-type,type-var]
     return found
 
 
@@ -111,8 +111,13 @@ class Aliases:
 def _storage(node: fx.Node) -> object:
     """What identifies the memory of the node's example value; the node itself if that is not known."""
     tensor = tensor_of(node)
-    plain = type(tensor) in (torch.Tensor, FakeTensor) and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    return tensor.untyped_storage()._cdata if plain and tensor is not None else node
+    if (
+        tensor is None
+        or type(tensor) not in (torch.Tensor, FakeTensor)
+        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    ):
+        return node
+    return tensor.untyped_storage()._cdata
 
 
 def may_alias_input(node: fx.Node) -> bool:

@@ -100,7 +100,7 @@ def _before_permutation(x: fx.Node, layout: str) -> tuple[fx.Node, str] | None:
         order[a], order[b] = order[b], order[a]
     elif op_name(x) == "permute":
         dims = x.args[1] if isinstance(x.args[1], (tuple, list)) else x.args[1:]
-        order = [d % 4 for d in dims]  # type: ignore[union-attr,operator]
+        order = [d % 4 for d in dims]  # type: ignore[union-attr,operator,misc]
     else:
         return None
     if tensor_of(x.args[0]) is None or tensor_of(x.args[0]).dim() != 4:  # type: ignore[union-attr]

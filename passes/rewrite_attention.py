@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensor
 
 from tsa_compile.passes.dead_code import erase_dead
 from tsa_compile.passes.decide_policy import Decision
-from tsa_compile.passes.graph_names import meta_key, tensor_of, value_of
+from tsa_compile.passes.graph_names import meta_key, value_of
 from tsa_compile.passes.operands import LAYOUT
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def describe_new(node: fx.Node, old: fx.Node) -> None:
     with torch.no_grad(), mode:
         value = node.target(*args, **kwargs)  # type: ignore[operator]
     node.meta[meta_key(old)] = value
-    if "tensor_meta" in old.meta and tensor_of(node) is not None:
+    if "tensor_meta" in old.meta and isinstance(value, torch.Tensor):
         from torch.fx.passes.shape_prop import _extract_tensor_metadata
 
-        node.meta["tensor_meta"] = _extract_tensor_metadata(tensor_of(node))
+        node.meta["tensor_meta"] = _extract_tensor_metadata(value)

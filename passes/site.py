@@ -125,4 +125,4 @@ class AttentionSite:
     @staticmethod
     def _size(node: fx.Node, layout: str, dim: str) -> Size:
         value = node.meta.get("val", node.meta.get("example_value"))
-        return value.shape[layout.index(dim)]
+        return value.shape[layout.index(dim)]  # type: ignore[union-attr]

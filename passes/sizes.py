@@ -77,5 +77,5 @@ def _shape_env(value: Any) -> Any:
     if isinstance(value, torch.SymInt):
         return value.node.shape_env
     if isinstance(value, torch.Tensor):
-        return next((s.node.shape_env for s in value.shape if isinstance(s, torch.SymInt)), None)
+        return next((s.node.shape_env for s in value.shape if isinstance(s, torch.SymInt)), None)  # type: ignore[attr-defined]
     return None

@@ -68,7 +68,7 @@ def sparse_attention(
     if engine == "packed":
         from tsa_compile.kernels.sparse_prefill.packed import packed_attention as attention
     else:
-        from tsa_compile.kernels.sparse_prefill.fused import fused_attention as attention
+        from tsa_compile.kernels.sparse_prefill.fused import fused_attention as attention  # type: ignore[assignment]
     return attention(q, k, v, indices, counts, heavy_indices, key_mask, scale, strip_window, strip_sinks)
 
 

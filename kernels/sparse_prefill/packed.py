@@ -78,7 +78,7 @@ def pack(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor) -> tu
         D=dim, DV=v_dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK_DV=triton.next_power_of_2(v_dim),
         BLOCK=64, TAIL=TAIL,
     )  # fmt: skip
-    return packed
+    return packed  # type: ignore[return-value]
 
 
 def scatter(part: Tensor, out: Tensor, slots: Tensor) -> None:

@@ -169,8 +169,7 @@ def _allowed(at: Tensor, real: Tensor, kept: Tensor, heavy: Tensor, window: int,
 def _attend_row(q: Tensor, k: Tensor, v: Tensor, kept: Tensor | None, strip: Strip, scale: float) -> Tensor:
     """One batch row without padding. q [H, Lq, D], k [Hk, Lk, D], kept [G, n] or None for all. -> [H, Lq, Dv]."""
     groups = q.shape[0] // k.shape[0]
-    everything = kept is None or kept.shape[1] == k.shape[1]
-    if everything:
+    if kept is None or kept.shape[1] == k.shape[1]:
         q_groups = q.unflatten(0, (-1, groups))
         return _causal(q_groups, k[:, None], v[:, None], scale, need_lse=False)[0].flatten(0, 1)
     out = q.new_zeros(*q.shape[:2], v.shape[-1])

@@ -55,7 +55,9 @@ def classify(formula: Formula, lengths: Lengths, sizes: SizeProver, written: fro
 
 def _sort_band(expr: sympy.Expr, uppers: list[sympy.Expr], lowers: list[sympy.Expr], ends: list[sympy.Expr]) -> None:
     linear = linear_in(expr, INDICES)
-    factors, rest = linear if linear is not None else ({}, None)
+    if linear is None:
+        raise UnprovenMask(f"mask is not a causal band: {expr} <= 0")
+    factors, rest = linear
     if factors == {KEY: 1, QUERY: -1}:
         uppers.append(-rest)
     elif factors == {KEY: -1, QUERY: 1}:

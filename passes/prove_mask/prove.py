@@ -90,7 +90,7 @@ def _visible_entry(elements: Elements, source: MaskSource) -> Formula:
         raise UnprovenMask(f"mask {describe(mask)} is not boolean")
     if source.kind in ("show", "hide"):
         _check_fill(elements, source)
-    return opposite(value) if source.kind == "hide" else value  # type: ignore[arg-type]
+    return opposite(value) if source.kind == "hide" else value  # type: ignore[arg-type,return-value]
 
 
 def _additive(elements: Elements, value: Value, mask: fx.Node, factor: float) -> Formula:

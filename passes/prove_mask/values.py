@@ -170,7 +170,7 @@ def fits(n: Number, dtype: torch.dtype) -> bool:
         return True
     if dtype != torch.int32:
         return False
-    terms = n.value.as_coefficients_dict()
+    terms = n.value.as_coefficients_dict()  # type: ignore[union-attr]
     return all(
         abs(factor) <= (_INT32_REST if term == 1 else _INT32_FACTOR) and (term == 1 or term.is_Symbol)
         for term, factor in terms.items()
