@@ -83,12 +83,13 @@ def zero_rows(out, stride_l, first, last, D: gl.constexpr):
 def produce(
     k, v, out, indices, counts, k_sb, k_sh, k_sl, v_sb, v_sh, v_sl, o_sb, o_sh, o_sl, i_sb, i_sg,
     heads, kv_heads, lists, q_len, skipped, total, tiles, section, programs,
-    positions, k_tiles, v_tiles, k_full, k_empty, v_full, v_empty, zeroed,
+    positions, k_tiles, v_tiles, k_full, k_empty, v_full, v_empty, zeroed, seen,
     D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, STRIP: gl.constexpr,
 ):  # fmt: skip
     """Gathers K and V blocks, ahead of the consumers; zeroes the rows between the kept ones of each tile."""
     lane = gl.arange(0, BLOCK_N, layout=gl.BlockedLayout([1], [32], [4], [0]))
     filled = 0  # key blocks, over all tiles
+    served = 0  # tiles with a query
     for round in range(0, gl.cdiv(total, programs)):
         t = snake(round, programs)
         if t < total:
@@ -119,7 +120,9 @@ def produce(
                     end = gl.where(tile == n_tiles - 1, q_len, last - skipped + 1)
                     zero_rows(out + b * o_sb + h * o_sh, o_sl, gl.maximum(before + 1, 0), end, D)
                 if blocks > 0:
+                    mbarrier.wait(seen, (served & 1) ^ 1)  # a barrier holds one arrival that was not waited for, not two
                     mbarrier.arrive(zeroed)
+                    served += 1
 
 
 @gluon.jit
@@ -192,7 +195,7 @@ def attend(
 def consume(
     offset, q, out, lse, indices, counts, q_sb, q_sh, q_sl, o_sb, o_sh, o_sl, i_sb, i_sg,
     heads, lists, q_len, skipped, total, tiles, section, programs, scale_log2,
-    q_tile, k_tiles, v_tiles, k_full, k_empty, v_full, v_empty, zeroed,
+    q_tile, k_tiles, v_tiles, k_full, k_empty, v_full, v_empty, zeroed, seen,
     D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, STRIP: gl.constexpr,
 ):  # fmt: skip
     """Attention of 64 kept queries of each tile, from slot `offset` of the tile on: one warpgroup."""
@@ -224,6 +227,7 @@ def consume(
                 q_tile.store(acc.to(dtype))  # through shared memory, so that whole rows are stored
                 if not STRIP:
                     mbarrier.wait(zeroed, served & 1)
+                    mbarrier.arrive(seen)
                 o_at = out + b * o_sb + h * o_sh + row_at * o_sl + d
                 gl.store(o_at, q_tile.load(layout), mask=row_ok)
                 if STRIP:
@@ -255,12 +259,14 @@ def sparse_prefill_hopper_kernel(
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier_layout)
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier_layout)
     zeroed = gl.allocate_shared_memory(gl.int64, [1], barrier_layout)
+    seen = gl.allocate_shared_memory(gl.int64, [1], barrier_layout)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), 128)  # the threads of the producer, each when its copies have arrived
         mbarrier.init(v_full.index(i), 128)
         mbarrier.init(k_empty.index(i), 2)  # the two consumers
         mbarrier.init(v_empty.index(i), 2)
     mbarrier.init(zeroed, 1)
+    mbarrier.init(seen, 2)
     fence_async_shared()
 
     skipped, programs = k_len - q_len, gl.num_programs(0)
@@ -269,19 +275,19 @@ def sparse_prefill_hopper_kernel(
             (consume, (
                 0, q, out, lse, indices, counts, q_sb, q_sh, q_sl, o_sb, o_sh, o_sl, i_sb, i_sg,
                 heads, lists, q_len, skipped, total, tiles, section, programs, scale_log2,
-                q_tiles.index(0), k_tiles, v_tiles, k_full, k_empty, v_full, v_empty, zeroed,
+                q_tiles.index(0), k_tiles, v_tiles, k_full, k_empty, v_full, v_empty, zeroed, seen,
                 D, BLOCK_M, BLOCK_N, STAGES, STRIP,
             )),
             (consume, (
                 64, q, out, lse, indices, counts, q_sb, q_sh, q_sl, o_sb, o_sh, o_sl, i_sb, i_sg,
                 heads, lists, q_len, skipped, total, tiles, section, programs, scale_log2,
-                q_tiles.index(1), k_tiles, v_tiles, k_full, k_empty, v_full, v_empty, zeroed,
+                q_tiles.index(1), k_tiles, v_tiles, k_full, k_empty, v_full, v_empty, zeroed, seen,
                 D, BLOCK_M, BLOCK_N, STAGES, STRIP,
             )),
             (produce, (
                 k, v, out, indices, counts, k_sb, k_sh, k_sl, v_sb, v_sh, v_sl, o_sb, o_sh, o_sl, i_sb, i_sg,
                 heads, kv_heads, lists, q_len, skipped, total, tiles, section, programs,
-                positions, k_tiles, v_tiles, k_full, k_empty, v_full, v_empty, zeroed,
+                positions, k_tiles, v_tiles, k_full, k_empty, v_full, v_empty, zeroed, seen,
                 D, BLOCK_M, BLOCK_N, STAGES, STRIP,
             )),
         ],
