@@ -19,9 +19,9 @@ from tsa_compile.kernels.token_scores import host as token_scores
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _POINTERS = {
     "lse": "*fp32", "part_lse": "*fp32", "part_max": "*fp32", "part_sum": "*fp32", "mean": "*fp32", "scores": "*fp32",
-    "masses": "*i64", "histograms": "*i64", "key_mask": "*u8",
+    "gathered": "*fp32", "masses": "*i64", "candidates": "*i64", "mass_bins": "*i64", "key_mask": "*u8",
 }  # fmt: skip
-_POINTERS.update(dict.fromkeys(("indices", "counts", "heavy_indices", "slots", "order", "ranks"), "*i32"))
+_POINTERS.update(dict.fromkeys(("indices", "counts", "heavy_indices", "slots", "order", "ranks", "bins", "cuts"), "*i32"))
 _STRIP_BINDS = {
     "heavy": "heavy_indices", "n_heavy": "heavy", "window": "strip_window", "sinks": "strip_sinks", "order": "strip_order",
     "ranks": "strip_ranks", "part": "out", "part_lse": "lse", "s_sb": "i_sb", "s_sg": "i_sg", "p_sb": "o_sb", "p_sh": "o_sh",
@@ -130,7 +130,7 @@ def kernels_of(form: Form, capability: tuple[int, int]) -> Iterator[AotKernel]:
 
 def _selection(form: Form) -> Iterator[AotKernel]:
     from tsa_compile.kernels.token_scores import device as scores
-    from tsa_compile.kernels.token_select import device as select
+    from tsa_compile.kernels.token_select import count_device, device, host
 
     padded = {"PADDED": form.masked}
     config = score_config(form.dim, form.torch_dtype, form.window)
@@ -141,12 +141,14 @@ def _selection(form: Form) -> Iterator[AotKernel]:
     options, blocks = {"num_warps": config.num_warps, "num_stages": config.num_stages}, (config.block_m, config.block_n)
     for name, function in (("score_lse", scores.score_lse_kernel), ("score_mean", scores.score_mean_kernel)):
         yield AotKernel(name, function, {**tile, **padded, **_row_strides(form, "qk")}, options, form, blocks)
-    yield AotKernel("pool", select.pool_kernel, {"BLOCK": 512, **padded}, {}, form, (512, 0))
-    for level in (1, 2):
-        constants = {"LEVEL": level, "BLOCK": 2048, **padded}
-        yield AotKernel(f"mass_level{level}", select.mass_level_kernel, constants, {}, form, (2048, 0))
-    for name, function in (("count", select.count_kernel), ("select", select.select_kernel)):
-        yield AotKernel(name, function, {"BLOCK": 4096, **padded}, {"num_warps": 16}, form)
+    for name, function, size, constants in (
+        ("pool", count_device.pool_kernel, host.POOL_BLOCK, {"HEADS": host.POOL_HEADS}),
+        ("count", count_device.count_kernel, host.COUNT_BLOCK, {}),
+    ):
+        yield AotKernel(name, function, {"BLOCK": size, **constants, **padded}, {"num_warps": 8}, form, (size, 0))
+    chunk = {"CHUNK": host.CHUNK, "BLOCK": host.SELECT_BLOCK, **padded}
+    for name in ("select", "bin", "cut", "write"):
+        yield AotKernel(name, getattr(device, f"{name}_kernel"), chunk, {"num_warps": 16}, form, (host.CHUNK, 0))
 
 
 def _prefill(form: Form, capability: tuple[int, int]) -> Iterator[AotKernel]:

@@ -37,14 +37,33 @@ void window_scores(Call& c) {
 
 void select_from_means(Call& c) {
   const Problem& p = c.p;
-  constexpr int64_t kHistogram = 3 * 2 * 2048;
+  constexpr int64_t kMassRow = 2052;
   c.values.scores = c.take<float>(p.batch * p.heads * p.k_len);
   c.values.masses = c.take<int64_t>(p.batch * p.k_len);
-  c.values.histograms = c.take<int64_t>(p.batch * kHistogram);
-  c.fill8(c.values.histograms, 0, p.batch * kHistogram * 8);
-  for (Kernel kernel : {Kernel::pool, Kernel::mass_level1, Kernel::mass_level2})
+  c.values.candidates = c.take<int64_t>(p.batch * p.k_len);
+  c.values.mass_bins = c.take<int64_t>(p.batch * kMassRow);
+  c.fill8(c.values.mass_bins, 0, p.batch * kMassRow * 8);
+  for (Kernel kernel : {Kernel::pool, Kernel::count})
     c.launch(kernel, ceil_div(p.k_len, c.image(kernel).block_m), p.batch);
-  c.launch(Kernel::count, p.batch);
+}
+
+// Each list, by programs of its own for each chunk of a row; rows of one chunk, or all of whose tokens are kept, at once.
+void write_lists(Call& c, bool by_score) {
+  const Problem& p = c.p;
+  constexpr int64_t kBins = 256;
+  const int64_t chunks = ceil_div(p.k_len, c.image(Kernel::select).block_m), rows = p.batch * p.heads;
+  const int64_t lists = c.a.heavy > 0 ? 2 : 1;
+  if (chunks == 1 || !by_score) {
+    c.launch(Kernel::select, chunks, lists, rows);
+    return;
+  }
+  c.values.bins = c.take<int32_t>(rows * chunks * kBins);
+  c.values.gathered = c.take<float>(2 * rows * p.k_len);
+  c.values.cuts = c.take<int32_t>(rows * 2 * 4);
+  c.fill8(c.values.cuts, 0, rows * 2 * 4 * 4);
+  c.launch(Kernel::bin, chunks, rows);
+  c.launch(Kernel::cut, chunks, lists, rows);
+  c.launch(Kernel::write, chunks, lists, rows);
 }
 
 // Every real token of every row; known on the host, so nothing is scored.
@@ -63,13 +82,14 @@ void select_tokens(Call& c) {
   c.values.indices = c.take<int32_t>(p.batch * p.heads * p.k_len);
   c.values.counts = c.take<int32_t>(p.batch);
   c.values.heavy_indices = c.take<int32_t>(p.batch * p.heads * c.a.heavy);
-  if (p.k_len <= c.a.min_tokens + c.a.window || c.a.coverage == 0) {
-    count_all(c);
-  } else {
+  const bool by_score = p.k_len > c.a.min_tokens + c.a.window && c.a.coverage != 0;
+  if (by_score) {
     window_scores(c);
     select_from_means(c);
+  } else {
+    count_all(c);
   }
-  c.launch(Kernel::select, p.batch * p.heads, c.a.heavy > 0 ? 2 : 1);
+  write_lists(c, by_score);
 }
 
 // Query heads that advance together (kernels/sparse_prefill/configs.py, section_heads).

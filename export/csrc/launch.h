@@ -22,7 +22,8 @@ struct Values {
   Pointer q{}, k{}, v{}, key_mask{}, out{};
   Pointer order{}, ranks{};                            // int32 [B, Lk]; only with a key mask
   Pointer part_max{}, part_sum{}, mean{}, scores{};    // float32
-  Pointer masses{}, histograms{};                      // int64
+  Pointer masses{}, candidates{}, mass_bins{};         // int64
+  Pointer bins{}, cuts{}, gathered{};                  // int32, int32, float32
   Pointer counts{}, indices{}, heavy_indices{};        // int32 [B], [B, H, Lk], [B, H, heavy]
   Pointer slots{}, lse{}, lse_or_out{};
   Pointer strip_order{}, strip_ranks{};

@@ -47,10 +47,11 @@ def pack_kernel(
     """Kept rows of q per head, and of k and v per list, to packed_* [B, H or G, capacity, D].
 
     TAIL rows after the last are zeroed: an engine that reads whole key tiles must find finite numbers there.
+    Programs of neighbouring heads run side by side, as their rows of one token are neighbours in memory.
     """
-    b, h = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
+    b, h = (tl.program_id(0) // heads).to(tl.int64), (tl.program_id(0) % heads).to(tl.int64)
     n = tl.load(counts + b)
-    first = tl.program_id(0) * BLOCK
+    first = tl.program_id(1) * BLOCK
     if first >= n + TAIL:
         return
     slots = first + tl.arange(0, BLOCK)
@@ -73,8 +74,8 @@ def scatter_kernel(
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Every row of out: its packed row, or zero where slots [B, G, Lq] is -1."""
-    b, h = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
-    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    b, h = (tl.program_id(0) // heads).to(tl.int64), (tl.program_id(0) % heads).to(tl.int64)
+    rows = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     slot = tl.load(slots + b * s_sb + h * lists // heads * s_sg + rows, mask=rows < q_len, other=-1)
     d = tl.arange(0, BLOCK_DV)
     packed += b * p_sb + h * p_sh

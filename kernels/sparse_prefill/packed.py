@@ -39,7 +39,7 @@ def packed_attention(
     slots = invert(indices, counts)
     order = rank_order(key_mask) if strip and key_mask is not None else None
     out = q.new_empty(batch, q_len, heads, v.shape[-1]).transpose(1, 2)
-    step = _kv_heads_per_chunk(q, k, v, indices.shape[1])
+    step = kv_heads_per_chunk(q, k, v, indices.shape[1])
     for first in range(0, kv_heads, step):
         q_c, k_c, v_c, out_c, slots_c, indices_c, heavy_c = (
             x[:, first * x.shape[1] // kv_heads : (first + step) * x.shape[1] // kv_heads]
@@ -56,7 +56,7 @@ def packed_attention(
     return out
 
 
-def _kv_heads_per_chunk(q: Tensor, k: Tensor, v: Tensor, lists: int) -> int:
+def kv_heads_per_chunk(q: Tensor, k: Tensor, v: Tensor, lists: int) -> int:
     """Largest divisor of Hk whose packed rows fit CHUNK_BYTES; at least 1."""
     kv_heads = k.shape[1]
     row = (q.shape[1] + lists) * (q.shape[-1] + v.shape[-1]) * q.element_size()
@@ -72,7 +72,7 @@ def pack(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor) -> tu
 
     (batch, heads, _, dim), (kv_heads, k_len), v_dim, lists = q.shape, k.shape[1:3], v.shape[-1], indices.shape[1]
     packed = tuple(q.new_empty(batch, h, k_len, d) for h, d in ((heads, dim), (lists, dim), (lists, v_dim)))
-    pack_kernel[(triton.cdiv(k_len, 64), batch * heads)](
+    pack_kernel[(batch * heads, triton.cdiv(k_len, 64))](
         q, k, v, *packed, indices, counts,
         *q.stride(), *k.stride(), *v.stride(), *indices.stride()[:2], heads, kv_heads, lists, k_len,
         D=dim, DV=v_dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK_DV=triton.next_power_of_2(v_dim),
@@ -88,7 +88,7 @@ def scatter(part: Tensor, out: Tensor, slots: Tensor) -> None:
     from tsa_compile.kernels.sparse_prefill.pack_device import scatter_kernel
 
     batch, heads, q_len, v_dim = out.shape
-    scatter_kernel[(triton.cdiv(q_len, 64), batch * heads)](
+    scatter_kernel[(batch * heads, triton.cdiv(q_len, 64))](
         part, out, slots, *part.stride()[:3], *out.stride()[:3], *slots.stride()[:2], heads, slots.shape[1], q_len,
         DV=v_dim, BLOCK_DV=triton.next_power_of_2(v_dim), BLOCK=64,
     )  # fmt: skip

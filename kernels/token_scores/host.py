@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from tsa_compile.kernels.token_scores import hopper
+
 Tensor = torch.Tensor
 LOG2_E = 1.4426950408889634
 _PROGRAMS = 528  # at least: four for each multiprocessor of a Hopper GPU
@@ -23,17 +25,20 @@ def window_scores(q: Tensor, k: Tensor, order: Tensor, ranks: Tensor, padded: bo
     Returns:
         float32 `[B, H, Lk]` by rank; from rank `L - window` on undefined.
     """
+    (batch, heads, q_len, dim), (kv_heads, k_len) = q.shape, k.shape[1:3]
+    mean = torch.empty(batch, heads, k_len, dtype=torch.float32, device=q.device)
+    if hopper.takes(q, k, window):
+        hopper.launch(q, k, order, ranks, padded, scale * LOG2_E, window, mean)
+        return mean
     import triton
 
     from tsa_compile.kernels.token_scores.device import score_lse_kernel, score_mean_kernel
 
-    (batch, heads, q_len, dim), (kv_heads, k_len) = q.shape, k.shape[1:3]
     block_d, block_m, block_n, warps, stages = _config(q, window)
     splits = max(1, min(triton.cdiv(_PROGRAMS, batch * heads), triton.cdiv(k_len, _MIN_SPAN)))
     span = triton.cdiv(triton.cdiv(k_len, splits), block_n) * block_n
     splits = max(1, triton.cdiv(k_len, span))
     part = torch.empty(2, batch, heads, splits, window, dtype=torch.float32, device=q.device)
-    mean = torch.empty(batch, heads, k_len, dtype=torch.float32, device=q.device)
     strides = (*q.stride(), *k.stride())
     sizes = (heads, kv_heads, q_len, k_len, window, splits, span, scale * LOG2_E)
     shape = {

@@ -1,7 +1,9 @@
-"""Token selection on the GPU without sorting: exact coverage count, radix select, stable compaction. Triton.
+"""Which tokens a head keeps, on the GPU and without sorting: histograms, radix search, stable compaction. Triton.
 
-Masses are fixed point (2**-52, int64), so sums are exact in any order and atomics change nothing. A mass is binned by the bits of
-its float32 rounding, which keeps the order; what shares one float32 is resolved exactly at the end.
+A list is cut at the score of its last token. Up to CHUNK scores, one program searches and writes a list. Of longer rows,
+programs over chunks bin the scores, gather those of the bin that has the cut, and, once the last of them has found it there,
+write their parts, whose places follow from the bins of the chunks before. Scores are >= 0, so that their float32 bits, as
+integers, keep their order.
 """
 
 import triton
@@ -9,243 +11,253 @@ import triton.language as tl
 
 from tsa_compile.kernels.token_scores.device import positions_of, row_extent
 
-BINS = tl.constexpr(2048)
-LENGTHS = ("heads", "q_len", "k_len", "window", "pool", "min_tokens", "heavy", "coverage_bits")
+BINS = tl.constexpr(256)  # 8 an octave, from 2**-32 to 1
+FIRST_OCTAVE = tl.constexpr(760)  # 8 * (127 - 32)
+CHUNKS = tl.constexpr(16)  # whose bins are read at a time
+LENGTHS = ("heads", "q_len", "k_len", "window", "heavy")
 
 
 @triton.jit
-def bin_of(mass, LEVEL: tl.constexpr):
-    """The mass's bin at a level: bits 30-20, 19-9 or 8-0 of its float32 rounding."""
-    bits = mass.to(tl.float32).to(tl.int32, bitcast=True)
-    if LEVEL == 0:
-        return bits >> 20
-    if LEVEL == 1:
-        return (bits >> 9) & 0x7FF
-    return bits & 0x1FF
+def score_bin(bits):
+    """The bin of a score >= 0, given as bits; a larger score has no lower bin."""
+    return tl.minimum(tl.maximum((bits >> 20) - FIRST_OCTAVE, 0), BINS - 1)
 
 
 @triton.jit
-def threshold_of(histogram, coverage_bits):
-    """ceil(coverage * total mass) in units of mass; `histogram` is the first level's."""
-    total = tl.sum(tl.load(histogram + BINS + tl.arange(0, BINS)))
-    coverage = coverage_bits.to(tl.int64).to(tl.float64, bitcast=True)
-    return tl.ceil(total.to(tl.float64) * coverage).to(tl.int64)
+def load_bits(scores, i, ok):
+    return tl.load(scores + i, mask=ok, other=0.0).to(tl.int32, bitcast=True)
 
 
 @triton.jit
-def crossing(histogram, below_count, below_mass, threshold):
-    """(bin in which the running mass reaches the threshold, tokens before that bin, their mass)."""
-    b = tl.arange(0, BINS)
-    count, mass = tl.load(histogram + b), tl.load(histogram + BINS + b)
-    reached = tl.cumsum(mass, 0) + below_mass
-    at = tl.minimum(tl.sum((reached < threshold).to(tl.int32)), BINS - 1)
-    before = b < at
-    return at, below_count + tl.sum(tl.where(before, count, 0)), below_mass + tl.sum(tl.where(before, mass, 0))
+def from_top(count, k):
+    """(number of the bin with the k-th largest, how many of that bin are among the k largest), from the counts of the bins."""
+    from_here = tl.sum(count) - tl.cumsum(count, 0) + count  # how many in this bin or a higher one
+    at = tl.sum((from_here >= k).to(tl.int32)) - 1
+    return at, k - tl.sum(tl.where(tl.arange(0, BINS) == at, from_here - count, 0))
 
 
 @triton.jit
-def crossing_prefix(histograms, coverage_bits, LEVELS: tl.constexpr):
-    """(leading bits of the float32 in which the threshold is reached, tokens before, their mass, threshold)."""
-    threshold = threshold_of(histograms, coverage_bits)
-    prefix = tl.zeros([], tl.int32)
-    count, mass = tl.zeros([], tl.int64), tl.zeros([], tl.int64)
-    for level in tl.static_range(LEVELS):
-        at, count, mass = crossing(histograms + level * 2 * BINS, count, mass, threshold)
-        prefix = (prefix << (9 if level == 2 else 11)) | at
-    return prefix, count, mass, threshold
-
-
-@triton.jit
-def add_to_histogram(histogram, mass, ok, LEVEL: tl.constexpr):
-    at = bin_of(mass, LEVEL)
-    tl.atomic_add(histogram + LEVEL * 2 * BINS + at, tl.full(mass.shape, 1, tl.int64), mask=ok, sem="relaxed")
-    tl.atomic_add(histogram + LEVEL * 2 * BINS + BINS + at, mass, mask=ok, sem="relaxed")
-
-
-@triton.jit(do_not_specialize=LENGTHS)
-def pool_kernel(
-    mean, scores, masses, histograms, ranks, heads, q_len, k_len, window, pool,
-    BLOCK: tl.constexpr, PADDED: tl.constexpr,
-):  # fmt: skip
-    """Pools mean [B, H, Lk] into scores [B, H, Lk]; adds the heads' masses, and bins them at the first level."""
-    b = tl.program_id(1).to(tl.int64)
-    length, rows = row_extent(ranks, b, q_len, k_len, window, PADDED)
-    n = tl.where(rows > 0, length - window, 0)
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mass = tl.zeros([BLOCK], tl.int64)
-    for h in tl.range(0, heads):
-        row = (b * heads + h) * k_len
-        total = tl.zeros([BLOCK], tl.float32)
-        for t in tl.range(0, pool):
-            j = i + t - pool // 2
-            total += tl.load(mean + row + j, mask=(j >= 0) & (j < n) & (i < n), other=0.0)
-        score = total / pool
-        score = tl.where((score >= 0.0) & (score <= 2.0), score, 0.0)  # not finite: counts for nothing
-        tl.store(scores + row + i, score, mask=i < n)
-        mass += (score.to(tl.float64) * 4503599627370496.0).to(tl.int64)
-    tl.store(masses + b * k_len + i, mass, mask=i < n)
-    add_to_histogram(histograms + b * 6 * BINS, mass, i < n, 0)
-
-
-@triton.jit(do_not_specialize=LENGTHS)
-def mass_level_kernel(
-    masses, histograms, ranks, q_len, k_len, window, min_tokens, coverage_bits,
-    LEVEL: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr,
-):  # fmt: skip
-    """Bins, at `LEVEL`, the masses that share all earlier levels' bits with the crossing."""
-    b = tl.program_id(1).to(tl.int64)
-    length, rows = row_extent(ranks, b, q_len, k_len, window, PADDED)
-    n = length - window
-    if (tl.program_id(0) * BLOCK >= n) | (length <= min_tokens + window) | (rows == 0):
-        return
-    histograms += b * 6 * BINS
-    prefix, _, _, _ = crossing_prefix(histograms, coverage_bits, LEVEL)
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mass = tl.load(masses + b * k_len + i, mask=i < n, other=0)
-    bits = mass.to(tl.float32).to(tl.int32, bitcast=True)
-    same = (bits >> (20 if LEVEL == 1 else 9)) == prefix
-    add_to_histogram(histograms, mass, (i < n) & same, LEVEL)
-
-
-@triton.jit
-def count_below(masses, n, bits_wanted, limit, BLOCK: tl.constexpr):
-    """(count, mass) of the masses with these float32 bits that are at most `limit`."""
-    count, total = tl.zeros([BLOCK], tl.int64), tl.zeros([BLOCK], tl.int64)
-    for start in tl.range(0, n, BLOCK):
+def add_digits(count, values, end, prefix, shift, width, BLOCK: tl.constexpr):
+    """Adds, of the values whose bits above `shift + width` are `prefix`, how many have each next digit of `width` bits."""
+    for start in tl.range(0, end, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        mass = tl.load(masses + i, mask=i < n, other=-1)
-        bits = mass.to(tl.float32).to(tl.int32, bitcast=True)
-        inside = (bits == bits_wanted) & (i < n) & (mass <= limit)
-        count += inside.to(tl.int64)
-        total += tl.where(inside, mass, 0)
-    return tl.sum(count), tl.sum(total)
-
-
-@triton.jit(do_not_specialize=LENGTHS)
-def count_kernel(
-    masses, histograms, counts, ranks, q_len, k_len, window, min_tokens, coverage_bits,
-    BLOCK: tl.constexpr, PADDED: tl.constexpr,
-):  # fmt: skip
-    """Kept tokens of one row, to counts [B]: docs/operators.md, `select_tokens`, steps 1, 4 and 5."""
-    b = tl.program_id(0).to(tl.int64)
-    length, rows = row_extent(ranks, b, q_len, k_len, window, PADDED)
-    n = length - window
-    if (length <= min_tokens + window) | (rows == 0):
-        tl.store(counts + b, length)
-        return
-    bits, below, mass, threshold = crossing_prefix(histograms + b * 6 * BINS, coverage_bits, 3)
-    masses += b * k_len
-    # The least mass v of these float32 bits with (mass of all up to v) >= threshold, by bisection; at once if one value.
-    low, high = tl.full([], 0x7FFFFFFFFFFFFFFF, tl.int64), tl.full([], -1, tl.int64)
-    for start in tl.range(0, n, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        m = tl.load(masses + i, mask=i < n, other=-1)
-        inside = (m.to(tl.float32).to(tl.int32, bitcast=True) == bits) & (i < n)
-        low = tl.minimum(low, tl.min(tl.where(inside, m, 0x7FFFFFFFFFFFFFFF)))
-        high = tl.maximum(high, tl.max(tl.where(inside, m, -1)))
-    while low < high:
-        middle = low + (high - low) // 2
-        _, inside_mass = count_below(masses, n, bits, middle, BLOCK)
-        reached = mass + inside_mass >= threshold
-        high = tl.where(reached, middle, high)
-        low = tl.where(reached, low, middle + 1)
-    before, before_mass = count_below(masses, n, bits, low - 1, BLOCK)
-    rest = threshold - mass - before_mass
-    equal = tl.where(rest > 0, (rest - 1) // tl.maximum(low, 1), 0)  # further tokens of mass `low` that stay below
-    n_drop = below + before + equal
-    kept = tl.maximum(min_tokens, n - (n_drop + 1)) + window
-    tl.store(counts + b, tl.where(n_drop == 0, length, kept).to(tl.int32))
-
-
-@triton.jit
-def count_digits(scores, n, prefix, shift, BLOCK: tl.constexpr):
-    """Of the scores whose bits above `shift + 4` are `prefix`: how many have each next digit of four bits, int32 [16].
-
-    Each lane counts for itself, in fields of 16 bits: no atomics, which the few exponents of attention scores would serialise.
-    """
-    column = tl.arange(0, 4)
-    fields = tl.zeros([BLOCK, 4], tl.int64)  # digits 4c..4c+3 in column c
-    for start in tl.range(0, n, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        bits = tl.load(scores + i, mask=i < n, other=0.0).to(tl.int32, bitcast=True)
-        upper = bits >> shift
-        inside = (i < n) & ((upper >> 4) == prefix)
-        one = inside.to(tl.int64) << ((upper & 3) * 16).to(tl.int64)
-        fields += tl.where(((upper >> 2) & 3)[:, None] == column[None, :], one[:, None], 0)
-    pair = 0x0000FFFF0000FFFF
-    even, odd = tl.sum(fields & pair, 0), tl.sum((fields >> 16) & pair, 0)
-    low, high = tl.join(even & 0xFFFFFFFF, odd & 0xFFFFFFFF), tl.join(even >> 32, odd >> 32)  # digits (0, 1) and (2, 3)
-    return tl.reshape(tl.permute(tl.join(low, high), (0, 2, 1)), [16]).to(tl.int32)
+        upper = load_bits(values, i, i < end) >> shift
+        digit = upper & ((1 << width) - 1)
+        count += tl.histogram(digit, BINS, mask=(i < end) & ((upper >> width) == prefix))
+    return count
 
 
 @triton.jit
 def kth_largest(scores, n, k, BLOCK: tl.constexpr):
-    """(bits of the k-th largest of n scores >= 0, how many equal to it are among the k largest): a radix search."""
-    threshold, need = tl.zeros([], tl.int32), k
-    for level in tl.range(0, 8):
-        count = count_digits(scores, n, threshold, 28 - 4 * level, BLOCK)
-        from_here = tl.sum(count) - tl.cumsum(count, 0) + count  # how many with this digit or a higher one
-        at = tl.sum((from_here >= need).to(tl.int32)) - 1
-        need -= tl.sum(tl.where(tl.arange(0, 16) == at, from_here - count, 0))
-        threshold = (threshold << 4) | at
-    return threshold, need
+    """(bits of the k-th largest of n scores, how many equal to it are among the k largest): radix search, 8 bits at a time."""
+    cut, need, shift = tl.zeros([], tl.int32), k, tl.full([], 31, tl.int32)
+    while shift > 0:
+        width = tl.minimum(shift, 8)
+        shift -= width
+        count = add_digits(tl.zeros([BINS], tl.int32), scores, n, cut, shift, width, BLOCK)
+        digit, need = from_top(count, need)
+        cut = (cut << width) | digit
+    return cut, need
 
 
 @triton.jit
-def compact(scores, n, threshold, need, order, b, k_len, out, BLOCK: tl.constexpr, PADDED: tl.constexpr):
-    """Positions of the scores above the threshold, and of the first `need` equal to it, ascending, to `out`."""
-    kept, equal_seen = tl.zeros([], tl.int32), tl.zeros([], tl.int32)
-    for start in tl.range(0, n, BLOCK):
+def load_bins(bins, chunks, first):
+    """Bins [CHUNKS, BINS] of the chunks from `first` on; zero from `chunks` on."""
+    c = first + tl.arange(0, CHUNKS)[:, None]
+    return tl.load(bins + c * BINS + tl.arange(0, BINS)[None, :], mask=c < chunks, other=0)
+
+
+@triton.jit
+def count_bins(bins, chunks):
+    """The bins of all chunks together."""
+    count = tl.zeros([BINS], tl.int32)
+    for first in tl.range(0, chunks, CHUNKS):
+        count += tl.sum(load_bins(bins, chunks, first), 0)
+    return count
+
+
+@triton.jit
+def gather_bin(scores, first, end, at, to, BLOCK: tl.constexpr):
+    """Those of the scores first..end-1 that are in bin `at`, to `to`."""
+    found = tl.zeros([], tl.int32)
+    for start in tl.range(first, end, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        bits = tl.load(scores + i, mask=i < n, other=0.0).to(tl.int32, bitcast=True)
-        equal = ((bits == threshold) & (i < n)).to(tl.int32)
-        take = ((bits > threshold) & (i < n)) | ((equal > 0) & (equal_seen + tl.cumsum(equal, 0) <= need))
-        number = take.to(tl.int32)
-        place = kept + tl.cumsum(number, 0) - 1
-        tl.store(out + place, positions_of(order, b, i, i < n, k_len, PADDED).to(tl.int32), mask=take)
-        kept += tl.sum(number)
+        bits = load_bits(scores, i, i < end)
+        inside = ((score_bin(bits) == at) & (i < end)).to(tl.int32)
+        tl.store(to + found + tl.cumsum(inside, 0) - 1, bits.to(tl.float32, bitcast=True), mask=inside > 0)
+        found += tl.sum(inside)
+
+
+@triton.jit
+def kth_of_bin(gathered, bins, chunks, at, k, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    """As `kth_largest`, of the scores of bin `at` alone; a chunk's lie from its own first place on."""
+    inner = (at > 0) & (at < BINS - 1)  # the outermost bins hold more than their octave's eighth
+    cut, shift = tl.where(inner, at + FIRST_OCTAVE, 0), tl.where(inner, 20, 31)
+    need = k
+    while shift > 0:
+        width = tl.minimum(shift, 8)
+        shift -= width
+        count = tl.zeros([BINS], tl.int32)
+        for c in tl.range(0, chunks):
+            found = tl.load(bins + c * BINS + at)
+            count = add_digits(count, gathered + c * CHUNK, found, cut, shift, width, BLOCK)
+        digit, need = from_top(count, need)
+        cut = (cut << width) | digit
+    return cut, need
+
+
+@triton.jit
+def count_before(gathered, bins, chunk, at, cut, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    """How many scores of the chunks before this one are above the cut, and how many equal it."""
+    above, equal = tl.zeros([], tl.int32), tl.zeros([], tl.int32)
+    for first in tl.range(0, chunk, CHUNKS):
+        higher = tl.arange(0, BINS)[None, :] > at
+        above += tl.sum(tl.where(higher, load_bins(bins, chunk, first), 0))
+    for c in tl.range(0, chunk):
+        found = tl.load(bins + c * BINS + at)
+        for start in tl.range(0, found, BLOCK):
+            i = start + tl.arange(0, BLOCK)
+            bits = load_bits(gathered + c * CHUNK, i, i < found)
+            above += tl.sum(((bits > cut) & (i < found)).to(tl.int32))
+            equal += tl.sum(((bits == cut) & (i < found)).to(tl.int32))
+    return above, equal
+
+
+@triton.jit
+def compact(
+    scores, first, end, cut, need, above_seen, equal_seen, order, b, k_len, out, BLOCK: tl.constexpr, PADDED: tl.constexpr
+):
+    """Positions of the scores first..end-1 that are above the cut, or among the first `need` equal to it, to their places."""
+    for start in tl.range(first, end, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        bits = load_bits(scores, i, i < end)
+        above = ((bits > cut) & (i < end)).to(tl.int32)
+        equal = ((bits == cut) & (i < end)).to(tl.int32)
+        both = tl.cumsum((above << 16) + equal, 0)  # a block has fewer than 2**15
+        number_above, number_equal = above_seen + (both >> 16), equal_seen + (both & 0xFFFF)
+        take = (above > 0) | ((equal > 0) & (number_equal <= need))
+        place = number_above + tl.minimum(number_equal, need) - 1
+        tl.store(out + place, positions_of(order, b, i, i < end, k_len, PADDED).to(tl.int32), mask=take)
+        above_seen += tl.sum(above)
         equal_seen += tl.sum(equal)
 
 
 @triton.jit
-def fill_tail(out, first, size, BLOCK: tl.constexpr):
-    for start in tl.range(first, size, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        tl.store(out + i, -1, mask=i < size)
+def list_of(counts, indices, heavy_indices, which, head_index, b, length, k_len, window, heavy):
+    """Of list `which` (0: kept, 1: heaviest): where it is, capacity, entries, how many by score, first rank after those."""
+    count = tl.load(counts + b)
+    n = length - window
+    everything = count == length
+    is_kept = which == 0
+    by_score = tl.where(everything, 0, tl.where(is_kept, count - window, tl.minimum(heavy, n)))
+    size = tl.where(is_kept, count, by_score)
+    out = tl.where(is_kept, indices + head_index * k_len, heavy_indices + head_index * heavy)
+    rest = tl.where(is_kept & everything, 0, tl.where(is_kept, n, length))  # ranks from here on follow, whatever their score
+    return out, tl.where(is_kept, k_len, heavy), size, by_score, rest
 
 
 @triton.jit
-def write_largest(scores, n, k, order, b, k_len, out, BLOCK: tl.constexpr, PADDED: tl.constexpr):
-    """Positions of the k largest of n scores, ascending."""
-    if k > 0:
-        threshold, need = kth_largest(scores, n, k, BLOCK)
-        compact(scores, n, threshold, need, order, b, k_len, out, BLOCK, PADDED)
+def write_rest(
+    first, length, rest, order, b, k_len, out, capacity, size, CHUNK: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr
+):
+    """A chunk's part of what follows the chosen by score: the ranks from `rest` on, and -1 in the entries behind the last."""
+    for start in tl.range(tl.maximum(first, rest), tl.minimum(first + CHUNK, length), BLOCK):
+        r = start + tl.arange(0, BLOCK)
+        ok = r < tl.minimum(first + CHUNK, length)
+        tl.store(out + r - length + size, positions_of(order, b, r, ok, k_len, PADDED).to(tl.int32), mask=ok)
+    for start in tl.range(tl.maximum(first, size), tl.minimum(first + CHUNK, capacity), BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        tl.store(out + i, -1, mask=i < tl.minimum(first + CHUNK, capacity))
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def select_kernel(
-    scores, counts, indices, heavy_indices, order, ranks, heads, q_len, k_len, window, min_tokens, heavy,
-    BLOCK: tl.constexpr, PADDED: tl.constexpr,
+    scores, counts, indices, heavy_indices, order, ranks, heads, q_len, k_len, window, heavy,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """One head's kept positions to indices [B, H, Lk], ascending, then -1; by a second program, its heaviest to
-    heavy_indices [B, H, heavy]."""
-    head_index = tl.program_id(0).to(tl.int64)
+    """Grid (1, lists, B * H), for rows of up to CHUNK scores: positions to indices [B, H, Lk] and heavy_indices
+    [B, H, heavy], ascending, then -1. Any number of rows that keep everything: grid (chunks, lists, B * H)."""
+    chunk, which, head_index = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     b = head_index // heads
     length, _ = row_extent(ranks, b, q_len, k_len, window, PADDED)
-    count, n = tl.load(counts + b), length - window
+    n = length - window
+    out, capacity, size, by_score, rest = list_of(
+        counts, indices, heavy_indices, which, head_index, b, length, k_len, window, heavy
+    )
     scores += head_index * k_len
-    indices += head_index * k_len
-    everything = count == length
-    if tl.program_id(1) == 1:
-        n_heavy = tl.where(everything, 0, tl.minimum(heavy, n))
-        heavy_indices += head_index * heavy
-        write_largest(scores, n, n_heavy, order, b, k_len, heavy_indices, BLOCK, PADDED)
-        fill_tail(heavy_indices, n_heavy, heavy, BLOCK)
+    if by_score > 0:
+        cut, need = kth_largest(scores, n, by_score, BLOCK)
+        none = tl.zeros([], tl.int32)
+        compact(scores, 0, n, cut, need, none, none, order, b, k_len, out, BLOCK, PADDED)
+    write_rest(chunk * CHUNK, length, rest, order, b, k_len, out, capacity, size, CHUNK, BLOCK, PADDED)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def bin_kernel(
+    scores, bins, ranks, heads, q_len, k_len, window,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """Grid (chunks, B * H). Bins of each chunk's scores, to bins [B * H, chunks, BINS]."""
+    chunk, head_index = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    length, _ = row_extent(ranks, head_index // heads, q_len, k_len, window, PADDED)
+    end = tl.minimum(chunk * CHUNK + CHUNK, length - window)
+    count = tl.zeros([BINS], tl.int32)
+    for start in tl.range(chunk * CHUNK, end, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        bits = load_bits(scores + head_index * k_len, i, i < end)
+        count += tl.histogram(score_bin(bits), BINS, mask=i < end)
+    tl.store(bins + (head_index * tl.num_programs(0) + chunk) * BINS + tl.arange(0, BINS), count)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def cut_kernel(
+    scores, bins, gathered, cuts, counts, ranks, heads, q_len, k_len, window, heavy,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """Grid (chunks, lists, B * H). Of each list: the bin of its cut, the cut, how many equal it are chosen, and how many
+    programs are through, to cuts [B * H, 2, 4], zero before. `gathered` [2, B * H, Lk]: the scores of that bin, by chunk."""
+    chunk, which, head_index = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    chunks, b = tl.num_programs(0), head_index // heads
+    length, _ = row_extent(ranks, b, q_len, k_len, window, PADDED)
+    n = length - window
+    _, _, _, k, _ = list_of(counts, cuts, cuts, which, head_index, b, length, k_len, window, heavy)
+    if k <= 0:
         return
-    first = tl.where(everything, 0, n)  # ranks from here on follow, whatever their score
-    write_largest(scores, n, tl.where(everything, 0, count - window), order, b, k_len, indices, BLOCK, PADDED)
-    for start in tl.range(first, length, BLOCK):
-        r = start + tl.arange(0, BLOCK)
-        at = positions_of(order, b, r, r < length, k_len, PADDED)
-        tl.store(indices + r - length + count, at.to(tl.int32), mask=r < length)
-    fill_tail(indices, count, k_len, BLOCK)
+    scores += head_index * k_len
+    bins += head_index * chunks * BINS
+    gathered += (which * tl.num_programs(2) + head_index) * k_len
+    cuts += (head_index * 2 + which) * 4
+    at, need = from_top(count_bins(bins, chunks), k)
+    first = chunk * CHUNK
+    gather_bin(scores, first, tl.minimum(first + CHUNK, n), at, gathered + first, BLOCK)
+    tl.debug_barrier()  # all of this program's stores come before its sign that it is through
+    if tl.atomic_add(cuts + 3, 1, sem="acq_rel") + 1 == chunks:
+        cut, need = kth_of_bin(gathered, bins, chunks, at, need, CHUNK, BLOCK)
+        tl.store(cuts, at)
+        tl.store(cuts + 1, cut)
+        tl.store(cuts + 2, need)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def write_kernel(
+    scores, bins, gathered, cuts, counts, indices, heavy_indices, order, ranks, heads, q_len, k_len, window, heavy,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """Grid (chunks, lists, B * H): as `select_kernel`, by the cuts of `cut_kernel`."""
+    chunk, which, head_index = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    chunks, b = tl.num_programs(0), head_index // heads
+    length, _ = row_extent(ranks, b, q_len, k_len, window, PADDED)
+    out, capacity, size, by_score, rest = list_of(
+        counts, indices, heavy_indices, which, head_index, b, length, k_len, window, heavy
+    )
+    first = chunk * CHUNK
+    if by_score > 0:
+        bins += head_index * chunks * BINS
+        gathered += (which * tl.num_programs(2) + head_index) * k_len
+        cuts += (head_index * 2 + which) * 4
+        at, cut, need = tl.load(cuts), tl.load(cuts + 1), tl.load(cuts + 2)
+        above, equal = count_before(gathered, bins, chunk, at, cut, CHUNK, BLOCK)
+        scores += head_index * k_len
+        end = tl.minimum(first + CHUNK, length - window)
+        compact(scores, first, end, cut, need, above, equal, order, b, k_len, out, BLOCK, PADDED)
+    write_rest(first, length, rest, order, b, k_len, out, capacity, size, CHUNK, BLOCK, PADDED)

@@ -9,7 +9,9 @@ import torch
 from tsa_compile.kernels.token_scores.host import window_scores
 
 Tensor = torch.Tensor
-_LEVELS, _BINS = 3, 2048
+MASS_ROW, BINS = 2052, 256  # as the kernels have them
+POOL_HEADS, POOL_BLOCK, COUNT_BLOCK = 16, 128, 4096
+CHUNK, SELECT_BLOCK = 16384, 4096  # scores of one program; scores at a time
 
 
 def select_tokens(
@@ -58,41 +60,44 @@ def select_from_means(
     """Steps 3 (pooling) to 7 of the contract, from the mean attention float32 `[B, H, Lk]` by rank (`window_scores`)."""
     import triton
 
-    from tsa_compile.kernels.token_select import device
+    from tsa_compile.kernels.token_select import count_device, device
 
     batch, heads, k_len = mean.shape
     new = lambda *shape, dtype=torch.int32: torch.empty(shape, dtype=dtype, device=mean.device)  # noqa: E731
-    scores, masses = torch.empty_like(mean), new(batch, k_len, dtype=torch.int64)
-    histograms = torch.zeros(batch, _LEVELS, 2, _BINS, dtype=torch.int64, device=mean.device)
+    scores, (masses, candidates) = torch.empty_like(mean), new(2, batch, k_len, dtype=torch.int64)
     counts, indices, heavy_indices = new(batch), new(batch, lists, k_len), new(batch, lists, heavy)
+    chunks = triton.cdiv(k_len, CHUNK)
+    mass_bins, cuts = _zeroed(batch, lists, mean.device)
     coverage_bits = struct.unpack("<q", struct.pack("<d", coverage))[0]
-    grid = (triton.cdiv(k_len, 512), batch)
-    device.pool_kernel[grid](mean, scores, masses, histograms, ranks, heads, q_len, k_len, window, pool, BLOCK=512, PADDED=padded)
-    for level in (1, 2):
-        device.mass_level_kernel[(triton.cdiv(k_len, 2048), batch)](
-            masses,
-            histograms,
-            ranks,
-            q_len,
-            k_len,
-            window,
-            min_tokens,
-            coverage_bits,
-            LEVEL=level,
-            BLOCK=2048,
-            PADDED=padded,
-        )
-    device.count_kernel[(batch,)](
-        masses, histograms, counts, ranks, q_len, k_len, window, min_tokens, coverage_bits,
-        BLOCK=4096, PADDED=padded, num_warps=16,
+    row = (q_len, k_len, window)
+    count_device.pool_kernel[(triton.cdiv(k_len, POOL_BLOCK), batch)](
+        mean, scores, masses, mass_bins, ranks, heads, *row, pool,
+        HEADS=POOL_HEADS, BLOCK=POOL_BLOCK, PADDED=padded, num_warps=8,
+    )  # fmt: skip
+    count_device.count_kernel[(triton.cdiv(k_len, COUNT_BLOCK), batch)](
+        masses, candidates, mass_bins, counts, ranks, *row, min_tokens, coverage_bits,
+        BLOCK=COUNT_BLOCK, PADDED=padded, num_warps=8,
     )  # fmt: skip
     if lists < heads:
         scores = scores.unflatten(1, (lists, -1)).sum(2)
-    device.select_kernel[(batch * lists, 2 if heavy else 1)](
-        scores, counts, indices, heavy_indices, order, ranks, lists, q_len, k_len, window, min_tokens, heavy,
-        BLOCK=4096, PADDED=padded, num_warps=16,
-    )  # fmt: skip
+    grid, row = (chunks, 2 if heavy else 1, batch * lists), (lists, *row)
+    out = (indices, heavy_indices, order, ranks, *row, heavy)
+    shape = {"CHUNK": CHUNK, "BLOCK": SELECT_BLOCK, "PADDED": padded, "num_warps": 16}
+    if chunks == 1:
+        device.select_kernel[grid](scores, counts, *out, **shape)
+        return indices, counts, heavy_indices
+    bins, gathered = new(batch, lists, chunks, BINS), new(2, batch, lists, k_len, dtype=torch.float32)
+    device.bin_kernel[(chunks, batch * lists)](scores, bins, ranks, *row, **shape)
+    device.cut_kernel[grid](scores, bins, gathered, cuts, counts, ranks, *row, heavy, **shape)
+    device.write_kernel[grid](scores, bins, gathered, cuts, counts, *out, **shape)
     return indices, counts, heavy_indices
+
+
+def _zeroed(batch: int, lists: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Bins of the masses, int64 [B, MASS_ROW], and the lists' cuts, int32 [B, G, 2, 4], zeroed at once."""
+    size = batch * MASS_ROW
+    both = torch.zeros(size + batch * lists * 4, dtype=torch.int64, device=device)
+    return both[:size], both[size:].view(torch.int32)
 
 
 def select_everything(

@@ -59,6 +59,7 @@ def test_a_peer_is_a_function_in_a_file(tmp_path):
 def row(length: int) -> attention.AttentionRow:
     case = cases.AttentionCase(f"L{length}", length)
     fixed = dict(select=0.1, select_in_graph=0.1, structured_keep=0.3, sparse_in_graph={"fused": 0.9}, error={"fused": 1e-3})
+    fixed |= dict(dense_in_graph={}, stages={"scores": 0.05})
     return attention.AttentionRow(
         case, dense={"SDPA": 4.0}, sparse={"fused": 1.0}, completed={"fused": 1.2}, memory={"fused": 10}, **fixed
     )

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tsa_compile.kernels.sparse_prefill.strip import rank_order
+from tsa_compile.kernels.token_scores.reference import token_scores_reference
 from tsa_compile.kernels.token_select import host
 from tsa_compile.kernels.token_select.reference import count_dropped, largest, select_tokens_reference
 
@@ -46,7 +47,10 @@ def expected(mean, coverage, window, pool, min_tokens, heavy, lists):
 
 
 @pytest.mark.parametrize("case", range(200))
-def test_the_same_sets_as_the_reference(case):
+def test_the_same_sets_as_the_reference(case, monkeypatch):
+    if case % 2:  # several programs for each list and count
+        for name, size in {"CHUNK": 128, "SELECT_BLOCK": 64, "COUNT_BLOCK": 128, "POOL_HEADS": 2}.items():
+            monkeypatch.setattr(host, name, size)
     g = torch.Generator().manual_seed(case)
     pick = lambda *xs: xs[int(torch.randint(len(xs), (), generator=g))]  # noqa: E731
     batch, heads, k_len = pick(1, 3), pick(1, 4), pick(20, 37, 64, 131, 700)
@@ -110,12 +114,28 @@ def test_scores_against_float64(dtype, dim, window, q_len, padded):
     for b in range(2):
         real = slice(29, None) if padded and b else slice(None)
         length = 171 if padded and b else 200
-        from tsa_compile.kernels.token_scores.reference import token_scores_reference
-
         rows = min(q_len, length)
         want = token_scores_reference(q[b].double().cpu()[:, q_len - rows :], k[b, :, real].double().cpu(), dim**-0.5, window, 1)
         error = (got[b, :, : length - window].double().cpu() - want).norm() / want.norm()
         assert error < TOLERANCE, error
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (8, 1), (6, 2)])
+@pytest.mark.parametrize(("dim", "window", "q_len"), [(64, 128, 3001), (128, 128, 3001), (128, 100, 57), (128, 128, 1500)])
+def test_hopper_scores_against_float64(dim, window, q_len, heads, kv_heads, dtype):
+    k_len = 3001
+    q, k = structured(2, heads, kv_heads, q_len, k_len, dim, dtype, seed=dim + window)
+    for holes in (None, torch.rand(2, k_len, generator=torch.Generator().manual_seed(1)) < 0.9):
+        mask = None if holes is None else holes.cuda()
+        got = host.window_scores(q, k, *host._order(q, k, mask), holes is not None, dim**-0.5, window)
+        for b in range(2):
+            real = torch.arange(k_len) if holes is None else holes[b].nonzero().squeeze(1)
+            rows = real[real >= k_len - q_len] - (k_len - q_len)
+            exact = token_scores_reference(q[b, :, rows].double(), k[b, :, real].double(), dim**-0.5, window, 1)
+            error = (got[b, :, : len(real) - window].double() - exact).norm() / exact.norm()
+            assert error < TOLERANCE, error
 
 
 @settings(max_examples=25, deadline=None)
@@ -192,10 +212,10 @@ def test_no_synchronisation_and_graph_replay():
 @pytest.mark.gpu
 def test_a_new_length_compiles_nothing():
     from tsa_compile.kernels.token_scores import device as scores
+    from tsa_compile.kernels.token_select import count_device as count
     from tsa_compile.kernels.token_select import device as select
 
-    kernels = [scores.score_lse_kernel, scores.score_mean_kernel, select.pool_kernel, select.mass_level_kernel]
-    kernels += [select.count_kernel, select.select_kernel]
+    kernels = [scores.score_lse_kernel, scores.score_mean_kernel, count.pool_kernel, count.count_kernel, select.select_kernel]
 
     def compiled():
         return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from tsa_compile.bench.cases import AttentionCase
 from tsa_compile.bench.inputs import forced, structured
+from tsa_compile.bench.stages import packed_stages, selection_stages
 from tsa_compile.bench.timing import graph_ms, median_ms, peak_extra_bytes
 from tsa_compile.kernels.sparse_prefill.engines import find_inner
 from tsa_compile.kernels.sparse_prefill.reference import sparse_attention_rows
@@ -28,6 +29,7 @@ class AttentionRow:
     """One case: times in milliseconds, extra memory in bytes, the largest relative error found before timing.
 
     `sparse` has, per engine: selection and attention together, without the strip; `completed` the same with it.
+    `dense_in_graph`, `sparse_in_graph`: from CUDA graphs. `stages`: parts of `sparse`, see stages.py.
     """
 
     case: AttentionCase
@@ -35,9 +37,11 @@ class AttentionRow:
     select_in_graph: float
     structured_keep: float
     dense: dict[str, float]
+    dense_in_graph: dict[str, float]
     sparse: dict[str, float]
     sparse_in_graph: dict[str, float]
     completed: dict[str, float]
+    stages: dict[str, float]
     memory: dict[str, int]
     error: dict[str, float]
 
@@ -85,12 +89,13 @@ def _packed(q: Tensor, v: Tensor) -> bool:
     return True
 
 
-def bench_case(case: AttentionCase, peers: Mapping[str, Dense], repeats: int = 9) -> AttentionRow:
-    """Check, then time, one case on the current GPU.
+def bench_case(case: AttentionCase, peers: Mapping[str, Dense], repeats: int | None = None) -> AttentionRow:
+    """Check, then time, one case on the current GPU; by default 9 times, and 5 times from 64K tokens on.
 
     Raises:
         RuntimeError: a result is wrong; nothing is timed then.
     """
+    repeats = repeats or (9 if case.length < 65536 else 5)
     q, k, v = structured(case.batch, case.heads, case.kv_heads, case.length, case.dim, torch.bfloat16, "cuda")
     scale = case.dim**-0.5
     numbers = (POLICY.coverage, POLICY.window, POLICY.pool, POLICY.min_tokens)
@@ -108,15 +113,21 @@ def bench_case(case: AttentionCase, peers: Mapping[str, Dense], repeats: int = 9
     def whole(attend: Callable[[], Tensor]) -> Callable[[], Tensor]:
         return lambda: (select(), attend())[1]
 
+    stages = selection_stages(q, k, scale, POLICY, repeats)
+    if "packed" in engines:
+        stages |= packed_stages(q, k, v, *selection[:2], scale, repeats)
+    dense = {name: lambda f=f: f(q, k, v) for name, f in dense_forms(q, v, peers).items()}  # type: ignore[misc]
     return AttentionRow(
         case,
         select=median_ms(select, repeats),
         select_in_graph=graph_ms(select, repeats),
         structured_keep=chosen[1].float().mean().item() / case.length,
-        dense={name: median_ms(lambda f=f: f(q, k, v), repeats) for name, f in dense_forms(q, v, peers).items()},  # type: ignore[misc]
+        dense={name: median_ms(run, repeats) for name, run in dense.items()},
+        dense_in_graph={name: graph_ms(run, repeats) for name, run in dense.items() if case.length < 16384},
         sparse={e: median_ms(whole(run), repeats) for e, run in plain.items()},
         sparse_in_graph={e: graph_ms(whole(run), repeats) for e, run in plain.items()},
         completed={e: median_ms(whole(runs[e, True]), repeats) for e in engines},
+        stages=stages,
         memory={e: peak_extra_bytes(run) - q.nbytes // q.shape[-1] * v.shape[-1] for e, run in plain.items()},
         error=error,
     )

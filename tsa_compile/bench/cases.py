@@ -27,7 +27,7 @@ class AttentionCase:
 
 
 CASES: tuple[AttentionCase, ...] = (
-    *(AttentionCase(f"L{n // 1024}K keep {p}", n, p) for n in LENGTHS for p in KEEPS),
+    *(AttentionCase(f"L{n // 1024}K keep {p}", n, p) for n in LENGTHS for p in KEEPS if p < 0.6 or n <= 32768),
     AttentionCase("batch 4", 32768, batch=4),
     AttentionCase("head dim 64", 131072, dim=64),
     AttentionCase("head dim 256", 65536, dim=256),

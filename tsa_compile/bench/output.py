@@ -44,13 +44,13 @@ def prefill_table(rows: Sequence[PrefillRow]) -> Table:
     from rich.table import Table
 
     table = Table(title="prefill, time to first token", title_justify="left")
-    for name in ("tokens", "dense ms", "sparse ms", "speed-up", "kept", "sites", "dense GB", "sparse GB"):
+    for name in ("tokens", "dense ms", "sparse ms", "speed-up", "attention", "kept", "sites", "dense GB", "sparse GB"):
         table.add_column(name, justify="right")
     for r in rows:
         ratio = f"{r.dense / r.sparse:.2f}x"
         memory = [f"{m / 1e9:.1f}" for m in (r.dense_memory, r.sparse_memory)]
-        sites = f"{r.replaced}/{r.sites}"
-        table.add_row(str(r.length), f"{r.dense:.1f}", f"{r.sparse:.1f}", ratio, f"{r.kept:.0%}", sites, *memory)
+        sites, share = f"{r.replaced}/{r.sites}", f"{r.dense_attention / r.dense:.0%} -> {r.sparse_attention / r.sparse:.0%}"
+        table.add_row(str(r.length), f"{r.dense:.1f}", f"{r.sparse:.1f}", ratio, share, f"{r.kept:.0%}", sites, *memory)
     return table
 
 

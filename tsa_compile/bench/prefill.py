@@ -6,10 +6,11 @@ import dataclasses
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from tsa_compile import api
 from tsa_compile.bench.timing import median_ms
-from tsa_compile.policies.base import Policy
+from tsa_compile.policies.token_sparse import TokenSparse
 from tsa_compile.trace import record_kept
 
 # Llama-3.1-8B (arXiv 2407.21783, table 3)
@@ -27,13 +28,18 @@ LLAMA_8B: dict[str, Any] = dict(
 
 @dataclasses.dataclass(frozen=True)
 class PrefillRow:
-    """Times to the first token in milliseconds, peak memory in bytes, share of the tokens kept."""
+    """Times to the first token in milliseconds, peak memory in bytes, share of the tokens kept.
+
+    `dense_attention`, `sparse_attention`: the part of all layers' attention in them, timed alone on one layer's shapes.
+    """
 
     length: int
     dense: float
     sparse: float
     dense_memory: int
     sparse_memory: int
+    dense_attention: float
+    sparse_attention: float
     kept: float
     replaced: int
     sites: int
@@ -52,16 +58,22 @@ def build_llama(layers: int) -> Any:
     return model.eval()
 
 
-def bench_prefill(model: Any, lengths: list[int], policy: Policy, repeats: int = 3) -> list[PrefillRow]:
-    """Prefill of each length: dense (SDPA), both through Inductor, then `transform(model, policy)`."""
+def bench_prefill(
+    model: Any, lengths: list[int], policy: TokenSparse, repeats: int = 3, compiler: str = "inductor"
+) -> list[PrefillRow]:
+    """Prefill of each length: dense (SDPA), then `transform(model, policy)`.
+
+    compiler: "inductor", for both; or "eager": the dense model as it is, and the transformed graphs without Inductor.
+    """
     dense = {}
     torch._dynamo.reset()
-    model.compile(dynamic=True)
+    if compiler == "inductor":
+        model.compile(dynamic=True)
     for length in lengths:
         dense[length] = _time(model, length, repeats)
     model._compiled_call_impl = None
     torch._dynamo.reset()
-    api.transform(model, policy, compiler="inductor")
+    api.transform(model, policy, compiler=compiler)
     rows = []
     for length in lengths:
         sparse = _time(model, length, repeats)
@@ -71,9 +83,25 @@ def bench_prefill(model: Any, lengths: list[int], policy: Policy, repeats: int =
         last = [s for s in report.sites if s.graph == report.graphs - 1]
         mean = sum(shares) / len(shares) if shares else 1.0
         replaced = sum(s.replaced for s in last)
-        rows.append(PrefillRow(length, dense[length][0], sparse[0], dense[length][1], sparse[1], mean, replaced, len(last)))
+        times, memory = (dense[length][0], sparse[0]), (dense[length][1], sparse[1])
+        attention = attention_ms(model.config, length, policy)
+        rows.append(PrefillRow(length, *times, *memory, *attention, mean, replaced, len(last)))
     api.restore(model)
     return rows
+
+
+def attention_ms(config: Any, length: int, policy: TokenSparse) -> tuple[float, float]:
+    """Milliseconds of all layers' attention, dense (SDPA) and by `policy`, on random q, k and v of one layer's shapes."""
+    dim = config.hidden_size // config.num_attention_heads
+    heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+    q, k, v = (torch.randn(1, length, h, dim, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for h in heads)
+    c = policy.completion
+    strip = (c.window, c.sinks, c.heavy) if c else (0, 0, 0)
+    numbers = (dim**-0.5, policy.coverage, policy.window, policy.pool, policy.min_tokens)
+    dense = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # noqa: E731
+    sparse = lambda: torch.ops.tsa.token_sparse_attention(q, k, v, None, *numbers, *strip, policy.engine)  # noqa: E731
+    layers = config.num_hidden_layers
+    return layers * median_ms(dense, 3), layers * median_ms(sparse, 3)
 
 
 @torch.no_grad()
