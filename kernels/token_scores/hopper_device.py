@@ -154,6 +154,7 @@ def score_lse_hopper_kernel(
         for i in gl.static_range(HEADS):
             keys = k_tiles.index((t + (i + 1) // HEADS) % STAGES).permute((1, 0))
             coming = warpgroup_mma(q_tiles.index((i + 1) % HEADS), keys, zeros, use_acc=False, is_async=True)
+            mbarrier.wait(full.index(STAGES), 0)  # has passed; as a branch it keeps the product whole and in front
             new_max, new_sum = add_keys(row_max[i], row_sum[i], scores, scale_log2)
             row_max, row_sum = replace(row_max, i, new_max, HEADS), replace(row_sum, i, new_sum, HEADS)
             # The keys of the product after next. The wait stands here because it is a branch: ptxas would otherwise wait
@@ -236,6 +237,7 @@ def score_mean_hopper_kernel(
         for i in gl.static_range(HEADS):
             keys, queries = k_tiles.index((t + (i + 1) // HEADS) % STAGES), q_tiles.index((i + 1) % HEADS)
             coming = warpgroup_mma(keys, queries.permute((1, 0)), zeros, use_acc=False, is_async=True)
+            mbarrier.wait(full.index(STAGES), 0)  # as in the first pass
             row_lse = lse_tile.slice(i * BLOCK, BLOCK).load(gl.SliceLayout(0, MMA))
             weights = gl.exp2(scores * scale_log2 - gl.expand_dims(row_lse, 0))
             gl.store(mean + (b * heads + h + i) * k_len + j, gl.sum(weights, 1) / rows, mask=j < stop)
