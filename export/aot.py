@@ -109,7 +109,7 @@ def write_images(images: Sequence[Image], folder: Path) -> None:
         blob += image.data
         blob += b"\0" * (-len(blob) % 64)
         fields = (
-            f"Kernel::{image.kernel.name}", _DTYPES[f.dtype], f.dim, f.v_dim, f.window, int(f.masked), int(f.strip),
+            f"Kernel::{image.kernel.name}", _DTYPES[f.dtype], f.dim, f.v_dim, f.window, int(f.masked), int(f.strip), f.group,
             image.capability[0] * 10 + image.capability[1], json.dumps(image.entry), start, image.shared,
             image.threads, *image.kernel.blocks,
         )  # fmt: skip
@@ -121,7 +121,7 @@ def write_images(images: Sequence[Image], folder: Path) -> None:
 
 def every_kernel() -> dict[str, AotKernel]:
     """Each kernel that csrc/cuda.cc launches, in one of its forms: the run-time parameters are the same in all."""
-    form = Form.of(torch.float16, 64, 64, 128, masked=True, strip=True)
+    form = Form.of(torch.float16, 64, 64, 128, masked=True, strip=True, group=1)
     return {k.name: k for capability in ((8, 0), (9, 0)) for k in kernels_of(form, capability)}
 
 

@@ -14,6 +14,7 @@ import torch
 
 from tsa_compile.kernels.sparse_prefill import hopper
 from tsa_compile.kernels.sparse_prefill.configs import precision, prefill_config, strip_config
+from tsa_compile.kernels.token_scores import hopper as scores_hopper
 from tsa_compile.kernels.token_scores import host as token_scores
 
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -30,7 +31,7 @@ _STRIP_BINDS = {
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Form:
-    """What distinguishes the kernels of one site from another's."""
+    """What distinguishes the kernels of one site from another's. `group`: query heads of a KV head."""
 
     dtype: str  # "fp32", "fp16" or "bf16"
     dim: int
@@ -38,10 +39,11 @@ class Form:
     window: int
     masked: bool
     strip: bool
+    group: int
 
     @classmethod
-    def of(cls, dtype: torch.dtype, dim: int, v_dim: int, window: int, masked: bool, strip: bool) -> Form:
-        return cls(TYPES[dtype], dim, v_dim, window, masked, strip)
+    def of(cls, dtype: torch.dtype, dim: int, v_dim: int, window: int, masked: bool, strip: bool, group: int) -> Form:
+        return cls(TYPES[dtype], dim, v_dim, window, masked, strip, group)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -118,6 +120,7 @@ def kernels_of(form: Form, capability: tuple[int, int]) -> Iterator[AotKernel]:
     from tsa_compile.export.aot_device import rank_kernel
     from tsa_compile.kernels.sparse_prefill.pack_device import invert_kernel, order_kernel
 
+    yield from _scores(form, capability)
     yield from _selection(form)
     yield from _prefill(form, capability)
     if form.masked:
@@ -128,11 +131,20 @@ def kernels_of(form: Form, capability: tuple[int, int]) -> Iterator[AotKernel]:
         yield _strip(form, capability)
 
 
-def _selection(form: Form) -> Iterator[AotKernel]:
-    from tsa_compile.kernels.token_scores import device as scores
-    from tsa_compile.kernels.token_select import count_device, device, host
+def _scores(form: Form, capability: tuple[int, int]) -> Iterator[AotKernel]:
+    padded, strides = {"PADDED": form.masked}, _row_strides(form, "qk")
+    if takes_hopper(form, capability) and form.window <= scores_hopper.BLOCK:
+        from tsa_compile.kernels.token_scores import hopper_device
 
-    padded = {"PADDED": form.masked}
+        together, stages = scores_hopper.tiles(form.group, form.dim, form.torch_dtype.itemsize)
+        rows = {name: value for name, value in strides.items() if name.endswith("_sl")}
+        constants = {"D": form.dim, "HEADS": together, "STAGES": stages, **padded, **rows}
+        options, blocks = {"num_warps": hopper_device.WARPS.value}, (together, scores_hopper.BLOCK)
+        for name in ("score_lse_hopper", "score_mean_hopper"):
+            yield AotKernel(name, getattr(hopper_device, f"{name}_kernel"), constants, options, form, blocks)
+        return
+    from tsa_compile.kernels.token_scores import device as scores
+
     config = score_config(form.dim, form.torch_dtype, form.window)
     tile = {
         "D": form.dim, "BLOCK_D": config.block_d, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
@@ -140,7 +152,13 @@ def _selection(form: Form) -> Iterator[AotKernel]:
     }  # fmt: skip
     options, blocks = {"num_warps": config.num_warps, "num_stages": config.num_stages}, (config.block_m, config.block_n)
     for name, function in (("score_lse", scores.score_lse_kernel), ("score_mean", scores.score_mean_kernel)):
-        yield AotKernel(name, function, {**tile, **padded, **_row_strides(form, "qk")}, options, form, blocks)
+        yield AotKernel(name, function, {**tile, **padded, **strides}, options, form, blocks)
+
+
+def _selection(form: Form) -> Iterator[AotKernel]:
+    from tsa_compile.kernels.token_select import count_device, device, host
+
+    padded = {"PADDED": form.masked}
     for name, function, size, constants in (
         ("pool", count_device.pool_kernel, host.POOL_BLOCK, {"HEADS": host.POOL_HEADS}),
         ("count", count_device.count_kernel, host.COUNT_BLOCK, {}),

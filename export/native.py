@@ -78,7 +78,7 @@ def forms_of(path: str | Path) -> list[Form]:
     """The forms of the attention sites of an exported ONNX file; what `build_library` must hold to run it on CUDA.
 
     Raises:
-        ExportError: the file does not load, has no sites, or does not say a head dim.
+        ExportError: the file does not load, has no sites, or does not say their heads and head dims.
     """
     import torch
 
@@ -91,12 +91,13 @@ def forms_of(path: str | Path) -> list[Form]:
     for node in (n for n in model.graph.node if n.domain == DOMAIN):
         ints = {a.name: a.i for a in node.attribute}
         kinds = [known.get(name) for name in (node.input[0], node.input[2])]
-        dims = [kind.shape.dim[3].dim_value if kind and len(kind.shape.dim) == 4 else 0 for kind in kinds]
-        if not all(dims):
-            raise ExportError(f"{path}: node {node.name}: the file does not say its head dims")
+        shapes = [[d.dim_value for d in kind.shape.dim] if kind else [] for kind in kinds]
+        if not all(len(shape) == 4 and shape[1] and shape[3] for shape in shapes):
+            raise ExportError(f"{path}: node {node.name}: the file does not say its heads and head dims")
         masked = len(node.input) > 3 and bool(node.input[3])
         strip = any(ints.get(name, 0) for name in ("strip_window", "strip_sinks", "heavy"))
-        forms.add(Form.of(dtypes[kinds[0].elem_type], *dims, ints["window"], masked, strip))  # type: ignore[union-attr,call-arg,arg-type]
+        (_, heads, _, dim), (_, kv_heads, _, v_dim) = shapes
+        forms.add(Form.of(dtypes[kinds[0].elem_type], dim, v_dim, ints["window"], masked, strip, heads // kv_heads))
     if not forms:
         raise ExportError(f"{path}: no node of {DOMAIN} in it")
     return sorted(forms)

@@ -21,18 +21,25 @@ void rank_order(Call& c) {
 
 void window_scores(Call& c) {
   const Problem& p = c.p;
-  const Image& image = c.image(Kernel::score_lse);
-  constexpr int64_t kPrograms = 528, kMinSpan = 512;
-  const int64_t most = std::min(ceil_div(kPrograms, p.batch * p.heads), ceil_div(p.k_len, kMinSpan));
-  const int64_t span = ceil_div(ceil_div(p.k_len, std::max<int64_t>(1, most)), image.block_n) * image.block_n;
-  const int64_t splits = std::max<int64_t>(1, ceil_div(p.k_len, span));
-  c.values.span = span, c.values.splits = splits;
-  const int64_t parts = p.batch * p.heads * splits * c.a.window;
+  const bool hopper = c.has(Kernel::score_lse_hopper);
+  const Image& image = c.image(hopper ? Kernel::score_lse_hopper : Kernel::score_lse);
+  constexpr int64_t kPrograms = 528, kMinSpan = 512, kMaxSplits = 32;
+  const int64_t programs = hopper ? p.batch * p.heads / image.block_m : p.batch * p.heads;
+  const int64_t most = hopper ? std::min(c.gpu.multiprocessors / programs, kMaxSplits)
+                              : std::min(ceil_div(kPrograms, programs), ceil_div(p.k_len, kMinSpan));
+  c.values.span = ceil_div(ceil_div(p.k_len, std::max<int64_t>(1, most)), image.block_n) * image.block_n;
+  c.values.splits = std::max<int64_t>(1, ceil_div(p.k_len, c.values.span));
+  const int64_t parts = p.batch * p.heads * c.values.splits * c.a.window;
   c.values.part_max = c.take<float>(parts);
   c.values.part_sum = c.take<float>(parts);
   c.values.mean = c.take<float>(p.batch * p.heads * p.k_len);
-  c.launch(Kernel::score_lse, p.batch * p.heads, splits, ceil_div(c.a.window, image.block_m));
-  c.launch(Kernel::score_mean, p.batch * p.heads, splits);
+  if (hopper) {
+    c.launch(Kernel::score_lse_hopper, programs, c.values.splits);
+    c.launch(Kernel::score_mean_hopper, programs, c.values.splits);
+  } else {
+    c.launch(Kernel::score_lse, programs, c.values.splits, ceil_div(c.a.window, image.block_m));
+    c.launch(Kernel::score_mean, programs, c.values.splits);
+  }
 }
 
 void select_from_means(Call& c) {

@@ -112,7 +112,7 @@ const Image* Call::find(Kernel kernel) const {
     const bool same_major = i.capability / 10 == gpu.capability / 10 && i.capability <= gpu.capability;
     const bool runs = i.capability == 0 ? gpu.capability >= 80 : same_major;
     if (i.kernel != kernel || i.type != p.type || i.dim != p.dim || i.v_dim != p.v_dim || i.window != a.window || !runs ||
-        i.masked != (p.key_mask != nullptr) || i.strip != has_strip(a))
+        i.masked != (p.key_mask != nullptr) || i.strip != has_strip(a) || i.group != p.heads / p.kv_heads)
       continue;
     if (!best || i.capability > best->capability) best = &i;
   }
@@ -124,7 +124,8 @@ const Image& Call::image(Kernel kernel) const {
   const char* type = p.type == ort::kFloat ? "float32" : p.type == ort::kFloat16 ? "float16" : "bfloat16";
   throw std::runtime_error(
       std::string("libtsa_ort.so was built without kernels for ") + type + ", head dims " + std::to_string(p.dim) +
-      " and " + std::to_string(p.v_dim) + ", window " + std::to_string(a.window) + (p.key_mask ? ", key_mask" : "") +
+      " and " + std::to_string(p.v_dim) + ", window " + std::to_string(a.window) + ", " + std::to_string(p.heads / p.kv_heads) +
+      " query heads to a KV head" + (p.key_mask ? ", key_mask" : "") +
       (has_strip(a) ? ", completion" : "") + " on compute capability " + std::to_string(gpu.capability / 10) + "." +
       std::to_string(gpu.capability % 10) + "; build it for this model: tsa-compile export MODEL.onnx --native --cuda");
 }

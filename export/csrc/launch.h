@@ -54,6 +54,7 @@ struct Image {
   ort::Element type;
   int64_t dim, v_dim, window;
   bool masked, strip;
+  int64_t group;
   int capability;  // 86 for 8.6; 0: PTX
   const char* entry;
   size_t start;  // in kernels.bin

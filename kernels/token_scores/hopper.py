@@ -29,6 +29,12 @@ def _aligned(x: Tensor) -> bool:
     return last == 1 and x.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in outer)
 
 
+def tiles(group: int, dim: int, element_size: int) -> tuple[int, int]:
+    """(heads of a group that a program scores together, stages of its ring of key tiles)."""
+    together = next(n for n in (4, 2, 1) if group % n == 0)
+    return together, min(4, _SHARED_TILES // (BLOCK * dim * element_size) - together)
+
+
 def launch(
     q: Tensor, k: Tensor, order: Tensor, ranks: Tensor, padded: bool, scale_log2: float, window: int, mean: Tensor
 ) -> None:
@@ -38,7 +44,7 @@ def launch(
     from tsa_compile.kernels.token_scores.hopper_device import WARPS, score_lse_hopper_kernel, score_mean_hopper_kernel
 
     (batch, heads, q_len, dim), (kv_heads, k_len) = q.shape, k.shape[1:3]
-    together = next(n for n in (4, 2, 1) if heads // kv_heads % n == 0)
+    together, stages = tiles(heads // kv_heads, dim, q.element_size())
     programs = max(1, batch * heads // together)
     splits = max(1, min(_multiprocessors(q.device) // programs, MAX_SPLITS))
     span = triton.cdiv(triton.cdiv(k_len, splits), BLOCK) * BLOCK
@@ -46,8 +52,6 @@ def launch(
     part = torch.empty(2, batch, heads, splits, window, dtype=torch.float32, device=q.device)
     strides = (*q.stride()[:3], *k.stride()[:3])
     sizes = (heads, kv_heads, q_len, k_len, window, splits, span, scale_log2)
-    tile = BLOCK * dim * q.element_size()
-    stages = min(4, _SHARED_TILES // tile - together)
     shape = {"D": dim, "HEADS": together, "STAGES": stages, "PADDED": padded, "num_warps": WARPS.value}
     grid = (programs, splits)
     score_lse_hopper_kernel[grid](q, k, part[0], part[1], order, ranks, *strides, *sizes, **shape)
