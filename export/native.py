@@ -97,7 +97,10 @@ def forms_of(path: str | Path) -> list[Form]:
         masked = len(node.input) > 3 and bool(node.input[3])
         strip = any(ints.get(name, 0) for name in ("strip_window", "strip_sinks", "heavy"))
         (_, heads, _, dim), (_, kv_heads, _, v_dim) = shapes
-        forms.add(Form.of(dtypes[kinds[0].elem_type], dim, v_dim, ints["window"], masked, strip, heads // kv_heads))
+        dtype = dtypes.get(kinds[0].elem_type if kinds[0] else 0)
+        if dtype is None:
+            raise ExportError(f"{path}: node {node.name}: the kernels take float32, float16 and bfloat16")
+        forms.add(Form.of(dtype, dim, v_dim, ints["window"], masked, strip, heads // kv_heads))
     if not forms:
         raise ExportError(f"{path}: no node of {DOMAIN} in it")
     return sorted(forms)
