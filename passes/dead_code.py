@@ -17,10 +17,13 @@ _CHECKS = frozenset({"_assert_tensor_metadata"})
 _IDLE_RANDOM = frozenset({"dropout"})  # only an inactive one gets here: active dropout is an obstacle
 
 
-def erase_dead(graph: fx.Graph, roots: Iterable[fx.Node]) -> int:
-    """Erase `roots` and, backwards, all that only they used; returns how many nodes went."""
+def erase_dead(graph: fx.Graph, roots: Iterable[fx.Node] = (), unused: Iterable[fx.Node] = ()) -> int:
+    """Erase `roots`, those of `unused` that nothing reads or needs, and, backwards, all that only they used.
+
+    Returns how many nodes went.
+    """
     roots = set(roots)
-    stack, erased = list(roots), set()
+    stack, erased = [*roots, *unused], set()
     while stack:
         node = stack.pop()
         if node in erased:

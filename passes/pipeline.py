@@ -21,6 +21,7 @@ import torch.fx as fx
 import tsa_compile.policies
 from tsa_compile.kernels import ops
 from tsa_compile.passes.decide_policy import Decision, decide_policy
+from tsa_compile.passes.drop_masks import drop_masks
 from tsa_compile.passes.expand_attention import expand_attention
 from tsa_compile.passes.find_attention import find_attention
 from tsa_compile.passes.rewrite_attention import rewrite_attention
@@ -57,6 +58,7 @@ PASSES: tuple[Callable[[Context], int], ...] = (
     find_attention,
     decide_policy,
     rewrite_attention,
+    drop_masks,
     verify_graph,
 )
 _graph_numbers = itertools.count()

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Dense(Policy):
-    """Attention as the model has it."""
+    """Attention as the model has it; where its mask was proven to be plainly causal, without the mask tensor."""
 
     def refuse(self, site: AttentionSite) -> str | None:
         return "policy is Dense"

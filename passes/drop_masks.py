@@ -1,0 +1,59 @@
+"""Pass 5: a site that stays dense loses a mask tensor that says no more than `is_causal`, or nothing.
+
+Traced Hugging Face models mask every attention by a tensor of queries x keys. SDPA then takes slower kernels, and at 128K
+tokens the mask alone has 17 GB. What was proven of the mask allows the short form, which computes the same.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch.fx as fx
+
+from tsa_compile.passes.dead_code import erase_dead
+from tsa_compile.passes.graph_names import arg
+from tsa_compile.passes.site import AttentionSite
+from tsa_compile.passes.sizes import SizeProver, size_expr
+
+if TYPE_CHECKING:
+    from tsa_compile.passes.pipeline import Context
+
+_MASK, _IS_CAUSAL = (3, "attn_mask"), (5, "is_causal")  # positions in SDPA's signature
+
+
+def drop_masks(context: Context) -> int:
+    """Returns how many dense SDPA sites lost their mask."""
+    sizes = SizeProver(context.gm.graph)
+    masks = []
+    for decision in context.decisions:
+        site = decision.site
+        mask = arg(site.node, *_MASK) if site.form == "sdpa" else None
+        if decision.reason is None or site.obstacle is not None or not isinstance(mask, fx.Node):
+            continue
+        is_causal = _short_form(site, sizes)
+        if is_causal is not None:
+            _set(site.node, *_MASK, None)
+            _set(site.node, *_IS_CAUSAL, is_causal)
+            masks.append(mask)
+    if masks:
+        erase_dead(context.gm.graph, unused=masks)
+        context.gm.recompile()
+    return len(masks)
+
+
+def _short_form(site: AttentionSite, sizes: SizeProver) -> bool | None:
+    """The `is_causal` that stands for the whole mask, or None if it takes more than that."""
+    mask = site.mask
+    if mask.unproven is not None or mask.key_mask or mask.window is not None or mask.keys_used is not None:
+        return None
+    if not mask.causal or (isinstance(site.q_len, int) and site.q_len == 1):  # a last query sees all keys
+        return False
+    # SDPA's is_causal puts the first query at the first key; ours the last at the last.
+    return True if sizes.is_zero(size_expr(site.q_len) - size_expr(site.k_len)) else None  # type: ignore[operator]
+
+
+def _set(node: fx.Node, position: int, name: str, value: Any) -> None:
+    if len(node.args) > position:
+        node.update_arg(position, value)
+    else:
+        node.update_kwarg(name, value)
