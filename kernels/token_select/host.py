@@ -80,15 +80,15 @@ def select_from_means(
     )  # fmt: skip
     if lists < heads:
         scores = scores.unflatten(1, (lists, -1)).sum(2)
-    grid, row = (chunks, 2 if heavy else 1, batch * lists), (lists, *row)
-    out = (indices, heavy_indices, order, ranks, *row, heavy)
+    grid = (chunks, 2 if heavy else 1, batch * lists)
+    out = (indices, heavy_indices, order, ranks, lists, *row, heavy)
     shape = {"CHUNK": CHUNK, "BLOCK": SELECT_BLOCK, "PADDED": padded, "num_warps": 16}
     if chunks == 1:
         device.select_kernel[grid](scores, counts, *out, **shape)
         return indices, counts, heavy_indices
     bins, gathered = new(batch, lists, chunks, BINS), new(2, batch, lists, k_len, dtype=torch.float32)
-    device.bin_kernel[(chunks, batch * lists)](scores, bins, ranks, *row, **shape)
-    device.cut_kernel[grid](scores, bins, gathered, cuts, counts, ranks, *row, heavy, **shape)
+    device.bin_kernel[(chunks, batch * lists)](scores, bins, ranks, lists, *row, **shape)
+    device.cut_kernel[grid](scores, bins, gathered, cuts, counts, ranks, lists, *row, heavy, **shape)
     device.write_kernel[grid](scores, bins, gathered, cuts, counts, *out, **shape)
     return indices, counts, heavy_indices
 
