@@ -1,4 +1,4 @@
-"""The command line: `tsa-compile demo|compare|explain|calibrate|export|bench|tune|zoo`."""
+"""The command line: `tsa-compile demo|explain|compare|calibrate|eval|export|zoo|bench|tune`."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from tsa_compile.bench.command import JsonFile, Repeats, bench, tune
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
-bench = typer.Typer(help="Time attention or a whole prefill on the GPU, dense against sparse.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 console = Console()
 
 Tokens = Annotated[int, typer.Option(help="prompt length, in tokens", min=64)]
 Coverage = Annotated[float | None, typer.Option(help="share of attention mass that may be dropped, in [0, 1)")]
-Repeats = Annotated[int, typer.Option(help="timed runs; the median counts", min=1)]
 
 
 @app.command()
@@ -163,82 +163,6 @@ def export_command(
         console.print(f"wrote {file}", markup=False, soft_wrap=True)
 
 
-JsonFile = Annotated[str | None, typer.Option("--json", help="write the results to this file")]
-
-
-@bench.command("attention")
-def bench_attention(
-    only: Annotated[str | None, typer.Option(help="cases whose name contains this, such as 'L128K'")] = None,
-    peer: Annotated[list[str] | None, typer.Option(help="NAME=PATH of a file with a function attention(q, k, v)")] = None,
-    json: JsonFile = None,
-    html: Annotated[str | None, typer.Option(help="write speed-up against length to this file")] = None,
-) -> None:
-    """Each stage of token-sparse attention and the dense kernels, in one run; each result is checked before it is timed."""
-    from rich.progress import track
-
-    from tsa_compile.bench import attention, cases, output
-
-    found = cases.select_cases(only)
-    pairs = [p.partition("=") for p in peer or []]
-    peers = {name: attention.load_peer(path) for name, _, path in pairs}
-    gpu, versions = _gpu()
-    rows = [attention.bench_case(case, peers) for case in track(found, "timing", console=console)]
-    console.print(output.attention_table(rows, gpu))
-    if json:
-        output.write_json(json, rows, environment=versions, ceilings=gpu)
-    if html:
-        notes = [", ".join(f"{k} {v}" for k, v in versions.items())]
-        output.write_html(html, "Speed-up over SDPA against length", output.attention_plot(rows), notes)
-
-
-@bench.command("prefill")
-def bench_prefill(
-    lengths: Annotated[str, typer.Option(help="prompt lengths, comma separated")] = "8192,32768,131072",
-    layers: Annotated[int, typer.Option(help="layers of the random Llama-3.1-8B", min=1)] = 32,
-    coverage: Annotated[float, typer.Option(help="random attention is flat, so this drops about as large a share")] = 0.5,
-    repeats: Repeats = 3,
-    compiler: Annotated[str, typer.Option(help="of both models: inductor or eager")] = "inductor",
-    json: JsonFile = None,
-) -> None:
-    """Time to the first token of a random-weight Llama-3.1-8B, dense and transformed."""
-    from tsa_compile.bench import output, prefill
-    from tsa_compile.plan import default_policy
-
-    policy = default_policy(coverage)
-    gpu, versions = _gpu()
-    rows = prefill.bench_prefill(prefill.build_llama(layers), [int(n) for n in lengths.split(",")], policy, repeats, compiler)
-    console.print(output.prefill_table(rows))
-    if json:
-        head = dict(environment=versions, ceilings=gpu, layers=layers, compiler=compiler, policy=policy.to_dict())
-        output.write_json(json, rows, **head)
-
-
-@bench.command("export")
-def bench_export(
-    json: Annotated[Path, typer.Option(help="write the results to this file")],
-    lengths: Annotated[str, typer.Option(help="prompt lengths of the attention, comma separated")] = "8192,32768,131072",
-) -> None:
-    """Exported files on ONNX Runtime's CUDA provider against PyTorch: results, where nodes ran, times."""
-    from tsa_compile.bench import exported
-
-    _gpu()
-    result = exported.bench_export(json, [int(n) for n in lengths.split(",")])
-    if result["failed"]:
-        raise RuntimeError(f"failed: {result['failed']}")
-
-
-@app.command()
-def tune(head_dims: Annotated[str, typer.Option(help="comma separated")] = "64,128") -> None:
-    """Measure on this GPU from which length on the packed engine is faster, and keep it for `engine="auto"`."""
-    from tsa_compile.bench.tune import tune as measure
-    from tsa_compile.kernels.sparse_prefill.engines import tuned_file
-
-    _gpu()
-    table = measure([int(d) for d in head_dims.split(",")])
-    console.print(f"packed from (tokens, by compute capability and head dim): {table}", markup=False)
-    console.print(f"written to {tuned_file()}", markup=False)
-
-
 @app.command()
 def zoo(
     only: Annotated[str | None, typer.Option(help="models whose name contains this; several, comma separated")] = None,
@@ -271,14 +195,7 @@ def zoo(
         raise typer.Exit(1)
 
 
-def _gpu() -> tuple[dict[str, float], dict[str, str]]:
-    import torch
-
-    from tsa_compile.bench import timing
-
-    if not torch.cuda.is_available():
-        raise ValueError("the benchmarks time a GPU, and PyTorch sees none")
-    return timing.ceilings(), timing.environment()
+app.command()(tune)
 
 
 def main() -> None:
