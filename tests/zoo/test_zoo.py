@@ -138,6 +138,11 @@ def test_a_missing_library_is_a_row(monkeypatch):
     (result,) = run.run_job(run.jobs_of([entry_named("DiT")])[0])
     assert (result.status, result.detail) == ("not run", "diffusers is not installed")
     assert "| DiT | sdpa |  |  | diffusers is not installed | not run |" in table.markdown([({"torch": "1"}, [result])])
+    here = dataclasses.replace(result, scenario="call", status="ok", detail="", sites=2)
+    text = table.markdown([({"torch": "1"}, [result]), ({"torch": "2", "timm": "1"}, [here])])
+    assert "not run" not in text  # another run had it
+    assert "| DiT | sdpa | 2 | 0 |  | 1 of 1 |" in text
+    assert "Run 2: torch 2." in text  # versions of what was run, no others
 
 
 def test_the_table_shows_runs_side_by_side(tmp_path):

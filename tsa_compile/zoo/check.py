@@ -24,6 +24,7 @@ from tsa_compile.zoo.scenarios import Scenario
 KEEP_ALL = TokenSparse(coverage=0.0, window=1, pool=1, min_tokens=1)
 SPARSE = TokenSparse(coverage=0.4, window=4, pool=3, min_tokens=4, completion=Completion(3, 2, 3))
 TOLERANCE = 2e-4  # of the largest output, fp32
+NOT_RUN = "not run"
 GraphBackend = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 
 
@@ -32,7 +33,7 @@ class Result:
     """What happened; errors are the largest difference over the largest output.
 
     Args:
-        status: "ok", "failed", "not offered" (the model has not this implementation or call) or "not run".
+        status: "ok", "failed", "not offered" (the model has not this implementation or call) or `NOT_RUN`.
         detail: why it is not "ok".
         calls: how often the model was called.
         sites, replaced: attentions found and replaced, over all graphs.

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from tsa_compile.zoo.check import Result, check
+from tsa_compile.zoo.check import NOT_RUN, Result, check
 from tsa_compile.zoo.entries import FLEX, Entry
 from tsa_compile.zoo.registry import ENTRIES, missing
 from tsa_compile.zoo.scenarios import SCENARIOS
@@ -38,7 +38,7 @@ def run_job(job: Job) -> list[Result]:
     entry, implementation = ENTRIES[job[0]], job[1]
     why = missing(entry.library)
     if why is not None:
-        return [Result(entry.name, entry.library, implementation, "", "not run", why)]
+        return [Result(entry.name, entry.library, implementation, "", NOT_RUN, why)]
     torch.set_num_threads(1)
     with quiet():
         return _scenarios(entry, implementation)

@@ -6,11 +6,11 @@ import dataclasses
 import json
 import platform
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tsa_compile.zoo.check import TOLERANCE, Result
+from tsa_compile.zoo.check import NOT_RUN, TOLERANCE, Result
 from tsa_compile.zoo.registry import LIBRARIES, missing, version
 
 _HEAD = f"""# Models
@@ -91,7 +91,7 @@ def summarise(results: Sequence[Result]) -> list[Row]:
 
 def _row(key: tuple[str, str, str], group: list[Result]) -> Row:
     first = group[0]
-    if first.status in ("not offered", "not run"):
+    if first.status in ("not offered", NOT_RUN):
         return Row(*key, "", "", first.detail, first.status, ())
     run = [r for r in group if r.status != "not offered"]
     passed = sum(r.status == "ok" for r in run)
@@ -103,31 +103,33 @@ def _row(key: tuple[str, str, str], group: list[Result]) -> Row:
 
 def markdown(runs: Sequence[Run]) -> str:
     """docs/models.md for one or several environments."""
-    tables = [(env, summarise(results)) for env, results in runs]
+    tables = [summarise(results) for _, results in runs]
+    ran = {(r.library, r.model) for rows in tables for r in rows if r.passed != NOT_RUN}
+    tables = [[r for r in rows if r.passed != NOT_RUN or (r.library, r.model) not in ran] for rows in tables]
     lines = [_HEAD]
-    for n, (env, _) in enumerate(tables, 1):
-        lines.append(f"Run {n}: " + ", ".join(f"{name} {v}" for name, v in env.items()) + ".\n")
+    for n, ((env, _), rows) in enumerate(zip(runs, tables, strict=True), 1):
+        used = {"python", "torch", *(r.library for r in rows if r.passed != NOT_RUN)}
+        lines.append(f"Run {n}: " + ", ".join(f"{name} {v}" for name, v in env.items() if name in used) + ".\n")
     for library in LIBRARIES:
-        runs_of_it = [[r for r in rows if r.library == library] for _, rows in tables]
-        if any(runs_of_it):
-            lines += [f"## {library}\n", *_library_table(runs_of_it)]
-    failures = [f for _, rows in tables for r in rows for f in r.failures]
+        rows_of_it = {n: part for n, rows in enumerate(tables, 1) if (part := [r for r in rows if r.library == library])}
+        if rows_of_it:
+            lines += [f"## {library}\n", *_library_table(rows_of_it)]
+    failures = [f for rows in tables for r in rows for f in r.failures]
     lines += ["## Failures\n", *([f"- {_cell(f)}" for f in failures] or ["None."])]
     return "\n".join(lines) + "\n"
 
 
-def _library_table(runs: Sequence[Sequence[Row]]) -> list[str]:
-    """Rows of several runs side by side; what differs between runs has rows of its own."""
-    passed: dict[tuple[str, ...], list[str]] = {}
-    for n, rows in enumerate(runs):
+def _library_table(runs: Mapping[int, Sequence[Row]]) -> list[str]:
+    """Rows of several runs, by number, side by side; what differs between runs has rows of its own."""
+    passed: dict[tuple[str, ...], dict[int, str]] = {}
+    for n, rows in runs.items():
         for r in rows:
-            key = (r.model, r.implementation, r.sites, r.replaced, r.why)
-            passed.setdefault(key, [""] * len(runs))[n] = r.passed
-    order = list(dict.fromkeys(r.model for rows in runs for r in rows))
-    head = ["model", "attention", "sites", "replaced", "dense because", *(f"passed, run {n + 1}" for n in range(len(runs)))]
+            passed.setdefault((r.model, r.implementation, r.sites, r.replaced, r.why), {})[n] = r.passed
+    order = list(dict.fromkeys(r.model for rows in runs.values() for r in rows))
+    head = ["model", "attention", "sites", "replaced", "dense because", *(f"passed, run {n}" for n in runs)]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in sorted(passed, key=lambda row: order.index(row[0])):
-        lines.append("| " + " | ".join(_cell(c) for c in (*row, *passed[row])) + " |")
+        lines.append("| " + " | ".join(_cell(c) for c in (*row, *(passed[row].get(n, "") for n in runs))) + " |")
     return [*lines, ""]
 
 
