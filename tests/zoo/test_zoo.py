@@ -15,7 +15,7 @@ from tsa_compile.zoo.entries import Entry
 from tsa_compile.zoo.reference import causal_with_padding
 from tsa_compile.zoo.scenarios import SCENARIOS
 
-QUICK = {  # (model, implementation) -> its scenarios in the default run; everything else is slow
+QUICK = {  # (model, implementation) -> scenarios; `tsa-compile zoo` runs all
     ("Qwen3", "sdpa"): ("chunked prefill", "left padding"),
     ("Gemma 3", "eager"): ("prefill, static cache", "packed sequences"),
     ("Gemma 2", "eager"): ("right padding",),
@@ -46,15 +46,6 @@ def test_a_part_of_the_zoo(name, implementation):
     for scenario in scenarios:
         result = check(entry, implementation, scenario)
         assert result.status == "ok", result
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("job", run.jobs_of(registry.ENTRIES), ids=lambda j: f"{registry.ENTRIES[j[0]].name} {j[1]}")
-def test_the_whole_zoo(job):
-    results = run.run_job(job)
-    if results[0].status in ("not run", "not offered"):
-        pytest.skip(results[0].detail)
-    assert not [r for r in results if r.status == "failed"]
 
 
 class Attention(nn.Module):

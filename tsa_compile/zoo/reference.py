@@ -7,7 +7,8 @@ this says independently what a replaced site has to compute.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,23 +23,24 @@ HIDDEN_BELOW = -1e4
 
 
 class SdpaReference:
-    """`with SdpaReference(...)`: the `n`-th call of SDPA runs the reference algorithm if `replaced[n]`, else as it is.
+    """`with SdpaReference(...)`: calls of SDPA that `takes` chooses run the reference algorithm.
 
-    Raises:
-        ValueError: there are more calls than `replaced` knows, or a mask is not causal with padding.
+    Args:
+        policy: what they run.
+        takes: (number of the call, is its mask causal with padding and are there two queries or more) -> is it chosen?
     """
 
-    def __init__(self, replaced: Sequence[bool], policy: TokenSparse) -> None:
-        self.replaced, self.policy, self.calls = list(replaced), policy, 0
+    def __init__(self, policy: TokenSparse, takes: Callable[[int, bool], bool]) -> None:
+        self.policy, self.takes = policy, takes
+        self.calls = self.taken = 0
         self._dense = F.scaled_dot_product_attention
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        if self.calls >= len(self.replaced):
-            raise ValueError(f"the model calls SDPA more than {self.calls} times, but its graphs have {self.calls} sites")
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        chosen = self.takes(self.calls, query.shape[2] > 1 and _is_causal(query, key, *args, **kwargs))
         self.calls += 1
-        if not self.replaced[self.calls - 1]:
-            return self._dense(*args, **kwargs)
-        return attention_reference(self.policy, *args, **kwargs)
+        self.taken += chosen
+        run = partial(attention_reference, self.policy) if chosen else self._dense
+        return run(query, key, value, *args, **kwargs)
 
     def __enter__(self) -> SdpaReference:
         F.scaled_dot_product_attention = self
@@ -46,6 +48,16 @@ class SdpaReference:
 
     def __exit__(self, *exception: object) -> None:
         F.scaled_dot_product_attention = self._dense
+
+
+def _is_causal(
+    query: Tensor, key: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False, **kwargs: Any
+) -> bool:
+    try:
+        causal_with_padding(_visible(query, key, attn_mask, is_causal))
+    except ValueError:
+        return False
+    return True
 
 
 def attention_reference(

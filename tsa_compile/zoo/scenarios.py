@@ -94,8 +94,14 @@ def packed(model: nn.Module, entry: Entry) -> list[Tensor]:
     """Two sequences in one row, told apart by their position ids."""
     if not _takes(model, "position_ids"):
         raise NotOffered("takes no position_ids")
-    positions = torch.cat([torch.arange(LENGTH - 18), torch.arange(18)])[None]
-    return [_logits(model, ids()["input_ids"], position_ids=positions, use_cache=False)]
+    tokens, first = ids()["input_ids"], LENGTH - 18
+    positions = torch.cat([torch.arange(first), torch.arange(18)])[None]
+    output = _logits(model, tokens, position_ids=positions, use_cache=False)
+    if model._compiled_call_impl is None:
+        alone = _logits(model, tokens[:, first:], use_cache=False)
+        if not torch.allclose(output[:, first:], alone, atol=1e-3):
+            raise NotOffered("does not tell packed sequences apart")
+    return [output]
 
 
 def generate(model: nn.Module, entry: Entry) -> list[Tensor]:
