@@ -92,13 +92,20 @@ def summarise(results: Sequence[Result]) -> list[Row]:
 def _row(key: tuple[str, str, str], group: list[Result]) -> Row:
     first = group[0]
     if first.status in ("not offered", NOT_RUN):
-        return Row(*key, "", "", first.detail, first.status, ())
+        return Row(*key, "", "", first.detail if first.status == NOT_RUN else "", first.status, ())
     run = [r for r in group if r.status != "not offered"]
     passed = sum(r.status == "ok" for r in run)
     failures = tuple(f"{r.model}, {r.implementation}, {r.scenario}: {r.detail}" for r in run if r.status == "failed")
     calls = max(first.calls, 1)
-    why = dict.fromkeys(_NODE.sub("", x) for x in (*first.reasons, *(first.warnings if not first.sites else [])))
+    unread = [] if first.sites else [_unread(w) for w in first.warnings]
+    why = dict.fromkeys([*(_NODE.sub("", x) for x in first.reasons), *unread])
     return Row(*key, str(first.sites // calls), str(first.replaced // calls), "; ".join(why), f"{passed} of {len(run)}", failures)
+
+
+def _unread(warning: str) -> str:
+    """What was not recognised, without its place in the model; the first of several."""
+    what = re.match(r"\d+ attention-like .*?: (.*?)(;|$)", warning)
+    return warning if what is None else "not recognised: " + what[1].rpartition(": ")[2]
 
 
 def markdown(runs: Sequence[Run]) -> str:
