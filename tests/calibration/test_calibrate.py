@@ -220,12 +220,11 @@ def test_a_transformed_model_is_refused(model, prompts):
         tsa.restore(model)
 
 
-def test_a_part_that_runs_untraced_is_no_silent_success(model, monkeypatch):
+def test_a_part_that_runs_untraced_is_no_silent_success(model):
     """At the recompile limit Dynamo runs the rest dense, which would look like a perfect plan."""
     torch._dynamo.reset()  # it remembers lengths by line of code, and would trace with a dynamic length at once
     ids = [token_ids(n) for n in (40, 50, 60)]
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
-    with pytest.raises(RuntimeError, match="ran untraced"):
+    with torch._dynamo.config.patch(recompile_limit=1), pytest.raises(RuntimeError, match="ran untraced"):
         tsa.calibrate(model, ids, "kl<=0.02", **OPTIONS)
 
 
