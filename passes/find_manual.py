@@ -2,43 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Container
-from typing import Any
-
 import torch.fx as fx
 
 from tsa_compile.passes.find_products import score_product, weighted_sum
 from tsa_compile.passes.graph_names import SHAPE_READERS, arg, op_name, tensor_of
 from tsa_compile.passes.match import Match, Unrecognised
-from tsa_compile.passes.mutation import writes_to
-from tsa_compile.passes.prove_mask.prove import MaskSource
+from tsa_compile.passes.score_steps import MAX_STEPS, PRODUCTS, SINKS, Scores, comes_from, walk_to_product
 from tsa_compile.passes.site import Layouts
 
-_PRODUCTS = ("matmul", "einsum", "baddbmm")
-_MAX_STEPS = 16
-_SINKS = "attention sinks: columns that are no keys take part in the softmax"
-_STEPS = frozenset({"to", "contiguous", "clone", "add", "sub", "mul", "div", "where", "masked_fill", "tanh", "view", "cat"})
 _RESHAPES = frozenset(
     {"view", "getitem", "slice", "narrow", "flatten", "unflatten", "transpose", "permute", "squeeze", "unsqueeze"}
 )
-
-
-@dataclasses.dataclass
-class _Scores:
-    """What lies between the product of q and k and the softmax, collected from the softmax backwards."""
-
-    scale: float | None = 1.0
-    factor: float = 1.0  # of all that was passed on the way; masks further back are scaled by it
-    sources: list[MaskSource] = dataclasses.field(default_factory=list)
-    obstacle: str | None = None
-
-    def scaled(self, by: Any) -> None:
-        if isinstance(by, (int, float)) and by > 0:
-            self.factor *= by
-            self.scale = None if self.scale is None else self.scale * by
-        else:
-            self.scale = None
 
 
 def match_manual(softmax: fx.Node) -> Match | None:
@@ -52,8 +26,9 @@ def match_manual(softmax: fx.Node) -> Match | None:
         return None
     if arg(softmax, 1, "dim") not in (-1, tensor.dim() - 1):
         return None
-    cut = not _comes_from(_PRODUCTS, softmax.args[0])  # type: ignore[arg-type]
-    if cut and not _comes_from(("placeholder",), softmax.args[0]):  # type: ignore[arg-type]
+    source = arg(softmax, 0, "input")
+    cut = not comes_from(PRODUCTS, source)
+    if cut and not comes_from(("placeholder",), source):
         return None
     output, obstacle = _weights_use(softmax)
     if output is None:
@@ -64,8 +39,8 @@ def match_manual(softmax: fx.Node) -> Match | None:
     if tensor.dim() != 4:
         rank = f"scores of rank {tensor.dim()}, not [batch, heads, queries, keys]"
         raise Unrecognised(f"softmax {softmax.name} over {rank}")
-    scores = _Scores(obstacle=obstacle)
-    product = score_product(_walk_to_product(softmax.args[0], scores, softmax))
+    scores = Scores(obstacle=obstacle)
+    product = score_product(walk_to_product(source, scores, softmax))
     total = weighted_sum(output[0], output[1])
     layouts = Layouts(product.first[1], product.second[1], total.second[1], total.result)
     return Match(
@@ -88,7 +63,7 @@ def match_manual(softmax: fx.Node) -> Match | None:
 def _weights_use(softmax: fx.Node) -> tuple[tuple[fx.Node, fx.Node] | None, str | None]:
     """((the product with v, the weights it reads), obstacle); follows casts and dropout."""
     at, obstacle = softmax, None
-    for _ in range(_MAX_STEPS):
+    for _ in range(MAX_STEPS):
         users = [u for u in at.users if op_name(u) not in SHAPE_READERS]
         following = [u for u in users if u.args and (u.args[0] is at or op_name(u) == "einsum") and _continues(u)]
         if not following:
@@ -96,12 +71,12 @@ def _weights_use(softmax: fx.Node) -> tuple[tuple[fx.Node, fx.Node] | None, str 
         if len(users) > 1:
             obstacle = "attention weights are used elsewhere"
         step = following[0]
-        if op_name(step) in _PRODUCTS:
+        if op_name(step) in PRODUCTS:
             return (step, at), obstacle
         if op_name(step) == "dropout" and _drops(step):
             obstacle = "dropout in training"
         if op_name(step) == "getitem":
-            obstacle = _SINKS
+            obstacle = SINKS
         at = step
     return None, None
 
@@ -109,16 +84,16 @@ def _weights_use(softmax: fx.Node) -> tuple[tuple[fx.Node, fx.Node] | None, str 
 def _check_not_reshaped(softmax: fx.Node) -> None:
     """Raise if the weights reach a product after all, but cut or reshaped: sinks, merged batch and heads."""
     stack = [(softmax, "")]
-    for _ in range(4 * _MAX_STEPS):
+    for _ in range(4 * MAX_STEPS):
         if not stack:
             return
         node, how = stack.pop()
         for user in node.users:
-            if how and op_name(user) in _PRODUCTS and user.args[0] is node:
+            if how and op_name(user) in PRODUCTS and user.args[0] is node:
                 raise Unrecognised(f"{softmax.name}: attention weights go through {how} before they meet the values")
             if op_name(user) in _RESHAPES:
                 stack.append((user, op_name(user)))
-            elif _continues(user) and op_name(user) not in _PRODUCTS:
+            elif _continues(user) and op_name(user) not in PRODUCTS:
                 stack.append((user, how))
 
 
@@ -132,148 +107,3 @@ def _continues(node: fx.Node) -> bool:
 def _drops(dropout: fx.Node) -> bool:
     training = arg(dropout, 2, "training", arg(dropout, 2, "train", True))
     return arg(dropout, 1, "p", 0.5) != 0 and training is not False
-
-
-# ---- before the softmax
-
-
-def _comes_from(origins: Container[str], x: fx.Node) -> bool:
-    """Is there one of these operations among what the scores are made of, elementwise steps aside?"""
-    stack, seen = [x], set[fx.Node]()
-    while stack and len(seen) < 4 * _MAX_STEPS:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if _base_name(node) in origins:
-            return True
-        if _base_name(node) in _STEPS:
-            stack += [a for a in node.all_input_nodes if tensor_of(a) is not None]
-    return False
-
-
-def _walk_to_product(x: Any, scores: _Scores, softmax: fx.Node) -> fx.Node:
-    """The product of q and k, with all that is done to it recorded in `scores`."""
-    for _ in range(_MAX_STEPS):
-        name = _base_name(x)
-        if name in _PRODUCTS:
-            if name == "baddbmm":
-                raise Unrecognised(f"{x.name}: baddbmm, whose operands have batch and heads merged")
-            return x
-        step = _STEP_READERS.get(name)
-        following = step(x, scores) if step is not None else None
-        if following is None:
-            raise Unrecognised(f"softmax {softmax.name}: cannot read its scores through {x.name} ({name})")
-        _note_in_place(x, following, scores)
-        x = following
-    raise Unrecognised(f"softmax {softmax.name}: too many steps between the product and the softmax")
-
-
-def _base_name(node: Any) -> str:
-    """The operation's name, in place or not."""
-    name = op_name(node)
-    if name in ("iadd", "imul", "itruediv"):
-        return name[1:].replace("true", "")
-    return name[:-1] if name.endswith("_") and not name.startswith("_") else name
-
-
-def _note_in_place(x: fx.Node, source: fx.Node, scores: _Scores) -> None:
-    if writes_to(x) and len(source.users) > 1:
-        scores.obstacle = f"scores {source.name} are written in place and read elsewhere"
-
-
-def _read_copy(x: fx.Node, scores: _Scores) -> fx.Node:
-    return x.args[0]  # type: ignore[return-value]
-
-
-def _read_add(x: fx.Node, scores: _Scores) -> fx.Node | None:
-    if x.kwargs.get("alpha", 1) != 1 or len(x.args) != 2:
-        return None
-    for score, mask in (x.args, reversed(x.args)):
-        if isinstance(score, fx.Node) and isinstance(mask, fx.Node) and _is_score(score, x):
-            scores.sources.append(MaskSource("add", mask, factor=scores.factor))
-            return score
-    return None
-
-
-def _read_sub(x: fx.Node, scores: _Scores) -> fx.Node | None:
-    """A number for each row, such as its maximum, changes no softmax."""
-    score, shift = x.args[:2]
-    shape = None if tensor_of(shift) is None else tensor_of(shift).shape  # type: ignore[union-attr]
-    by_row = isinstance(shift, (int, float)) or (shape is not None and (not shape or shape[-1] == 1))
-    return score if by_row and isinstance(score, fx.Node) and _is_score(score, x) else None
-
-
-def _read_cat(x: fx.Node, scores: _Scores) -> fx.Node | None:
-    """A column beside those of the keys, as sinks are."""
-    first = x.args[0][0] if isinstance(x.args[0], (tuple, list)) and x.args[0] else None  # type: ignore[index]
-    scores.obstacle = _SINKS
-    return first if isinstance(first, fx.Node) and arg(x, 1, "dim", 0) in (-1, 3) else None
-
-
-def _read_where(x: fx.Node, scores: _Scores) -> fx.Node | None:
-    condition, yes, no = _where_operands(x)
-    if _is_score(yes, x) and not _is_score(no, x):
-        scores.sources.append(MaskSource("show", condition, no, scores.factor))
-        return yes
-    if _is_score(no, x) and not _is_score(yes, x):
-        scores.sources.append(MaskSource("hide", condition, yes, scores.factor))
-        return no
-    return None
-
-
-def _where_operands(x: fx.Node) -> tuple[Any, Any, Any]:
-    if len(x.args) != 3:
-        return None, None, None
-    a, b, c = x.args
-    return (b, a, c) if x.op == "call_method" else (a, b, c)
-
-
-def _read_masked_fill(x: fx.Node, scores: _Scores) -> fx.Node:
-    scores.sources.append(MaskSource("hide", arg(x, 1, "mask"), arg(x, 2, "value"), scores.factor))
-    return x.args[0]  # type: ignore[return-value]
-
-
-def _read_mul(x: fx.Node, scores: _Scores) -> fx.Node | None:
-    a, b = x.args[:2]
-    score, by = (b, a) if isinstance(b, fx.Node) and _is_score(b, x) else (a, b)
-    if not isinstance(score, fx.Node) or (tensor_of(by) is not None and tensor_of(by).dim()):  # type: ignore[union-attr]
-        return None
-    scores.scaled(by)
-    return score
-
-
-def _read_div(x: fx.Node, scores: _Scores) -> fx.Node | None:
-    a, b = x.args[:2]
-    if not isinstance(a, fx.Node) or x.kwargs.get("rounding_mode") is not None:
-        return None
-    scores.scaled(1.0 / b if isinstance(b, (int, float)) and b > 0 else b if isinstance(b, fx.Node) else None)
-    return a
-
-
-def _read_tanh(x: fx.Node, scores: _Scores) -> fx.Node:
-    scores.obstacle = "softcap: scores go through tanh"
-    return x.args[0]  # type: ignore[return-value]
-
-
-def _is_score(x: Any, result: fx.Node) -> bool:
-    """Does the way to the product lead through this operand: as large as the result, and made from a product?"""
-    tensor = tensor_of(x) if isinstance(x, fx.Node) else None
-    if tensor is None or not tensor.is_floating_point() or tensor.dim() != tensor_of(result).dim():  # type: ignore[union-attr]
-        return False
-    return _comes_from(_PRODUCTS, x)
-
-
-_STEP_READERS = {
-    "to": _read_copy,
-    "contiguous": _read_copy,
-    "clone": _read_copy,
-    "add": _read_add,
-    "sub": _read_sub,
-    "cat": _read_cat,
-    "where": _read_where,
-    "masked_fill": _read_masked_fill,
-    "mul": _read_mul,
-    "div": _read_div,
-    "tanh": _read_tanh,
-}

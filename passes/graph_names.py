@@ -123,6 +123,8 @@ def cast_dtype(node: fx.Node) -> torch.dtype | None:
 
 def same_value(node: object) -> bool:
     """Does the node hand on its first argument unchanged, apart from memory layout?"""
+    if not isinstance(node, fx.Node) or not node.args:
+        return False
     if op_name(node) in SAME_VALUE:
         return True
     if op_name(node) != "to":

@@ -70,7 +70,10 @@ class Elements:
     def _entry(self, node: fx.Node, index: Index) -> Value:
         fn = TRANSFERS.get("constant" if node in self.constants else op_name(node))
         readable = fn is not None and node not in self.written and tensor_of(node) is not None
-        value = fn(self, node, index) if readable else None  # type: ignore[misc]
+        try:
+            value = fn(self, node, index) if readable else None  # type: ignore[misc]
+        except IndexError:  # an operand given by name
+            value = None
         if value is None or not self._representable(node, value):
             return Data(node, index)
         return value
