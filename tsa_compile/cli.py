@@ -19,7 +19,7 @@ Coverage = Annotated[float | None, typer.Option(help="share of attention mass th
 
 
 @app.command()
-def demo(tokens: Tokens = 4000, coverage: Coverage = None, repeats: Repeats = 3) -> None:
+def demo(tokens: Tokens = 4000, coverage: Coverage = None, repeats: Repeats = 1) -> None:
     """Load SmolLM2-135M-Instruct, hide a number in a long text, and ask for it dense and token-sparse."""
     from tsa_compile import demo as job
     from tsa_compile.plan import default_policy
