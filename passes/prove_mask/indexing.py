@@ -7,9 +7,10 @@ from typing import Any as Anything
 import sympy
 import torch.fx as fx
 
-from tsa_compile.passes.graph_names import arg, tensor_of
+from tsa_compile.passes.graph_names import arg, op_name, tensor_of
 from tsa_compile.passes.prove_mask.element import Elements, Index, transfer
-from tsa_compile.passes.prove_mask.values import Number, Value
+from tsa_compile.passes.prove_mask.formula import AtMostZero, Formula, both
+from tsa_compile.passes.prove_mask.values import Number, Value, cast, number, select
 from tsa_compile.passes.sizes import size_expr
 
 
@@ -75,6 +76,31 @@ def _repeat(elements: Elements, node: fx.Node, index: Index) -> Value | None:
     if any(s not in (1, k) for s, k in zip(shape, kept, strict=True)):
         return None
     return elements.entry(node.args[0], elements.broadcast(node.args[0], index))  # type: ignore[arg-type]
+
+
+@transfer("pad", "constant_pad_nd")
+def _pad(elements: Elements, node: fx.Node, index: Index) -> Value | None:
+    """The source's entry inside, a constant outside."""
+    source, widths = node.args[0], arg(node, 1, "pad")
+    named = op_name(node) == "pad"
+    if (named and arg(node, 2, "mode", "constant") != "constant") or not isinstance(widths, (tuple, list)) or len(widths) % 2:
+        return None
+    fill, dtype = arg(node, 3 if named else 2, "value", 0), tensor_of(node).dtype  # type: ignore[union-attr]
+    outside = None if isinstance(fill, fx.Node) else cast(number(fill or 0), dtype)
+    inside, moved = True, list(index)
+    for n, (before, after) in enumerate(zip(widths[::2], widths[1::2], strict=True)):
+        first, last, dim = size_expr(before), size_expr(after), len(index) - 1 - n
+        if dim < 0 or first is None or last is None or not (elements.non_negative(first) and elements.non_negative(last)):
+            return None  # a negative width cuts
+        moved[dim] = sympy.expand(index[dim] - first)
+        end = moved[dim] - elements.shape(source)[dim] + 1  # type: ignore[arg-type]
+        inside = both(inside, both(_settled(elements, -moved[dim]), _settled(elements, end)))
+    return None if outside is None else select(inside, elements.entry(source, tuple(moved)), outside, dtype)  # type: ignore[arg-type]
+
+
+def _settled(elements: Elements, expr: sympy.Expr) -> Formula:
+    """`expr <= 0`"""
+    return elements.settle(AtMostZero(sympy.expand(expr)))
 
 
 @transfer("slice")

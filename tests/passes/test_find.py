@@ -365,3 +365,25 @@ def test_masks_with_operands_by_name_are_not_read():
 
     outcome = by_dynamo(function, *qkv(kv_heads=H))
     assert outcome.replaced == [False]
+
+
+@both
+@pytest.mark.parametrize(
+    ("widths", "value", "replaced"), [((0, 5), 0, True), ((0, 5), 1, False), ((2, 3), 0, False), ((0, 0, 0, 0), 0, False)]
+)
+def test_a_mask_padded_to_the_length_of_a_static_cache(trace, widths, value, replaced):
+    """Keys behind the queries: hidden by the padding of the mask, and by causality anyway."""
+
+    def function(q, k, v, visible):
+        keys = F.pad(visible, widths, value=value)
+        keys = F.pad(keys, (0, L + 5 - keys.shape[1]), value=True)  # as long as the keys in any case
+        place = torch.arange(L + 5)[None, :] <= torch.arange(L)[:, None] + (5 if value else 0)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=place & keys[:, None, None, :])
+
+    q, k, v = qkv(kv_heads=H)
+    k, v = (torch.cat([x, torch.randn(B, H, 5, D)], 2) for x in (k, v))
+    outcome = trace(function, q, k, v, visible_keys())
+    assert outcome.replaced == [replaced], outcome.reasons
+    expected = function(q, k, v, visible_keys())
+    torch.testing.assert_close(outcome.result[0], expected[0], atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(outcome.result[1, :, : L - 3], expected[1, :, : L - 3], atol=2e-5, rtol=2e-5)

@@ -26,7 +26,8 @@ attention implementation that it offers:
 A scenario passes if no graph and no graph break is added to the model's own, the expected sites are replaced, the output at
 coverage 0 is the dense one, and the output at coverage > 0 is that of an eager run of the reference algorithm (both to
 {TOLERANCE:.0e} of the largest output). *Sites* and *replaced* count one prefill. Decode steps stay dense in every model, and so
-do packed sequences, whose mask is data.
+do packed sequences, whose mask is data. What a model itself cannot do (packed sequences, or a cache that fails uncompiled) does
+not count; "not offered" is an implementation that it has not.
 """
 Run = tuple[dict[str, str], list[Result]]  # environment, results
 _NODE = re.compile(r": \w+ \(\w+\)$")  # the name of a node in one graph

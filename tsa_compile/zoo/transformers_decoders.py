@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
-from tsa_compile.zoo.entries import GQA, Entry, causal, hf, ids
+from tsa_compile.zoo.entries import FLEX, GQA, Entry, causal, hf, ids
 
 MLA: dict[str, Any] = dict(
     q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=24,
@@ -19,7 +20,8 @@ DECODERS: tuple[Entry, ...] = (
     causal("Qwen2", "Qwen2", **GQA),
     causal("Qwen3", "Qwen3", **GQA, head_dim=16),
     causal("Qwen3-MoE", "Qwen3Moe", **GQA, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32),
-    causal("Gemma 2", "Gemma2", sites=0, **MIXED),
+    dataclasses.replace(causal("Gemma 2", "Gemma2", sites=0, **MIXED), implementations=("eager", FLEX)),
+    dataclasses.replace(causal("Gemma 2 (SDPA has no softcap)", "Gemma2", sites=1, **MIXED), implementations=("sdpa",)),
     Entry("Gemma 3", "transformers", hf("Gemma3TextConfig", "Gemma3ForCausalLM", **MIXED), 1, ids),
     causal("Phi-3", "Phi3", **GQA, sliding_window=None),
     Entry("GPT-2", "transformers", hf("GPT2Config", "GPT2LMHeadModel", n_embd=64, n_layer=2, n_head=4, n_positions=256), 2, ids),
