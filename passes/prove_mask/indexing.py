@@ -87,7 +87,8 @@ def _pad(elements: Elements, node: fx.Node, index: Index) -> Value | None:
         return None
     fill, dtype = arg(node, 3 if named else 2, "value", 0), tensor_of(node).dtype  # type: ignore[union-attr]
     outside = None if isinstance(fill, fx.Node) else cast(number(fill or 0), dtype)
-    inside, moved = True, list(index)
+    inside: Formula = True
+    moved = list(index)
     for n, (before, after) in enumerate(zip(widths[::2], widths[1::2], strict=True)):
         first, last, dim = size_expr(before), size_expr(after), len(index) - 1 - n
         if dim < 0 or first is None or last is None or not (elements.non_negative(first) and elements.non_negative(last)):
