@@ -7,8 +7,8 @@ constant, a name), or of what its `sdpa` does with the operands (a hole in the m
 from __future__ import annotations
 
 import ast
-import copy
 import dataclasses
+import functools
 import inspect
 import itertools
 import sys
@@ -54,7 +54,9 @@ class Mutant:
         kind, _, what = self.change.partition(" ")
         if kind == "call":
             return _compiled(_tree(self.base, "changed_sdpa"), changed_sdpa=_changed_call(CALLS[what]))
-        _, tree = list(_edits(_tree(self.base)))[int(kind)]
+        tree = _tree(self.base)
+        _, edit = list(_edits(tree))[int(kind)]
+        edit()
         return _compiled(tree)
 
 
@@ -88,36 +90,32 @@ def _compiled(tree: ast.Module, **names: object) -> Case:
     return getattr(module, tree.body[0].name)  # type: ignore[attr-defined,no-any-return]
 
 
-def _edits(tree: ast.Module) -> Iterator[tuple[str, ast.Module]]:
-    """(what changed, the changed tree), one change each, in the order of the source."""
-    for position, node in enumerate(ast.walk(tree)):
-        if isinstance(node, ast.arg):
-            continue
-        for text, edit in _edits_of(node):
-            changed = copy.deepcopy(tree)
-            edit(list(ast.walk(changed))[position])
-            yield f"line {getattr(node, 'lineno', 0)}: {text}", changed
+def _edits(tree: ast.Module) -> Iterator[tuple[str, Callable[[], None]]]:
+    """(what it changes, an edit of `tree` in place), in the order of the source. A tree takes one edit and is parsed anew for the
+    next: `deepcopy` follows what other libraries hang on the nodes that all trees of a process share (`ast.Load()`)."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.arg):
+            for text, field, value in _edits_of(node):
+                yield f"line {getattr(node, 'lineno', 0)}: {text}", functools.partial(setattr, node, field, value)
 
 
-def _edits_of(node: ast.AST) -> Iterator[tuple[str, Callable[[ast.AST], None]]]:
-    def put(field: str, value: object) -> Callable[[ast.AST], None]:
-        return lambda at: setattr(at, field, value)
-
+def _edits_of(node: ast.AST) -> Iterator[tuple[str, str, object]]:
+    """(what changes, the node's field, its new value)"""
     if isinstance(node, ast.Compare):
         for op in _COMPARISONS:
             if not isinstance(node.ops[0], op):
-                yield f"{type(node.ops[0]).__name__} -> {op.__name__}", put("ops", [op()])
+                yield f"{type(node.ops[0]).__name__} -> {op.__name__}", "ops", [op()]
     elif isinstance(node, ast.BinOp):
         for op in _OPERATORS.get(type(node.op), ()):
-            yield f"{type(node.op).__name__} -> {op.__name__}", put("op", op())
+            yield f"{type(node.op).__name__} -> {op.__name__}", "op", op()
     elif isinstance(node, ast.UnaryOp):
-        yield f"without {type(node.op).__name__}", put("op", ast.UAdd() if isinstance(node.op, ast.USub) else ast.Not())
+        yield f"without {type(node.op).__name__}", "op", ast.UAdd() if isinstance(node.op, ast.USub) else ast.Not()
     elif isinstance(node, ast.Constant):
-        yield from ((f"{node.value!r} -> {new!r}", put("value", new)) for new in _other_constants(node.value))
+        yield from ((f"{node.value!r} -> {new!r}", "value", new) for new in _other_constants(node.value))
     elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id in _NAMES:
-        yield f"{node.id} -> {_NAMES[node.id]}", put("id", _NAMES[node.id])
+        yield f"{node.id} -> {_NAMES[node.id]}", "id", _NAMES[node.id]
     elif isinstance(node, ast.Attribute) and node.attr in _NAMES:
-        yield f"{node.attr} -> {_NAMES[node.attr]}", put("attr", _NAMES[node.attr])
+        yield f"{node.attr} -> {_NAMES[node.attr]}", "attr", _NAMES[node.attr]
 
 
 def _other_constants(value: object) -> tuple[object, ...]:
