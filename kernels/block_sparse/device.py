@@ -7,7 +7,16 @@ programs beyond the count return at once.
 import triton
 import triton.language as tl
 
-from tsa_compile.kernels.sparse_prefill.device import load_columns, load_rows, schedule, softmax_step, zero_rows
+from tsa_compile.kernels.sparse_prefill.device import (
+    diagonal_steps,
+    load_columns,
+    load_rows,
+    schedule,
+    softmax_step,
+    store_lse,
+    store_rows,
+    zero_rows,
+)
 
 LENGTHS = (
     "heads", "x_heads", "kv_heads", "lists", "skipped", "n_pooled", "n_blocks", "sinks", "local", "dense_below", "q_len", "k_len",
@@ -204,18 +213,10 @@ def block_prefill_kernel(
         v_tile = load_rows(v, at, v_sl, v_sd, dv, DV, BLOCK_DV)
         acc, row_max, row_sum = softmax_step(acc, row_max, row_sum, scores, scale_log2, v_tile, PRECISION)
 
-    for start in tl.range(first, tl.minimum(first + BLOCK_M, n), BLOCK_N):
-        key_slots = start + tl.arange(0, BLOCK_N)
-        at = tl.load(kept + key_slots, mask=key_slots < n, other=0).to(tl.int64)
-        k_tile = load_columns(k, at, k_sl, k_sd, d, D, BLOCK_D)
-        scores = tl.dot(q_tile, k_tile, input_precision=PRECISION)
-        scores = tl.where(key_slots[None, :] <= slots[:, None], scores, float("-inf"))
-        v_tile = load_rows(v, at, v_sl, v_sd, dv, DV, BLOCK_DV)
-        acc, row_max, row_sum = softmax_step(acc, row_max, row_sum, scores, scale_log2, v_tile, PRECISION)
-
-    acc = acc / row_sum[:, None]
-    o_at = out + rows.to(tl.int64)[:, None] * o_sl + dv[None, :]
-    tl.store(o_at, acc.to(out.dtype.element_ty), mask=row_ok[:, None] & (dv < DV)[None, :])
+    acc, row_max, row_sum = diagonal_steps(
+        acc, row_max, row_sum, q_tile, k, v, k_sl, k_sd, v_sl, v_sd, kept, slots, first, n, scale_log2,
+        D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, PRECISION,
+    )  # fmt: skip
+    store_rows(out, o_sl, acc / row_sum[:, None], rows, row_ok, DV, BLOCK_DV)
     if STRIP:
-        ln2: tl.constexpr = 0.6931471805599453
-        tl.store(lse + (b * heads + h) * q_len + rows, (row_max + tl.log2(row_sum)) * ln2, mask=row_ok)
+        store_lse(lse + (b * heads + h) * q_len, row_max, row_sum, rows, row_ok)

@@ -40,6 +40,40 @@ def load_columns(x, at, stride_l, stride_d, d, D: tl.constexpr, BLOCK_D: tl.cons
 
 
 @triton.jit
+def diagonal_steps(
+    acc, row_max, row_sum, q_tile, k, v, k_sl, k_sd, v_sl, v_sd, kept, slots, first, n, scale_log2,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The softmax steps over the keys of the query tile itself, which starts at slot `first`: a slot sees those up to its own."""
+    d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    for start in tl.range(first, tl.minimum(first + BLOCK_M, n), BLOCK_N):
+        key_slots = start + tl.arange(0, BLOCK_N)
+        at = tl.load(kept + key_slots, mask=key_slots < n, other=0).to(tl.int64)
+        k_tile = load_columns(k, at, k_sl, k_sd, d, D, BLOCK_D)
+        scores = tl.dot(q_tile, k_tile, input_precision=PRECISION)
+        scores = tl.where(key_slots[None, :] <= slots[:, None], scores, float("-inf"))
+        v_tile = load_rows(v, at, v_sl, v_sd, dv, DV, BLOCK_DV)
+        acc, row_max, row_sum = softmax_step(acc, row_max, row_sum, scores, scale_log2, v_tile, PRECISION)
+    return acc, row_max, row_sum
+
+
+@triton.jit
+def store_rows(out, stride_l, tile, rows, row_ok, DV: tl.constexpr, BLOCK_DV: tl.constexpr):
+    """Stores a tile [len(rows), BLOCK_DV] as the rows `rows` of out [L, DV]."""
+    dv = tl.arange(0, BLOCK_DV)
+    at = out + rows.to(tl.int64)[:, None] * stride_l + dv[None, :]
+    tl.store(at, tile.to(out.dtype.element_ty), mask=row_ok[:, None] & (dv < DV)[None, :])
+
+
+@triton.jit
+def store_lse(lse, row_max, row_sum, rows, row_ok):
+    """Stores the natural log-sum-exp of the rows `rows` to lse [L]; row_max is in base 2."""
+    ln2: tl.constexpr = 0.6931471805599453
+    tl.store(lse + rows, (row_max + tl.log2(row_sum)) * ln2, mask=row_ok)
+
+
+@triton.jit
 def schedule(section, tiles):
     """Program id -> (batch * heads + head, tile counted from the longest).
 
@@ -113,18 +147,10 @@ def sparse_prefill_kernel(
         v_tile = load_rows(v, at, v_sl, v_sd, dv, DV, BLOCK_DV)
         acc, row_max, row_sum = softmax_step(acc, row_max, row_sum, scores, scale_log2, v_tile, PRECISION)
 
-    for start in tl.range(first, tl.minimum(first + BLOCK_M, n), BLOCK_N):
-        key_slots = start + tl.arange(0, BLOCK_N)
-        at = tl.load(kept + key_slots, mask=key_slots < n, other=0).to(tl.int64)
-        k_tile = load_columns(k, at, k_sl, k_sd, d, D, BLOCK_D)
-        scores = tl.dot(q_tile, k_tile, input_precision=PRECISION)
-        scores = tl.where(key_slots[None, :] <= slots[:, None], scores, float("-inf"))
-        v_tile = load_rows(v, at, v_sl, v_sd, dv, DV, BLOCK_DV)
-        acc, row_max, row_sum = softmax_step(acc, row_max, row_sum, scores, scale_log2, v_tile, PRECISION)
-
-    acc = acc / row_sum[:, None]
-    o_at = out + rows.to(tl.int64)[:, None] * o_sl + dv[None, :]
-    tl.store(o_at, acc.to(out.dtype.element_ty), mask=row_ok[:, None] & (dv < DV)[None, :])
+    acc, row_max, row_sum = diagonal_steps(
+        acc, row_max, row_sum, q_tile, k, v, k_sl, k_sd, v_sl, v_sd, kept, slots, first, n, scale_log2,
+        D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, PRECISION,
+    )  # fmt: skip
+    store_rows(out, o_sl, acc / row_sum[:, None], rows, row_ok, DV, BLOCK_DV)
     if STRIP:
-        ln2: tl.constexpr = 0.6931471805599453
-        tl.store(lse + (b * heads + h) * q_len + rows, (row_max + tl.log2(row_sum)) * ln2, mask=row_ok)
+        store_lse(lse + (b * heads + h) * q_len, row_max, row_sum, rows, row_ok)
