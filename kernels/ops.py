@@ -1,6 +1,6 @@
-"""The operators `torch.ops.tsa.*`: schemas, fakes, dispatch. Imports no Triton; docs/operators.md is the contract.
+"""The operators of token-sparse attention, `torch.ops.tsa.*`: schemas, fakes, dispatch. docs/operators.md is the contract.
 
-CPU tensors run the plain-PyTorch references, CUDA tensors the Triton host functions, imported at the first call.
+Imports no Triton: CPU tensors run the plain-PyTorch references, CUDA tensors the host functions, imported at the first call.
 """
 
 from __future__ import annotations
@@ -12,14 +12,7 @@ from typing import Any
 
 import torch
 
-from tsa_compile.kernels.block_sparse.reference import block_sparse_attention_reference, select_blocks_reference
-from tsa_compile.kernels.checks import (
-    check_attention,
-    check_block_arguments,
-    check_blocks,
-    check_selection,
-    check_selection_arguments,
-)
+from tsa_compile.kernels.checks import check_attention, check_selection, check_selection_arguments
 from tsa_compile.kernels.sparse_prefill.reference import sparse_attention_reference
 from tsa_compile.kernels.token_select.reference import select_tokens_reference
 
@@ -39,14 +32,6 @@ LIBRARY.define(
 LIBRARY.define(
     f"token_sparse_attention(Tensor q, Tensor k, Tensor v, Tensor? key_mask, float scale, {_SELECTION},"
     " int strip_window, int strip_sinks, int heavy, str engine) -> Tensor"
-)
-LIBRARY.define(
-    "select_blocks(Tensor q, Tensor k, Tensor indices, Tensor counts, float scale, int block, int pool, float mass, int sinks,"
-    " int local, int dense_below) -> (Tensor blocks, Tensor block_counts)"
-)
-LIBRARY.define(
-    "block_sparse_attention(Tensor q, Tensor k, Tensor v, Tensor indices, Tensor counts, Tensor heavy_indices, Tensor blocks,"
-    " Tensor block_counts, Tensor? key_mask, float scale, int strip_window, int strip_sinks, int block, str engine) -> Tensor"
 )
 
 
@@ -122,62 +107,6 @@ def _sparse_cuda(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
     return sparse_attention(q, k, v, *rest)
 
 
-# ---- select_blocks and block_sparse_attention
-
-
-def _check_select_blocks(q: Tensor, k: Tensor, indices: Tensor, counts: Tensor, *numbers: Any) -> None:
-    name = "tsa::select_blocks"
-    check_attention(name, q, k, None, None)
-    check_selection(name, q, k, indices, counts, indices[..., :0])
-    check_block_arguments(name, *numbers[1:6])
-
-
-def _blocks_fake(q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    _check_select_blocks(q, k, *rest)
-    (batch, heads), n = q.shape[:2], -(-k.shape[2] // rest[3])
-    return q.new_empty(batch, heads, n, n, dtype=torch.int16), q.new_empty(batch, heads, n, dtype=torch.int32)
-
-
-def _blocks_cpu(*args: Any) -> tuple[Tensor, Tensor]:
-    _check_select_blocks(*args)
-    return select_blocks_reference(*args)
-
-
-def _blocks_cuda(*args: Any) -> tuple[Tensor, Tensor]:
-    from tsa_compile.kernels.block_sparse.host import select_blocks
-
-    _check_select_blocks(*args)
-    return select_blocks(*args)
-
-
-def _check_block_sparse(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> None:
-    name, engine = "tsa::block_sparse_attention", rest[-1]
-    check_attention(name, q, k, v, rest[5])
-    check_selection(name, q, k, *rest[:3])
-    check_blocks(name, q, k, *rest[3:5], rest[-2])
-    if engine not in ("auto", "fused", "reference"):
-        raise ValueError(f"{name}: engine must be auto, fused or reference, got {engine!r}")
-
-
-def _block_sparse_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
-    _check_block_sparse(q, k, v, *rest)
-    return empty_result(q, v)
-
-
-def _block_sparse_cpu(*args: Any) -> Tensor:
-    _check_block_sparse(*args)
-    if args[-1] == "fused":
-        raise RuntimeError("tsa::block_sparse_attention: engine 'fused' needs CUDA tensors; on CPU use auto or reference")
-    return block_sparse_attention_reference(*args)
-
-
-def _block_sparse_cuda(*args: Any) -> Tensor:
-    from tsa_compile.kernels.block_sparse.host import block_sparse_attention
-
-    _check_block_sparse(*args)
-    return block_sparse_attention(*args)
-
-
 # ---- token_sparse_attention: select_tokens and sparse_attention in one
 
 
@@ -229,8 +158,6 @@ def register(name: str, fake: Callable[..., Any], cpu: Callable[..., Any], cuda:
 
 register("select_tokens", _select_fake, _select_cpu, _select_cuda)
 register("sparse_attention", _sparse_fake, _sparse_cpu, _sparse_cuda)
-register("select_blocks", _blocks_fake, _blocks_cpu, _blocks_cuda)
-register("block_sparse_attention", _block_sparse_fake, _block_sparse_cpu, _block_sparse_cuda)
 register("token_sparse_attention", _token_sparse_fake, _token_sparse, _token_sparse)
 
 

@@ -1,8 +1,8 @@
-"""Token-sparse attention in plain PyTorch: the definition (`sparse_attention_oracle`) and the product's CPU path.
+"""Token-sparse attention in plain PyTorch: the product's CPU path. The contract is docs/operators.md.
 
-The contract is docs/operators.md. The CPU path removes the padding of each batch row, gathers the kept tokens, runs one
-causal attention on them and scatters the result; the completion strip is computed in blocks of rows and merged with it
-through the log-sum-exp. Half inputs are computed in float32, float64 stays float64.
+It removes the padding of each batch row, gathers the kept tokens, runs one causal attention on them and scatters the result;
+the completion strip is computed in blocks of rows and merged with it through the log-sum-exp. Half inputs are computed in
+float32, float64 stays float64.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+from tsa_compile.kernels.sparse_prefill.definition import members
 
 Tensor = torch.Tensor
 _BLOCK_ROWS = 256
@@ -91,81 +93,6 @@ def by_row(
     return out
 
 
-def sparse_attention_oracle(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    indices: Tensor,
-    counts: Tensor,
-    heavy_indices: Tensor,
-    key_mask: Tensor | None,
-    scale: float,
-    strip_window: int,
-    strip_sinks: int,
-    dense_below: int,
-    engine: str = "reference",
-) -> Tensor:
-    """The definition, row by row, in blocks of query rows. For tests."""
-    out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]).transpose(1, 2)
-    for first in range(0, q.shape[2], _BLOCK_ROWS):
-        rows = torch.arange(first, min(first + _BLOCK_ROWS, q.shape[2]), device=q.device)
-        strip = (strip_window, strip_sinks)
-        out[:, :, rows] = sparse_attention_rows(q, k, v, indices, counts, heavy_indices, key_mask, scale, *strip, rows).to(
-            q.dtype
-        )
-    return out
-
-
-def sparse_attention_rows(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    indices: Tensor,
-    counts: Tensor,
-    heavy_indices: Tensor,
-    key_mask: Tensor | None,
-    scale: float,
-    strip_window: int,
-    strip_sinks: int,
-    rows: Tensor,
-) -> Tensor:
-    """The definition for the queries `rows` (int64 `[n]`) alone: one softmax over an explicit mask `allowed[h, i, j]`.
-
-    Returns:
-        `[B, H, n, Dv]` in float64 if q is float64, else in float32.
-    """
-    (batch, heads, q_len, _), (kv_heads, k_len) = q.shape, k.shape[1:3]
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    out = q.new_zeros(batch, heads, rows.shape[0], v.shape[-1], dtype=dtype)
-    for b in range(batch):
-        k_b = k[b].to(dtype).repeat_interleave(heads // kv_heads, 0)
-        v_b = v[b].to(dtype).repeat_interleave(heads // kv_heads, 0)
-        real = torch.ones(k_len, dtype=torch.bool, device=q.device) if key_mask is None else key_mask[b]
-        kept = _members(indices[b, :, : int(counts[b])], k_len, heads)
-        heavy = _members(heavy_indices[b], k_len, heads)
-        allowed = _allowed(rows + (k_len - q_len), real, kept, heavy, strip_window, strip_sinks)
-        scores = (q[b][:, rows].to(dtype) @ k_b.mT * scale).masked_fill(~allowed, -torch.inf)
-        out[b] = scores.softmax(-1).nan_to_num(0.0) @ v_b
-    return out
-
-
-def _members(indices: Tensor, k_len: int, heads: int) -> Tensor:
-    """[G, n] token lists, -1 ignored -> [H, k_len] bool."""
-    member = torch.zeros(indices.shape[0], k_len + 1, dtype=torch.bool, device=indices.device)
-    member.scatter_(1, torch.where(indices >= 0, indices, k_len).long(), True)
-    return member[:, :k_len].repeat_interleave(heads // indices.shape[0], 0)
-
-
-def _allowed(at: Tensor, real: Tensor, kept: Tensor, heavy: Tensor, window: int, sinks: int) -> Tensor:
-    """[H, rows, k_len]: which keys the queries at positions `at` read (docs/operators.md, `sparse_attention`)."""
-    position, rank = torch.arange(real.shape[0], device=at.device), real.cumsum(0) - 1
-    local = (rank[None, :] > rank[at][:, None] - window) & (rank[None, :] <= rank[at][:, None])
-    strip = (local | (rank < sinks)[None, :])[None] | heavy[:, None, :]
-    selected = kept[:, at][:, :, None] & kept[:, None, :]
-    causal = position[None, :] <= at[:, None]
-    return (strip | selected) & causal & real[None, :] & real[at][:, None]
-
-
 def _attend_row(q: Tensor, k: Tensor, v: Tensor, kept: Tensor | None, strip: Strip, scale: float) -> Tensor:
     """One batch row without padding. q [H, Lq, D], k [Hk, Lk, D], kept [G, n] or None for all. -> [H, Lq, Dv]."""
     groups = q.shape[0] // k.shape[0]
@@ -243,7 +170,7 @@ def merge_strip(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, strip: Strip, sca
     One more feature, `selected(i)` in q and `_HIDDEN * kept(j)` in k, takes the kept keys out of the selected rows.
     """
     lists, (q_len, k_len), device = kept.shape[0], (q.shape[1], k.shape[1]), q.device
-    member = _members(kept, k_len, lists).to(q.dtype)[:, None, :, None]
+    member = members(kept, k_len, lists).to(q.dtype)[:, None, :, None]
     kv_head = torch.arange(lists, device=device)[:, None] * k.shape[0] // lists
     far, far_hidden = _far_keys(strip, k_len)
     q_lists = q.unflatten(0, (lists, -1))

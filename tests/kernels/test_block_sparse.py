@@ -21,7 +21,7 @@ from tsa_compile.kernels.block_sparse.reference import (
     kept_by_mass,
     select_blocks_reference,
 )
-from tsa_compile.kernels.sparse_prefill.reference import sparse_attention_oracle
+from tsa_compile.kernels.sparse_prefill.definition import sparse_attention_oracle
 from tsa_compile.policies.base import from_dict
 
 pytest.importorskip("triton")

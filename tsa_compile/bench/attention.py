@@ -14,8 +14,8 @@ from tsa_compile.bench.cases import AttentionCase
 from tsa_compile.bench.inputs import forced, structured
 from tsa_compile.bench.stages import packed_stages, selection_stages
 from tsa_compile.bench.timing import graph_ms, median_ms, peak_extra_bytes
+from tsa_compile.kernels.sparse_prefill.definition import sparse_attention_rows
 from tsa_compile.kernels.sparse_prefill.engines import find_inner
-from tsa_compile.kernels.sparse_prefill.reference import sparse_attention_rows
 from tsa_compile.policies.token_sparse import Completion, TokenSparse
 
 Tensor = torch.Tensor

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tsa_compile.kernels.sparse_prefill.reference import sparse_attention_oracle
+from tsa_compile.kernels.sparse_prefill.definition import sparse_attention_oracle
 from tsa_compile.kernels.token_select.reference import select_tokens_reference
 from tsa_compile.policies.token_sparse import TokenSparse
 
