@@ -1,4 +1,4 @@
-"""The definition of token-sparse attention, docs/operators.md: one softmax over an explicit mask. The rest is tested against it."""
+"""The definition of token-sparse attention, docs/operators.md: one softmax over an explicit mask. All is tested against it."""
 
 from __future__ import annotations
 
