@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 
 import pytest
 import torch
@@ -142,7 +143,7 @@ def test_the_table_shows_runs_side_by_side(tmp_path):
     table.write_json(str(tmp_path / "a.json"), [ok, bad])
     environment, read = table.read_json(str(tmp_path / "a.json"))
     assert read == [ok, bad]
-    assert environment["torch"] == torch.__version__
+    assert environment["torch"] == importlib.metadata.version("torch")
     text = table.markdown([(environment, read), (environment, [ok])])
     assert "| M | sdpa | 2 | 1 | softcap | 1 of 2 | 1 of 1 |" in text
     assert "- M, sdpa, decode: a \\| b" in text
