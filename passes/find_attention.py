@@ -16,6 +16,7 @@ from tsa_compile.passes.graph_names import module_path, op_name, tensor_of
 from tsa_compile.passes.match import Match, Unrecognised
 from tsa_compile.passes.mutation import Aliases, writes_to, written_nodes
 from tsa_compile.passes.obstacles import obstacle_of
+from tsa_compile.passes.prove_mask.constants import Pattern
 from tsa_compile.passes.prove_mask.prove import MaskProver
 from tsa_compile.passes.repeat_kv import RepeatedHeads
 from tsa_compile.passes.site import AttentionSite, Layouts, MaskFacts
@@ -54,6 +55,7 @@ def find_attention(context: Context) -> int:
     unknown += [f"{name}: inside a nested graph" for name in _nested_attention(context.gm)]
     if not (context.sites or unknown):
         unknown += missed_attention(context.gm.graph)
+    context.patterns = finder.patterns()
     if unknown:
         shown = "; ".join(unknown[:3]) + ("; ..." if len(unknown) > 3 else "")
         context.warnings.append(f"{len(unknown)} attention-like operation(s) not recognised, left as they are: {shown}")
@@ -72,6 +74,10 @@ class _Finder:
         self._order = {node: n for n, node in enumerate(graph.nodes)}
         self._aliases = Aliases(graph)
         self._writers = [n for n in graph.nodes if writes_to(n)]
+
+    def patterns(self) -> dict[str, Pattern]:
+        """What the proofs assume of the constants that they read, by placeholder name."""
+        return {node.name: pattern for node, pattern in self._masks.constants.patterns.items() if pattern is not None}
 
     def site(self, match: Match, index: int) -> AttentionSite:
         k, v, layouts = self._kv(match)

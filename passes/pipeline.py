@@ -24,6 +24,7 @@ from tsa_compile.passes.decide_policy import Decision, decide_policy
 from tsa_compile.passes.drop_masks import drop_masks
 from tsa_compile.passes.expand_attention import expand_attention
 from tsa_compile.passes.find_attention import find_attention
+from tsa_compile.passes.prove_mask.constants import Pattern
 from tsa_compile.passes.rewrite_attention import rewrite_attention
 from tsa_compile.passes.site import AttentionSite
 from tsa_compile.passes.verify_graph import verify_graph
@@ -38,6 +39,7 @@ class Context:
     policy_for: Callable[[AttentionSite], Policy]
     constants: Mapping[str, torch.Tensor]
     sites: list[AttentionSite] = dataclasses.field(default_factory=list)
+    patterns: dict[str, Pattern] = dataclasses.field(default_factory=dict)
     decisions: list[Decision] = dataclasses.field(default_factory=list)
     replacements: list[tuple[Decision, fx.Node, list[fx.Node]]] = dataclasses.field(default_factory=list)
     warnings: list[str] = dataclasses.field(default_factory=list)
@@ -45,9 +47,14 @@ class Context:
 
 @dataclasses.dataclass(frozen=True)
 class PipelineResult:
-    """What the passes did: a decision for each site, and a count and a time for each pass."""
+    """What the passes did: a decision for each site, and a count and a time for each pass.
+
+    Args:
+        patterns: what the result assumes of the constants that were read, by placeholder name.
+    """
 
     decisions: list[Decision]
+    patterns: dict[str, Pattern]
     warnings: list[str]
     counts: dict[str, int]
     seconds: dict[str, float]
@@ -77,7 +84,8 @@ def run_pipeline(
         gm: a graph whose nodes carry example values.
         policy_for: the policy of each site.
         example_inputs: inputs of the graph; written to the dumps.
-        constants: tensors that no run changes, by placeholder name: an ExportedProgram's, never a live module's.
+        constants: tensors whose values are known, by placeholder name. Where a run may change them, as in a live module, the
+            caller must see to it that the result's `patterns` still hold.
 
     Raises:
         VerificationError: the result is not what the passes promise (a bug of ours).
@@ -94,7 +102,7 @@ def run_pipeline(
         seconds[step.__name__] = time.perf_counter() - start
     dump.write(gm, "after")
     dump.write_decisions(context)
-    return PipelineResult(context.decisions, context.warnings, counts, seconds)
+    return PipelineResult(context.decisions, context.patterns, context.warnings, counts, seconds)
 
 
 def pipeline_identity(plan: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ A Dynamo graph goes through `passes.pipeline` and then to Inductor, or runs as i
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -44,15 +45,17 @@ class Backend:
         self.report = Report()
 
     def __call__(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        from tsa_compile.module_tensors import Watched, module_tensors
         from tsa_compile.passes.pipeline import run_pipeline
 
-        result = run_pipeline(gm, self.plan.policy_for, example_inputs=example_inputs)
+        original = torch.fx.GraphModule(gm, copy.deepcopy(gm.graph))
+        tensors = module_tensors(gm, example_inputs)
+        result = run_pipeline(gm, self.plan.policy_for, example_inputs=example_inputs, constants=tensors)
         self.report.add(result)
         for warning in result.warnings:
             log.warning(warning)
-        if self.compiler == "eager":
-            return gm.forward
-        return self._inductor(gm, example_inputs)
+        compiled = gm.forward if self.compiler == "eager" else self._inductor(gm, example_inputs)
+        return Watched(compiled, original, result.patterns, tensors) if result.patterns else compiled
 
     def _inductor(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         from torch._inductor.compile_fx import compile_fx

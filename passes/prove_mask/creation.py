@@ -1,9 +1,8 @@
-"""Entries of tensors made from nothing: arange, full, tril, constants of the program."""
+"""Entries of tensors made from nothing: arange, full, tril."""
 
 from __future__ import annotations
 
 import sympy
-import torch
 import torch.fx as fx
 
 from tsa_compile.passes.graph_names import arg, op_name, tensor_of
@@ -11,8 +10,6 @@ from tsa_compile.passes.prove_mask.element import Elements, Index, transfer
 from tsa_compile.passes.prove_mask.formula import AtMostZero
 from tsa_compile.passes.prove_mask.values import Value, cast, number, select
 from tsa_compile.passes.sizes import size_expr
-
-_LARGEST_CONSTANT = 1 << 26  # entries
 
 
 @transfer("arange")
@@ -57,48 +54,3 @@ def _triangle(elements: Elements, node: fx.Node, index: Index) -> Value | None:
     row, column = index[-2:]
     past = column - row - diagonal if op_name(node) == "tril" else row - column + diagonal
     return select(elements.settle(AtMostZero(sympy.expand(past))), inside, outside, dtype)
-
-
-@transfer("constant")
-def _constant(elements: Elements, node: fx.Node, index: Index) -> Value | None:
-    data = elements.constants[node].detach()
-    if data.numel() == 0 or data.numel() > _LARGEST_CONSTANT or data.dtype.is_complex or data.is_meta:
-        return None
-    first = data.flatten()[0]
-    if bool((data == first).all()):
-        return _scalar(first)
-    long_dims = [d for d in range(data.dim()) if data.shape[d] > 1]
-    if len(long_dims) == 1:
-        return _progression(data.flatten(), index[long_dims[0]])
-    if len(long_dims) == 2:
-        return _band(elements, data.reshape([data.shape[d] for d in long_dims]), *(index[d] for d in long_dims))
-    return None
-
-
-def _scalar(x: torch.Tensor) -> Value:
-    plain = x.item()
-    return plain if isinstance(plain, bool) else number(plain)
-
-
-def _progression(data: torch.Tensor, i: sympy.Expr) -> Value | None:
-    """start, start + step, start + 2 step, ... of integers."""
-    if data.dtype == torch.bool or data.dtype.is_floating_point:
-        return None
-    start, step = int(data[0]), int(data[1]) - int(data[0])
-    expected = start + step * torch.arange(data.numel(), device=data.device)
-    return number(start + step * i) if bool((data == expected).all()) else None
-
-
-def _band(elements: Elements, data: torch.Tensor, row: sympy.Expr, column: sympy.Expr) -> Value | None:
-    """One value up to a diagonal and another above it, checked entry by entry."""
-    rows, columns = data.shape
-    low, high = data[-1, 0], data[0, -1]
-    offset = torch.arange(columns, device=data.device) - torch.arange(rows, device=data.device)[:, None]
-    is_low = data == low
-    if not bool((is_low | (data == high)).all()) or bool(low == high):
-        return None
-    diagonal = int(offset[is_low].max())
-    if not bool((is_low == (offset <= diagonal)).all()):
-        return None
-    keep = elements.settle(AtMostZero(sympy.expand(column - row - diagonal)))
-    return select(keep, _scalar(low), _scalar(high), data.dtype)

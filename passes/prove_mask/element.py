@@ -8,9 +8,9 @@ run-time numbers, gives `Data(node, index)`: the entry itself, nothing assumed a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeAlias
 from typing import Any as Anything
-from typing import TypeAlias
 
 import sympy
 import torch
@@ -20,6 +20,9 @@ from tsa_compile.passes.graph_names import op_name, tensor_of, value_of
 from tsa_compile.passes.prove_mask.formula import AtMostZero, Data, Formula, IsZero
 from tsa_compile.passes.prove_mask.values import Number, Value, Where, fits, is_formula, number
 from tsa_compile.passes.sizes import Bounds, SizeProver, size_expr
+
+if TYPE_CHECKING:
+    from tsa_compile.passes.prove_mask.constants import Constants
 
 Index: TypeAlias = tuple[sympy.Expr, ...]
 Transfer: TypeAlias = "Callable[[Elements, fx.Node, Index], Value | None]"
@@ -44,7 +47,7 @@ class Elements:
         sizes: proves signs of size expressions.
         bounds: the range of each index symbol in use.
         written: nodes written in place; nothing is assumed about them.
-        constants: tensors whose values are part of the program, by node.
+        constants: tensors whose values are known.
     """
 
     def __init__(
@@ -52,12 +55,12 @@ class Elements:
         sizes: SizeProver,
         bounds: Bounds,
         written: frozenset[fx.Node] = frozenset(),
-        constants: Mapping[fx.Node, torch.Tensor] | None = None,
+        constants: Constants | None = None,
     ) -> None:
         self.sizes = sizes
         self.bounds = dict(bounds)
         self.written = written
-        self.constants = constants or {}
+        self.constants = constants
         self._known: dict[tuple[fx.Node, Index], Value] = {}
 
     def entry(self, node: fx.Node, index: Index) -> Value:
@@ -68,7 +71,8 @@ class Elements:
         return self._known[key]
 
     def _entry(self, node: fx.Node, index: Index) -> Value:
-        fn = TRANSFERS.get("constant" if node in self.constants else op_name(node))
+        known = self.constants is not None and node in self.constants
+        fn = TRANSFERS.get("constant" if known else op_name(node))
         readable = fn is not None and node not in self.written and tensor_of(node) is not None
         try:
             value = fn(self, node, index) if readable else None  # type: ignore[misc]

@@ -14,6 +14,7 @@ from tsa_compile.passes.graph_names import describe, tensor_of
 from tsa_compile.passes.mutation import written_nodes
 from tsa_compile.passes.prove_mask import along_a_dim, creation, indexing, pointwise  # noqa: F401  (register transfers)
 from tsa_compile.passes.prove_mask.classify import Lengths, UnprovenMask, classify
+from tsa_compile.passes.prove_mask.constants import Constants
 from tsa_compile.passes.prove_mask.element import Elements
 from tsa_compile.passes.prove_mask.formula import BATCH, HEAD, KEY, QUERY, AtMostZero, Data, Formula, both, opposite
 from tsa_compile.passes.prove_mask.values import HIDDEN_BELOW, Value, Where, is_formula, visible
@@ -44,13 +45,13 @@ class MaskProver:
 
     Args:
         graph: the graph.
-        constants: tensors whose values are part of the program (an ExportedProgram's, never a Dynamo graph's), by node.
+        constants: tensors whose values are known, by node.
     """
 
     def __init__(self, graph: fx.Graph, constants: Mapping[fx.Node, torch.Tensor] | None = None) -> None:
         self._sizes = SizeProver(graph)
         self._written = written_nodes(graph)
-        self._constants = constants or {}
+        self.constants = Constants(constants or {})
         self._elements: dict[tuple[sympy.Expr, ...], Elements] = {}
         self._proven: dict[tuple[Any, ...], MaskFacts] = {}
 
@@ -64,7 +65,7 @@ class MaskProver:
     def _prove(self, sources: tuple[MaskSource, ...], shape: tuple[Size, ...], sizes: tuple[sympy.Expr, ...]) -> MaskFacts:
         if sizes not in self._elements:
             bounds = dict(zip((BATCH, HEAD, QUERY, KEY), sizes, strict=True))
-            self._elements[sizes] = Elements(self._sizes, bounds, self._written, self._constants)
+            self._elements[sizes] = Elements(self._sizes, bounds, self._written, self.constants)
         try:
             formula: Formula = True
             for source in sources:

@@ -248,7 +248,7 @@ def test_a_dtensor_is_left_alone(mesh):
         return (q @ k.transpose(2, 3) * 0.25).masked_fill(hidden, float("-inf")).softmax(-1) @ v
 
     plain, hidden = qkv(), ~causal()[None, None]
-    sharded = [distribute_tensor(x, mesh, [Shard(1)]) for x in plain]
+    sharded = [distribute_tensor(x, mesh, [Shard(0)]) for x in plain]  # torch 2.11 multiplies no others
     actual, report = through(attend, *sharded, distribute_tensor(hidden, mesh, [Replicate()]))
     assert ["DTensor: tensor subclasses are left alone" in s.reason for s in report.sites] == [True]
     torch.testing.assert_close(actual.to_local(), attend(*plain, hidden))

@@ -1,0 +1,118 @@
+"""Tensors whose values are known when a graph is compiled: the few patterns in them that a mask may be made of."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TypeAlias
+
+import sympy
+import torch
+import torch.fx as fx
+
+from tsa_compile.passes.prove_mask.element import Elements, Index, transfer
+from tsa_compile.passes.prove_mask.formula import AtMostZero
+from tsa_compile.passes.prove_mask.values import Value, number, select
+
+_LARGEST = 1 << 26  # entries
+Scalar: TypeAlias = bool | int | float
+
+
+@dataclasses.dataclass(frozen=True)
+class Uniform:
+    """The same everywhere."""
+
+    value: Scalar
+
+
+@dataclasses.dataclass(frozen=True)
+class Progression:
+    """Integers `start + step * i` along `dim`, the only one longer than 1."""
+
+    dim: int
+    start: int
+    step: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Band:
+    """`low` where `column <= row + diagonal`, else `high`; `dims` are the row's and the column's, the only ones longer than 1."""
+
+    dims: tuple[int, int]
+    low: Scalar
+    high: Scalar
+    diagonal: int
+
+
+Pattern: TypeAlias = Uniform | Progression | Band
+
+
+class Constants:
+    """Known tensors by node; each is read once, when a proof first asks for it (on a GPU this waits for the device)."""
+
+    def __init__(self, tensors: Mapping[fx.Node, torch.Tensor]) -> None:
+        self._tensors = tensors
+        self.patterns: dict[fx.Node, Pattern | None] = {}  # of those that were read
+
+    def __contains__(self, node: fx.Node) -> bool:
+        return node in self._tensors
+
+    def pattern(self, node: fx.Node) -> Pattern | None:
+        if node not in self.patterns:
+            self.patterns[node] = pattern_of(self._tensors[node])
+        return self.patterns[node]
+
+
+def pattern_of(tensor: torch.Tensor) -> Pattern | None:
+    """What `tensor` is, checked entry by entry; None: nothing that is known, or too large to look at."""
+    data = tensor.detach()
+    if data.numel() == 0 or data.numel() > _LARGEST or data.dtype.is_complex or data.is_meta:
+        return None
+    first = data.flatten()[0]
+    if bool((data == first).all()):
+        return Uniform(first.item())
+    long_dims = [d for d in range(data.dim()) if data.shape[d] > 1]
+    if len(long_dims) == 1:
+        return _progression(data.flatten(), long_dims[0])
+    if len(long_dims) == 2:
+        return _band(data.reshape([data.shape[d] for d in long_dims]), (long_dims[0], long_dims[1]))
+    return None
+
+
+def _progression(data: torch.Tensor, dim: int) -> Progression | None:
+    if data.dtype == torch.bool or data.dtype.is_floating_point:
+        return None
+    start, step = int(data[0]), int(data[1]) - int(data[0])
+    expected = start + step * torch.arange(data.numel(), device=data.device)
+    return Progression(dim, start, step) if bool((data == expected).all()) else None
+
+
+def _band(data: torch.Tensor, dims: tuple[int, int]) -> Band | None:
+    rows, columns = data.shape
+    low, high = data[-1, 0], data[0, -1]
+    offset = torch.arange(columns, device=data.device) - torch.arange(rows, device=data.device)[:, None]
+    is_low = data == low
+    if not bool((is_low | (data == high)).all()) or bool(low == high):
+        return None
+    diagonal = int(offset[is_low].max())
+    same = bool((is_low == (offset <= diagonal)).all())
+    return Band(dims, low.item(), high.item(), diagonal) if same else None
+
+
+@transfer("constant")
+def _constant(elements: Elements, node: fx.Node, index: Index) -> Value | None:
+    pattern = elements.constants.pattern(node)
+    if isinstance(pattern, Uniform):
+        return _scalar(pattern.value)
+    if isinstance(pattern, Progression):
+        return number(sympy.Integer(pattern.start) + pattern.step * index[pattern.dim])
+    if isinstance(pattern, Band):
+        row, column = (index[d] for d in pattern.dims)
+        keep = elements.settle(AtMostZero(sympy.expand(column - row - pattern.diagonal)))
+        dtype = torch.bool if isinstance(pattern.low, bool) else torch.float32  # of the choice: boolean or not
+        return select(keep, _scalar(pattern.low), _scalar(pattern.high), dtype)
+    return None
+
+
+def _scalar(x: Scalar) -> Value:
+    return x if isinstance(x, bool) else number(x)

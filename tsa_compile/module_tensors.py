@@ -1,0 +1,79 @@
+"""Masks that lie in a module's buffers: their values are read when a graph is compiled, and watched ever after.
+
+Dynamo makes every tensor of a module an input of the graph, so that it may change without a recompile. A mask such as
+minGPT's `register_buffer("bias", torch.tril(...))` is proven from its values, and then those must not change unseen.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from tsa_compile.passes.prove_mask.constants import Pattern, pattern_of
+
+log = logging.getLogger("tsa_compile")
+
+
+def module_tensors(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[str, torch.Tensor]:
+    """The buffers and other tensors of modules among a Dynamo graph's inputs, by placeholder name.
+
+    Parameters that learn are left out, as are subclasses, and tensors made in inference mode, whose changes nobody counts.
+    """
+    return {
+        node.name: x
+        for node, x in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True)
+        if "_dynamo_static_input_type" in node.meta.get("tensor_dict", {})
+        and type(x) in (torch.Tensor, torch.nn.Parameter)
+        and not (x.requires_grad or x.is_inference())
+    }
+
+
+class Watched:
+    """A compiled graph whose proofs hold while some of its inputs keep their pattern; else the graph as it was runs.
+
+    Costs a comparison of identity and version for each of these inputs and call; a tensor that is new or was written to
+    is read again. Writes through `tensor.data` are not counted by PyTorch, and not seen.
+
+    Args:
+        compiled: the rewritten graph.
+        original: the graph before the passes.
+        patterns: input's name -> what was assumed of it.
+        tensors: input's name -> the tensor that this was read from.
+    """
+
+    def __init__(
+        self,
+        compiled: Callable[..., Any],
+        original: fx.GraphModule,
+        patterns: Mapping[str, Pattern],
+        tensors: Mapping[str, torch.Tensor],
+    ) -> None:
+        self._run, self._original = compiled, original
+        self._names = [n.name for n in original.graph.find_nodes(op="placeholder")]
+        self._assumed = {self._names.index(name): pattern for name, pattern in patterns.items()}
+        self._seen = {i: _state(tensors[self._names[i]]) for i in self._assumed}
+
+    def __call__(self, *args: Any) -> Any:
+        changed = [self._names[i] for i, pattern in self._assumed.items() if not self._holds(i, args[i], pattern)]
+        if changed:
+            log.warning(f"{', '.join(changed)}: changed since its mask was proven; this graph runs dense from now on")
+            self._run, self._assumed = self._original.forward, {}
+        return self._run(*args)
+
+    def _holds(self, i: int, x: torch.Tensor, pattern: Pattern) -> bool:
+        if x.is_inference():
+            return False
+        known, version = self._seen[i]
+        if known() is x and version == x._version:
+            return True
+        self._seen[i] = _state(x)
+        return pattern_of(x) == pattern
+
+
+def _state(x: torch.Tensor) -> tuple[weakref.ref[torch.Tensor], int]:
+    return weakref.ref(x), x._version
