@@ -101,6 +101,8 @@ class _Finder:
 
     def _kv(self, match: Match) -> tuple[fx.Node, fx.Node, Layouts]:
         """K and V before their repetition for grouped queries, if both were repeated from as many heads."""
+        if "h" not in match.layouts.q:
+            return match.k, match.v, match.layouts
         k, k_layout = self._heads.source(match.k, match.layouts.k)
         v, v_layout = self._heads.source(match.v, match.layouts.v)
         q_heads, repeated, k_heads, v_heads = (
@@ -115,7 +117,8 @@ class _Finder:
         obstacle = match.obstacle or obstacle_of(site, self._sizes) or self._overwritten(site, match)
         if match.scale is None:
             obstacle = obstacle or _SCALE_UNKNOWN
-        mask = self._masks.prove(match.sources, (site.batch, site.heads, site.q_len, site.k_len))
+        has_heads = "h" in match.layouts.q
+        mask = self._masks.prove(match.sources, (site.batch, site.heads, site.q_len, site.k_len), has_heads)
         return AttentionSite(**{**site.__dict__, "mask": mask, "obstacle": obstacle})
 
     def _overwritten(self, site: AttentionSite, match: Match) -> str | None:

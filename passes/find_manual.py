@@ -36,7 +36,7 @@ def match_manual(softmax: fx.Node) -> Match | None:
         return None
     if cut:
         raise Unrecognised(f"softmax {softmax.name}: its scores come from another graph, as after a graph break")
-    if tensor.dim() != 4:
+    if tensor.dim() > 4:
         rank = f"scores of rank {tensor.dim()}, not [batch, heads, queries, keys]"
         raise Unrecognised(f"softmax {softmax.name} over {rank}")
     scores = Scores(obstacle=obstacle)

@@ -1,4 +1,4 @@
-"""The two products of an attention written out, q k^T and weights v: `matmul`, or `einsum` in any order."""
+"""The two products of an attention written out, q k^T and weights v: `matmul`, or `einsum` in any order. Heads are optional."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ class Product:
 
 
 def score_product(node: fx.Node) -> Product:
-    """q and k of a product that gives scores [batch, heads, queries, keys].
+    """q and k of a product that gives scores [batch, heads, queries, keys] or [batch, queries, keys].
 
     Raises:
         Unrecognised: an einsum of another form.
     """
     if op_name(node) == "einsum":
         x, y, z, a, b = _einsum(node)
-        if len(set(z)) != 4 or z[2] in y or z[3] in x:
+        if z[-2] in y or z[-1] in x:
             raise Unrecognised(f"{node.name}: einsum {node.args[0]!r} is not a product of queries and keys")
         contracted = next(iter(set(x) - set(z)))
-        roles = {z[0]: "b", z[1]: "h", contracted: "d"}
-        return Product(node, (a, _named(x, {**roles, z[2]: "l"})), (b, _named(y, {**roles, z[3]: "l"})))
-    q, k = node.args[:2]
-    _check_rank(node, q, k)  # type: ignore[arg-type]
+        roles = {**dict(zip(z[:-2], "bh", strict=False)), contracted: "d"}
+        return Product(node, (a, _named(x, {**roles, z[-2]: "l"})), (b, _named(y, {**roles, z[-1]: "l"})))
+    q, k = node.args[1:3] if op_name(node) == "baddbmm" else node.args[:2]
+    outer = _outer_dims(node, q, k)  # type: ignore[arg-type]
     source = _before_transpose(k)  # type: ignore[arg-type]
-    return Product(node, (q, "bhld"), (source, "bhld") if source is not None else (k, "bhdl"))  # type: ignore[arg-type]
+    return Product(node, (q, outer + "ld"), (source, outer + "ld") if source is not None else (k, outer + "dl"))  # type: ignore[arg-type]
 
 
 def weighted_sum(node: fx.Node, weights: fx.Node) -> Product:
-    """v of a product of `weights` [batch, heads, queries, keys] and v.
+    """v of a product of `weights` [batch, heads, queries, keys], or without heads, and v.
 
     Raises:
         Unrecognised: an einsum of another form.
@@ -51,22 +51,24 @@ def weighted_sum(node: fx.Node, weights: fx.Node) -> Product:
         x, y, z, a, b = _einsum(node)
         if b is weights and a is not weights:
             x, y, a, b = y, x, b, a
-        if a is not weights or len(set(x)) != 4 or x[2] in y or x[3] not in y or x[3] in z:
+        if a is not weights or x[-2] in y or x[-1] not in y or x[-1] in z:
             raise Unrecognised(f"{node.name}: einsum {node.args[0]!r} is not a product of weights and values")
         head_dim = next(iter(set(y) - set(x)), "")
-        roles = {x[0]: "b", x[1]: "h", head_dim: "d"}
-        return Product(node, (a, "bhlk"), (b, _named(y, {**roles, x[3]: "l"})), _named(z, {**roles, x[2]: "l"}))
+        roles = {**dict(zip(x[:-2], "bh", strict=False)), head_dim: "d"}
+        return Product(node, (a, "bhlk"), (b, _named(y, {**roles, x[-1]: "l"})), _named(z, {**roles, x[-2]: "l"}))
     first, v = node.args[:2]
     if first is not weights:
         raise Unrecognised(f"{node.name}: attention weights are the second operand")
-    _check_rank(node, weights, v)  # type: ignore[arg-type]
-    return Product(node, (weights, "bhlk"), (v, "bhld"), "bhld")  # type: ignore[arg-type]
+    layout = _outer_dims(node, weights, v) + "ld"  # type: ignore[arg-type]
+    return Product(node, (weights, "bhlk"), (v, layout), layout)  # type: ignore[arg-type]
 
 
-def _check_rank(node: fx.Node, a: fx.Node, b: fx.Node) -> None:
+def _outer_dims(node: fx.Node, a: fx.Node, b: fx.Node) -> str:
+    """ "bh", or "b" for a product without a dimension of heads."""
     ranks = [t.dim() if (t := tensor_of(x)) is not None else None for x in (a, b)]
-    if ranks != [4, 4]:
-        raise Unrecognised(f"{node.name}: a product of tensors of rank {ranks}, not [batch, heads, ., .]")
+    if ranks not in ([4, 4], [3, 3]):
+        raise Unrecognised(f"{node.name}: a product of tensors of rank {ranks}, not [batch, heads, ., .] or [batch, ., .]")
+    return "bh" if ranks[0] == 4 else "b"
 
 
 def _einsum(node: fx.Node) -> tuple[str, str, str, fx.Node, fx.Node]:
@@ -77,9 +79,10 @@ def _einsum(node: fx.Node) -> tuple[str, str, str, fx.Node, fx.Node]:
     text = str(equation).replace(" ", "")
     left, arrow, z = text.partition("->")
     letters = left.split(",")
-    plain = arrow and len(operands) == len(letters) == 2 and all(len(s) == 4 and s.isalpha() for s in (*letters, z))
-    if not plain or any(len(set(s)) != 4 for s in (*letters, z)):
-        raise Unrecognised(f"{node.name}: einsum {equation!r} is not of two tensors of rank 4")
+    terms = (*letters, z)
+    plain = arrow and len(operands) == len(letters) == 2 and all(s.isalpha() and len(set(s)) == len(s) for s in terms)
+    if not plain or {len(s) for s in terms} not in ({4}, {3}):
+        raise Unrecognised(f"{node.name}: einsum {equation!r} is not of two tensors of rank 4, or 3")
     return letters[0], letters[1], z, operands[0], operands[1]  # type: ignore[return-value]
 
 
@@ -93,12 +96,13 @@ def _before_transpose(x: fx.Node) -> fx.Node | None:
     """k where `x` is k with its last two dimensions swapped."""
     while op_name(x) in ("contiguous", "clone"):
         x = x.args[0]  # type: ignore[assignment]
-    name = op_name(x)
-    if name == "transpose" and {arg(x, n, f"dim{n - 1}") % 4 for n in (1, 2)} == {2, 3}:
+    name, rank = op_name(x), tensor_of(x).dim()  # type: ignore[union-attr]
+    if name == "transpose" and {arg(x, n, f"dim{n - 1}") % rank for n in (1, 2)} == {rank - 2, rank - 1}:
         return x.args[0]  # type: ignore[return-value]
     if name == "mT" or (name == "getattr" and x.args[1] == "mT"):
         return x.args[0]  # type: ignore[return-value]
     if name == "permute":
         dims = x.args[1] if isinstance(x.args[1], (tuple, list)) else x.args[1:]
-        return x.args[0] if [d % 4 for d in dims] == [0, 1, 3, 2] else None  # type: ignore[union-attr,operator,return-value]
+        swapped = [*range(rank - 2), rank - 1, rank - 2]
+        return x.args[0] if [d % rank for d in dims] == swapped else None  # type: ignore[union-attr,operator,return-value]
     return None

@@ -10,20 +10,22 @@ import torch.fx as fx
 from tsa_compile.passes.graph_names import arg, op_name, tensor_of
 from tsa_compile.passes.match import Match, Unrecognised
 from tsa_compile.passes.prove_mask.prove import MaskSource
+from tsa_compile.passes.site import Layouts
 
 
 def match_sdpa(node: fx.Node) -> Match | None:
     """The attention that an SDPA node computes; None for any other node.
 
     Raises:
-        Unrecognised: operands that are not [batch, heads, length, head_dim].
+        Unrecognised: operands that are not [batch, heads, length, head_dim] or [batch, length, head_dim].
     """
     if op_name(node) != "scaled_dot_product_attention":
         return None
     q, k, v = (arg(node, n, name) for n, name in enumerate(("query", "key", "value")))
     ranks = [t.dim() if (t := tensor_of(x)) is not None else None for x in (q, k, v)]
-    if ranks != [4, 4, 4]:
+    if ranks not in ([4, 4, 4], [3, 3, 3]):
         raise Unrecognised(f"SDPA with operands of rank {ranks}, not [batch, heads, length, head_dim]")
+    layout = "bhld" if ranks[0] == 4 else "bld"
     mask, is_causal = arg(node, 3, "attn_mask"), arg(node, 5, "is_causal", False)
     sources = []
     if is_causal is True:
@@ -31,7 +33,7 @@ def match_sdpa(node: fx.Node) -> Match | None:
     if mask is not None:
         sources.append(MaskSource("mask", mask))
     scale = _scale(node.kwargs.get("scale"), q)
-    return Match(node, "sdpa", q, k, v, scale, tuple(sources), node, obstacle=_obstacle(node, is_causal))
+    return Match(node, "sdpa", q, k, v, scale, tuple(sources), node, Layouts(*[layout] * 4), _obstacle(node, is_causal))
 
 
 def _obstacle(node: fx.Node, is_causal: Any) -> str | None:

@@ -59,12 +59,12 @@ def in_autocast(node: fx.Node) -> bool:
 
 
 def _shapes(site: AttentionSite, sizes: SizeProver) -> str | None:
-    """[B, H, Lq, D], [B, Hk, Lk, D], [B, Hk, Lk, Dv] -> [B, H, Lq, Dv], Hk dividing H, in the site's layouts."""
+    """[B, H, Lq, D], [B, Hk, Lk, D], [B, Hk, Lk, Dv] -> [B, H, Lq, Dv], Hk dividing H, in the site's layouts (some without H)."""
     heads, kv_heads = site.heads, site.kv_heads
     if not isinstance(heads, int) or not isinstance(kv_heads, int) or kv_heads == 0 or heads % kv_heads:
         return f"{heads} query heads do not divide into {kv_heads} key heads"
     q, k, v, out = (
-        {dim: size_expr(tensor_of(x).shape[n]) for n, dim in enumerate(layout)}  # type: ignore[union-attr]
+        {"h": sympy.Integer(1), **{dim: size_expr(tensor_of(x).shape[n]) for n, dim in enumerate(layout)}}  # type: ignore[union-attr]
         for x, layout in (
             (site.q, site.layouts.q),
             (site.k, site.layouts.k),

@@ -33,9 +33,10 @@ def _operand(graph: fx.Graph, site: AttentionSite, x: fx.Node, layout: str) -> f
     dtype = tensor_of(site.node).dtype  # type: ignore[union-attr]
     if tensor_of(x).dtype != dtype:  # type: ignore[union-attr]
         x = graph.call_function(aten.to.dtype, (x, dtype))  # as autocast does
-    if layout != LAYOUT:
-        x = graph.call_function(aten.permute.default, (x, [layout.index(d) for d in LAYOUT]))
-    return x
+    order = [layout.index(d) for d in LAYOUT if d in layout]
+    if order != sorted(order):
+        x = graph.call_function(aten.permute.default, (x, order))
+    return x if "h" in layout else graph.call_function(aten.unsqueeze.default, (x, LAYOUT.index("h")))
 
 
 def _keys_used(graph: fx.Graph, site: AttentionSite) -> fx.Node | int | None:

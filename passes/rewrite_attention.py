@@ -40,8 +40,12 @@ def _replace(graph: fx.Graph, decision: Decision) -> tuple[fx.Node, list[fx.Node
     last_before = old.prev
     with graph.inserting_before(old):
         new = decision.policy.lower(graph, site)
-        if site.layouts.out != LAYOUT:
-            order = [LAYOUT.index(d) for d in site.layouts.out]
+        layout = LAYOUT
+        if "h" not in site.layouts.out:
+            new = graph.call_function(torch.ops.aten.squeeze.dim, (new, LAYOUT.index("h")))
+            layout = LAYOUT.replace("h", "")
+        if site.layouts.out != layout:
+            order = [layout.index(d) for d in site.layouts.out]
             new = graph.call_function(torch.ops.aten.permute.default, (new, order))
     created = []
     node = last_before.next

@@ -57,7 +57,7 @@ def walk_to_product(x: Any, scores: Scores, softmax: fx.Node) -> fx.Node:
         name = _base_name(x)
         if name in PRODUCTS:
             if name == "baddbmm":
-                raise Unrecognised(f"{x.name}: baddbmm, whose operands have batch and heads merged")
+                _read_baddbmm(x, scores)
             return x
         step = _STEP_READERS.get(name)
         following = step(x, scores) if step is not None else None
@@ -95,6 +95,17 @@ def _read_add(x: fx.Node, scores: Scores) -> fx.Node | None:
     return None
 
 
+def _read_baddbmm(x: fx.Node, scores: Scores) -> None:
+    """beta * mask + alpha * q k^T; a beta of 0 means that there is no mask, whatever lies there."""
+    beta, alpha = x.kwargs.get("beta", 1), x.kwargs.get("alpha", 1)
+    if beta != 0:
+        positive = isinstance(beta, (int, float)) and beta > 0
+        if not positive:
+            raise Unrecognised(f"{x.name}: baddbmm with beta={beta}")
+        scores.sources.append(MaskSource("add", x.args[0], factor=scores.factor * beta))  # type: ignore[arg-type,operator]
+    scores.scaled(alpha)
+
+
 def _read_sub(x: fx.Node, scores: Scores) -> fx.Node | None:
     """A number for each row, such as its maximum, changes no softmax."""
     score, shift = x.args[:2]
@@ -107,7 +118,7 @@ def _read_cat(x: fx.Node, scores: Scores) -> fx.Node | None:
     """A column beside those of the keys, as sinks are."""
     first = x.args[0][0] if isinstance(x.args[0], (tuple, list)) and x.args[0] else None  # type: ignore[index]
     scores.obstacle = SINKS
-    return first if isinstance(first, fx.Node) and arg(x, 1, "dim", 0) in (-1, 3) else None
+    return first if isinstance(first, fx.Node) and arg(x, 1, "dim", 0) in (-1, tensor_of(x).dim() - 1) else None
 
 
 def _read_where(x: fx.Node, scores: Scores) -> fx.Node | None:

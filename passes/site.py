@@ -57,7 +57,10 @@ class MaskFacts:
 
 @dataclasses.dataclass(frozen=True)
 class Layouts:
-    """The order of dimensions of a site's tensors: b batch, h heads, l length, d head dim."""
+    """The order of dimensions of a site's tensors: b batch, h heads, l length, d head dim.
+
+    Where none has an "h" (rank 3), each entry of the batch is one head, or batch and heads are one dimension.
+    """
 
     q: str = "bhld"
     k: str = "bhld"
@@ -124,5 +127,7 @@ class AttentionSite:
 
     @staticmethod
     def _size(node: fx.Node, layout: str, dim: str) -> Size:
+        if dim not in layout:
+            return 1
         value = node.meta.get("val", node.meta.get("example_value"))
         return value.shape[layout.index(dim)]  # type: ignore[union-attr]

@@ -15,7 +15,7 @@ from tsa_compile.passes.mutation import written_nodes
 from tsa_compile.passes.prove_mask import along_a_dim, creation, indexing, pointwise  # noqa: F401  (register transfers)
 from tsa_compile.passes.prove_mask.classify import Lengths, UnprovenMask, classify
 from tsa_compile.passes.prove_mask.constants import Constants
-from tsa_compile.passes.prove_mask.element import Elements
+from tsa_compile.passes.prove_mask.element import Elements, Index
 from tsa_compile.passes.prove_mask.formula import BATCH, HEAD, KEY, QUERY, AtMostZero, Data, Formula, both, opposite
 from tsa_compile.passes.prove_mask.values import HIDDEN_BELOW, Value, Where, is_formula, visible
 from tsa_compile.passes.site import MaskFacts, Size
@@ -55,42 +55,51 @@ class MaskProver:
         self._elements: dict[tuple[sympy.Expr, ...], Elements] = {}
         self._proven: dict[tuple[Any, ...], MaskFacts] = {}
 
-    def prove(self, sources: tuple[MaskSource, ...], shape: tuple[Size, Size, Size, Size]) -> MaskFacts:
-        """The facts about the conjunction of `sources`; `shape` is (batch, heads, q_len, k_len) of the scores."""
-        key = (sources, tuple(size_expr(s) for s in shape))
+    def prove(self, sources: tuple[MaskSource, ...], shape: tuple[Size, Size, Size, Size], has_heads: bool = True) -> MaskFacts:
+        """The facts about the conjunction of `sources`.
+
+        Args:
+            sources: all that masks the scores.
+            shape: (batch, heads, q_len, k_len) of the scores.
+            has_heads: the scores have a dimension of heads; False: `[batch, q_len, k_len]`.
+        """
+        key = (sources, tuple(size_expr(s) for s in shape), has_heads)
         if key not in self._proven:
-            self._proven[key] = self._prove(sources, shape, key[1])
+            self._proven[key] = self._prove(sources, shape, key[1], has_heads)
         return self._proven[key]
 
-    def _prove(self, sources: tuple[MaskSource, ...], shape: tuple[Size, ...], sizes: tuple[sympy.Expr, ...]) -> MaskFacts:
+    def _prove(
+        self, sources: tuple[MaskSource, ...], shape: tuple[Size, ...], sizes: tuple[sympy.Expr, ...], has_heads: bool
+    ) -> MaskFacts:
+        index = (BATCH, HEAD, QUERY, KEY) if has_heads else (BATCH, QUERY, KEY)
         if sizes not in self._elements:
             bounds = dict(zip((BATCH, HEAD, QUERY, KEY), sizes, strict=True))
             self._elements[sizes] = Elements(self._sizes, bounds, self._written, self.constants)
         try:
             formula: Formula = True
             for source in sources:
-                formula = both(formula, _visible_entry(self._elements[sizes], source))
+                formula = both(formula, _visible_entry(self._elements[sizes], source, index))
             return classify(formula, Lengths(sizes[2], sizes[3], shape[2]), self._sizes, self._written)
         except UnprovenMask as why:
             return MaskFacts(unproven=str(why))
 
 
-def _visible_entry(elements: Elements, source: MaskSource) -> Formula:
-    """The formula for: this source lets query `QUERY` see key `KEY`."""
+def _visible_entry(elements: Elements, source: MaskSource, index: Index) -> Formula:
+    """The formula for: this source lets query `QUERY` see key `KEY`; `index` is that of the scores."""
     if source.kind == "causal":
         return elements.settle(AtMostZero(KEY - QUERY))
     mask = source.mask
     assert mask is not None
     tensor = tensor_of(mask)
-    if tensor is None or tensor.dim() > 4:
-        raise UnprovenMask(f"shape of mask {describe(mask)} is unknown or has more than 4 dimensions")
-    value = elements.entry(mask, elements.broadcast(mask, (BATCH, HEAD, QUERY, KEY)))
+    if tensor is None or tensor.dim() > len(index):
+        raise UnprovenMask(f"shape of mask {describe(mask)} is unknown or has more than {len(index)} dimensions")
+    value = elements.entry(mask, elements.broadcast(mask, index))
     if source.kind == "add" or (source.kind == "mask" and tensor.dtype != torch.bool):
         return _additive(elements, value, mask, source.factor)
     if not (is_formula(value) or isinstance(value, Data)):
         raise UnprovenMask(f"mask {describe(mask)} is not boolean")
     if source.kind in ("show", "hide"):
-        _check_fill(elements, source)
+        _check_fill(elements, source, index)
     return opposite(value) if source.kind == "hide" else value  # type: ignore[arg-type,return-value]
 
 
@@ -105,8 +114,8 @@ def _additive(elements: Elements, value: Value, mask: fx.Node, factor: float) ->
     return formula
 
 
-def _check_fill(elements: Elements, source: MaskSource) -> None:
+def _check_fill(elements: Elements, source: MaskSource, index: Index) -> None:
     """What takes the place of a hidden score must hide it."""
-    fill = elements.operand(source.fill, source.mask, (BATCH, HEAD, QUERY, KEY))  # type: ignore[arg-type]
+    fill = elements.operand(source.fill, source.mask, index)  # type: ignore[arg-type]
     if fill is None or visible(fill, source.factor) is not False:
         raise UnprovenMask(f"hidden scores are replaced by {source.fill}, which is not {HIDDEN_BELOW} or less")

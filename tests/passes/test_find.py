@@ -131,14 +131,14 @@ def test_linear_attention_is_left_alone():
 
 
 def test_attention_of_an_unknown_form_is_a_warning():
-    def function(q, k, v):  # rank 3
+    def function(q, k, v):  # rank 5
         scores = (q @ k.mT).masked_fill(~causal(q), -math.inf)
         return scores.softmax(-1) @ v
 
-    outcome = by_dynamo(function, *(torch.randn(B, L, D) for _ in range(3)))
+    outcome = by_dynamo(function, *(torch.randn(1, B, H, L, D) for _ in range(3)))
     assert outcome.replaced == []
     assert "not recognised" in outcome.warnings[0]
-    assert "rank 3" in outcome.warnings[0]
+    assert "rank 5" in outcome.warnings[0]
 
 
 def test_flex_attention_is_a_warning():

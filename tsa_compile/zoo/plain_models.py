@@ -57,6 +57,28 @@ class Gpt(nn.Module):
         return self.head(self.norms[4](x))
 
 
+class SeparateHeads(nn.Module):
+    """Two layers with a module for each head, as lectures write them: no tensor has a dimension of heads."""
+
+    def __init__(self, implementation: str) -> None:
+        super().__init__()
+        self.sdpa = implementation == "sdpa"
+        self.layers = nn.ModuleList(nn.ModuleList(nn.Linear(WIDTH, 3 * WIDTH // 2) for _ in range(2)) for _ in range(2))
+        self.register_buffer("tril", torch.ones(256, 256).tril())
+
+    def forward(self, x: Tensor) -> Tensor:
+        for heads in self.layers:
+            x = x + torch.cat([self._head(*qkv(x).chunk(3, -1)) for qkv in heads], -1)  # type: ignore[union-attr]
+        return x
+
+    def _head(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        t, scale = q.shape[1], q.shape[2] ** -0.5
+        if self.sdpa:
+            return F.scaled_dot_product_attention(*(y[:, None] for y in (q, k, v)), is_causal=True)[:, 0]
+        weights = q @ k.transpose(-2, -1) * scale
+        return weights.masked_fill(self.tril[:t, :t] == 0, float("-inf")).softmax(-1) @ v  # type: ignore[index]
+
+
 class MultiheadAttention(nn.Module):
     """Two layers of `nn.MultiheadAttention` with a causal mask: computed, or in a buffer as in CLIP's text encoder."""
 
@@ -102,6 +124,7 @@ def _module(name: str, build: Callable[[], nn.Module], implementation: str, site
 
 PLAIN: tuple[Entry, ...] = (
     _gpt("nanoGPT-style", ("sdpa", "computed mask", "mask in a buffer"), 2),
+    Entry("a module for each head", "torch", lambda i: sharpen(SeparateHeads(i)), 4, _vectors, "call", ("sdpa", "written out")),
     _module("nn.MultiheadAttention (causal)", MultiheadAttention, NO_FAST_PATH, 2),
     _module("nn.MultiheadAttention (mask in a buffer)", lambda: MultiheadAttention(buffer=True), NO_FAST_PATH, 2),
     _module("nn.TransformerEncoder", lambda: Encoder(causal=False), NO_FAST_PATH, 0),
