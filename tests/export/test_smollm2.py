@@ -60,7 +60,6 @@ def greedy(step, ids, count):
     return ids[0, -count:]
 
 
-@pytest.mark.slow
 def test_the_whole_model_answers_as_pytorch_does(smollm2, tmp_path):
     model, tokenizer = smollm2
     prompt = needle_prompt(250, depth=0.4)
