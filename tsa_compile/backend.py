@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -55,7 +56,13 @@ class Backend:
         for warning in result.warnings:
             log.warning(warning)
         compiled = gm.forward if self.compiler == "eager" else self._inductor(gm, example_inputs)
-        return Watched(compiled, original, result.patterns, tensors) if result.patterns else compiled
+        if not result.patterns:
+            return compiled
+        return Watched(compiled, original, result.patterns, tensors, partial(self._fall_back, self.report.graphs - 1))
+
+    def _fall_back(self, graph: int, reason: str) -> None:
+        self.report.fall_back(graph, reason)
+        log.warning(reason)
 
     def _inductor(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         from torch._inductor.compile_fx import compile_fx

@@ -6,7 +6,6 @@ minGPT's `register_buffer("bias", torch.tril(...))` is proven from its values, a
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,8 +14,6 @@ import torch
 import torch.fx as fx
 
 from tsa_compile.passes.prove_mask.constants import Pattern, pattern_of
-
-log = logging.getLogger("tsa_compile")
 
 
 def module_tensors(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[str, torch.Tensor]:
@@ -44,6 +41,7 @@ class Watched:
         original: the graph before the passes.
         patterns: input's name -> what was assumed of it.
         tensors: input's name -> the tensor that this was read from.
+        on_change: is told once, in words, that the graph as it was runs from now on.
     """
 
     def __init__(
@@ -52,8 +50,9 @@ class Watched:
         original: fx.GraphModule,
         patterns: Mapping[str, Pattern],
         tensors: Mapping[str, torch.Tensor],
+        on_change: Callable[[str], None],
     ) -> None:
-        self._run, self._original = compiled, original
+        self._run, self._original, self._on_change = compiled, original, on_change
         self._names = [n.name for n in original.graph.find_nodes(op="placeholder")]
         self._assumed = {self._names.index(name): pattern for name, pattern in patterns.items()}
         self._seen = {i: _state(tensors[self._names[i]]) for i in self._assumed}
@@ -61,8 +60,8 @@ class Watched:
     def __call__(self, *args: Any) -> Any:
         changed = [self._names[i] for i, pattern in self._assumed.items() if not self._holds(i, args[i], pattern)]
         if changed:
-            log.warning(f"{', '.join(changed)}: changed since its mask was proven; this graph runs dense from now on")
             self._run, self._assumed = self._original.forward, {}
+            self._on_change(f"{', '.join(changed)}: changed since its mask was proven; the graph runs dense from now on")
         return self._run(*args)
 
     def _holds(self, i: int, x: torch.Tensor, pattern: Pattern) -> bool:

@@ -64,6 +64,12 @@ class Report:
         self.warnings.extend(result.warnings)
         self.graphs += 1
 
+    def fall_back(self, graph: int, reason: str) -> None:
+        """From now on no site of this graph is replaced."""
+        fallen = lambda s: dataclasses.replace(s, replaced=False, reason=reason)  # noqa: E731
+        self.sites = [fallen(s) if s.graph == graph and s.replaced else s for s in self.sites]
+        self.warnings.append(reason)
+
     def with_kept(self, kept: list[float]) -> Report:
         """A copy whose replaced sites carry the kept share of their tokens, given in order of execution.
 

@@ -36,13 +36,16 @@ CASES: tuple[AttentionCase, ...] = (
 )
 
 
-def select_cases(pattern: str | None) -> list[AttentionCase]:
-    """The cases whose name contains `pattern`.
+def select_cases(patterns: str | None) -> list[AttentionCase]:
+    """The cases whose name contains a pattern; several, comma separated, give the order.
 
     Raises:
-        ValueError: none does.
+        ValueError: a pattern that no case matches.
     """
-    found = [c for c in CASES if pattern is None or pattern in c.name]
-    if not found:
-        raise ValueError(f"no case matches {pattern!r}; the cases are {[c.name for c in CASES]}")
-    return found
+    found: dict[str, AttentionCase] = {}
+    for pattern in (patterns or "").split(","):
+        cases = {c.name: c for c in CASES if pattern.strip() in c.name}
+        if not cases:
+            raise ValueError(f"no case matches {pattern!r}; the cases are {[c.name for c in CASES]}")
+        found |= {name: c for name, c in cases.items() if name not in found}
+    return list(found.values())

@@ -16,12 +16,15 @@ JsonFile = Annotated[str | None, typer.Option("--json", help="write the results 
 
 @bench.command("attention")
 def bench_attention(
-    only: Annotated[str | None, typer.Option(help="cases whose name contains this, such as 'L128K'")] = None,
+    only: Annotated[str | None, typer.Option(help="cases whose name contains this; several, in order: 'L128K,keep 0.5'")] = None,
+    seconds: Annotated[float | None, typer.Option(help="begin no case after this time")] = None,
     peer: Annotated[list[str] | None, typer.Option(help="NAME=PATH of a file with a function attention(q, k, v)")] = None,
     json: JsonFile = None,
     html: Annotated[str | None, typer.Option(help="write speed-up against length to this file")] = None,
 ) -> None:
     """Each stage of token-sparse attention and the dense kernels, in one run; each result is checked before it is timed."""
+    import time
+
     from rich.progress import track
 
     from tsa_compile.bench import attention, cases, output
@@ -30,10 +33,15 @@ def bench_attention(
     pairs = [p.partition("=") for p in peer or []]
     peers = {name: attention.load_peer(path) for name, _, path in pairs}
     gpu, versions = _gpu()
-    rows = [attention.bench_case(case, peers) for case in track(found, "timing", console=console)]
+    rows, start = [], time.monotonic()
+    for case in track(found, "timing", console=console):
+        if seconds is not None and time.monotonic() - start > seconds:
+            console.print(f"not begun after {seconds} s: {', '.join(c.name for c in found[len(rows) :])}", markup=False)
+            break
+        rows.append(attention.bench_case(case, peers))
+        if json:  # after each, so that a cut run leaves what it has
+            output.write_json(json, rows, environment=versions, ceilings=gpu)
     console.print(output.attention_table(rows, gpu))
-    if json:
-        output.write_json(json, rows, environment=versions, ceilings=gpu)
     if html:
         notes = [", ".join(f"{k} {v}" for k, v in versions.items())]
         output.write_html(html, "Speed-up over SDPA against length", output.attention_plot(rows), notes)
