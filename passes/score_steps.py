@@ -118,7 +118,7 @@ def _read_cat(x: fx.Node, scores: Scores) -> fx.Node | None:
     """A column beside those of the keys, as sinks are."""
     first = x.args[0][0] if isinstance(x.args[0], (tuple, list)) and x.args[0] else None  # type: ignore[index]
     scores.obstacle = SINKS
-    return first if isinstance(first, fx.Node) and arg(x, 1, "dim", 0) in (-1, tensor_of(x).dim() - 1) else None
+    return first if isinstance(first, fx.Node) and arg(x, 1, "dim", 0) in (-1, tensor_of(x).dim() - 1) else None  # type: ignore[union-attr]
 
 
 def _read_where(x: fx.Node, scores: Scores) -> fx.Node | None:

@@ -101,6 +101,7 @@ def _band(data: torch.Tensor, dims: tuple[int, int]) -> Band | None:
 
 @transfer("constant")
 def _constant(elements: Elements, node: fx.Node, index: Index) -> Value | None:
+    assert elements.constants is not None
     pattern = elements.constants.pattern(node)
     if isinstance(pattern, Uniform):
         return _scalar(pattern.value)

@@ -33,7 +33,7 @@ def bench_attention(
     pairs = [p.partition("=") for p in peer or []]
     peers = {name: attention.load_peer(path) for name, _, path in pairs}
     gpu, versions = _gpu()
-    rows, start = [], time.monotonic()
+    start, rows = time.monotonic(), list[attention.AttentionRow]()
     for case in track(found, "timing", console=console):
         if seconds is not None and time.monotonic() - start > seconds:
             console.print(f"not begun after {seconds} s: {', '.join(c.name for c in found[len(rows) :])}", markup=False)

@@ -68,13 +68,13 @@ class SeparateHeads(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for heads in self.layers:
-            x = x + torch.cat([self._head(*qkv(x).chunk(3, -1)) for qkv in heads], -1)  # type: ignore[union-attr]
+            x = x + torch.cat([self._head(*qkv(x).chunk(3, -1)) for qkv in heads], -1)  # type: ignore[attr-defined]
         return x
 
     def _head(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         t, scale = q.shape[1], q.shape[2] ** -0.5
         if self.sdpa:
-            return F.scaled_dot_product_attention(*(y[:, None] for y in (q, k, v)), is_causal=True)[:, 0]
+            return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], is_causal=True)[:, 0]
         weights = q @ k.transpose(-2, -1) * scale
         return weights.masked_fill(self.tril[:t, :t] == 0, float("-inf")).softmax(-1) @ v  # type: ignore[index]
 
@@ -90,7 +90,7 @@ class MultiheadAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, computed = x.shape[1], self.mask is None
-        mask = nn.Transformer.generate_square_subsequent_mask(n) if computed else self.mask[:n, :n]
+        mask = nn.Transformer.generate_square_subsequent_mask(n) if computed else self.mask[:n, :n]  # type: ignore[index]
         for layer in self.layers:
             x = x + layer(x, x, x, attn_mask=mask, is_causal=computed, need_weights=False)[0]
         return x
