@@ -33,7 +33,8 @@ def transform(
     Works as `nn.Module.compile` does: parameters, `state_dict`, `.to()`, hooks and `generate()` stay as they are; a copy or a
     pickle of the model is dense again. Graphs are traced at the first calls; `report(model)` then says what was replaced.
     Sites are replaced only where gradients are off (`torch.no_grad()`, `torch.inference_mode()`). Compiling a transformed
-    model again is an error; in a larger model that is compiled Dynamo inlines it, dense: compile the whole with backend "tsa".
+    model again is an error, but for decode steps; in a larger model that is compiled Dynamo inlines it, dense: compile the
+    whole with backend "tsa".
 
     Args:
         model: any module; attention is found in its traced graphs, not by its class.
@@ -110,14 +111,24 @@ def isolated(model: nn.Module) -> Callable[..., Any]:
 
 
 def _outermost(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """`compiled`, but an error where another torch.compile traces it: that would inline the dense model without a word."""
+    """`compiled`, but an error where another torch.compile traces it: that would inline the dense model without a word.
+
+    Decode steps may be traced, as they are dense anyway: `generate()` with a static cache compiles them by itself.
+    """
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and not _is_decode_step(args, kwargs):
             _refuse_to_be_traced()
         return compiled(*args, **kwargs)
 
     return call
+
+
+def _is_decode_step(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Is it a call with one token, by the names that transformers has for them?"""
+    named = [kwargs.get(name) for name in ("input_ids", "inputs_embeds", "decoder_input_ids")]
+    tokens = next((x for x in (*args[:1], *named) if x is not None), None)
+    return isinstance(tokens, torch.Tensor) and tokens.dim() >= 2 and tokens.shape[1] == 1
 
 
 @torch._dynamo.assume_constant_result  # runs while it is traced

@@ -78,6 +78,19 @@ def test_generate_prefills_sparse_and_decodes_dense(model):
     assert len(report.replaced) == LAYERS
 
 
+def test_generate_compiles_its_decode_steps_itself(model):
+    """As it does on GPUs with a static cache."""
+    from transformers import CompileConfig
+
+    config = CompileConfig(backend="eager", fullgraph=False, mode=None)
+    config._compile_all_devices = True
+    ids, options = token_ids(40), dict(max_new_tokens=6, do_sample=False, cache_implementation="static", compile_config=config)
+    expected = model.generate(ids, **options)
+    tsa.transform(model, KEEP_ALL)
+    assert torch.equal(model.generate(ids, **options), expected)
+    assert len(tsa.report(model).replaced) == LAYERS
+
+
 def test_ten_lengths_take_two_graphs(model):
     tsa.transform(model, SPARSE)
     for length in range(40, 140, 10):
