@@ -154,12 +154,12 @@ def test_explain_leaves_the_model_alone(model):
 def test_a_model_with_attention_nobody_reads_warns(caplog):
     class Odd(nn.Module):
         def forward(self, x):
-            scores = (x @ x.mT).masked_fill(torch.ones(x.shape[1], x.shape[1]).triu(1).bool(), -1e9)
-            return scores.softmax(-1) @ x  # three dimensions
+            scores = (x @ x.mT).masked_fill(torch.ones(x.shape[-2], x.shape[-2]).triu(1).bool(), -1e9)
+            return scores.softmax(-1) @ x  # five dimensions
 
     odd = tsa.transform(Odd())
     with torch.no_grad():
-        odd(torch.randn(2, 8, 4))
+        odd(torch.randn(1, 2, 3, 8, 4))
     assert "not recognised" in tsa.report(odd).warnings[0]
     assert "not recognised" in caplog.text
 
