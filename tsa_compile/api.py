@@ -31,7 +31,8 @@ def transform(
     """Make the attention of `model` token-sparse, in place; returns the same module.
 
     Works as `nn.Module.compile` does: parameters, `state_dict`, `.to()`, hooks and `generate()` stay as they are; a copy or a
-    pickle of the model is dense again. Graphs are traced at the first calls; `report(model)` then says what was replaced.
+    pickle of the model is dense again. Graphs are traced at the first calls (`model(...)`; calling `model.forward` goes around
+    it); `report(model)` then says what was replaced.
     Sites are replaced only where gradients are off (`torch.no_grad()`, `torch.inference_mode()`). Compiling a transformed
     model again is an error, but for decode steps; in a larger model that is compiled Dynamo inlines it, dense: compile the
     whole with backend "tsa".
@@ -49,11 +50,12 @@ def transform(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"transform takes a torch.nn.Module, got {type(model).__name__}")
-    if model._compiled_call_impl is not None:
+    called = _called(model)
+    if called._compiled_call_impl is not None:
         raise RuntimeError("the model is compiled already; call tsa_compile.restore(model) before transforming it again")
     backend = Backend(as_plan(policy_or_plan), compiler, inductor_options)
-    model._compiled_call_impl = _outermost(torch.compile(isolated(model), backend=backend, fullgraph=fullgraph))
-    _BACKENDS[model] = backend
+    called._compiled_call_impl = _outermost(torch.compile(isolated(called), backend=backend, fullgraph=fullgraph))
+    _BACKENDS[called] = backend
     return model
 
 
@@ -64,8 +66,9 @@ def restore(model: M) -> M:
         ValueError: the model was not transformed.
     """
     _backend_of(model)
-    del _BACKENDS[model]
-    model._compiled_call_impl = None
+    called = _called(model)
+    del _BACKENDS[called]
+    called._compiled_call_impl = None
     return model
 
 
@@ -139,7 +142,13 @@ def _refuse_to_be_traced() -> None:
     )
 
 
+def _called(model: nn.Module) -> nn.Module:
+    """The module whose call is compiled: of a PEFT wrapper its base model, which the wrapper's generate() calls directly."""
+    return model.get_base_model() if type(model).__module__.startswith("peft.") else model  # type: ignore[operator]
+
+
 def _backend_of(model: nn.Module) -> Backend:
-    if model not in _BACKENDS:
+    backend = _BACKENDS.get(_called(model))
+    if backend is None:
         raise ValueError(f"{type(model).__name__} was not transformed by tsa_compile.transform")
-    return _BACKENDS[model]
+    return backend

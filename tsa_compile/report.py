@@ -83,6 +83,10 @@ class Report:
         return Report(sites, self.graphs, list(self.warnings))
 
     def summary(self) -> str:
+        if not self.graphs:
+            return (
+                "nothing was traced yet: call the model (model(...) or generate(); model.forward(...) goes around the compiler)"
+            )
         return f"{len(self.replaced)} of {len(self.sites)} attention sites replaced in {self.graphs} graph(s)"
 
     def to_json(self) -> str:

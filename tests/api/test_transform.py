@@ -194,3 +194,20 @@ def test_prefill_in_chunks_with_a_cache(model):
     report = tsa.report(model)
     assert report.graphs == 3  # no past; static past; any past
     assert not report.dense, report
+
+
+def test_a_peft_wrapper_also_generates_sparse(model):
+    peft = pytest.importorskip("peft")
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).eval()
+    ids, options = token_ids(40), dict(max_new_tokens=3, do_sample=False)
+    expected, expected_logits = wrapped.generate(input_ids=ids, **options), logits(wrapped, ids)
+    assert tsa.transform(wrapped, KEEP_ALL) is wrapped
+    assert torch.equal(wrapped.generate(input_ids=ids, **options), expected)
+    assert len(tsa.report(wrapped).replaced) == LAYERS
+    torch.testing.assert_close(logits(wrapped, ids), expected_logits, atol=1e-5, rtol=1e-5)
+    tsa.restore(wrapped)
+    assert wrapped.get_base_model()._compiled_call_impl is None
+
+
+def test_a_report_before_any_call_says_what_to_do(model):
+    assert "nothing was traced yet" in str(tsa.report(tsa.transform(model)))
