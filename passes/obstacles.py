@@ -48,7 +48,12 @@ def _dtypes(site: AttentionSite) -> str | None:
 
 
 def in_autocast(node: fx.Node) -> bool:
-    """Is the node in an autocast region of a Dynamo graph? There operands are cast to the output's dtype."""
+    """Is the node in an autocast region, of the graph or around its call? There operands are cast to the output's dtype.
+
+    Dynamo compiles anew where the region around a call changes.
+    """
+    if torch.is_autocast_enabled(tensor_of(node).device.type):  # type: ignore[union-attr]
+        return True
     depth = 0
     for other in node.graph.nodes:
         if other is node:

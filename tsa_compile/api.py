@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import weakref
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ from tsa_compile.report import Report
 
 M = TypeVar("M", bound=nn.Module)
 _CALLS = itertools.count()
+_MAX_GRAPHS = 64
 _BACKENDS: weakref.WeakKeyDictionary[nn.Module, Backend] = weakref.WeakKeyDictionary()
 
 
@@ -54,7 +56,7 @@ def transform(
     if called._compiled_call_impl is not None:
         raise RuntimeError("the model is compiled already; call tsa_compile.restore(model) before transforming it again")
     backend = Backend(as_plan(policy_or_plan), compiler, inductor_options)
-    called._compiled_call_impl = _outermost(torch.compile(isolated(called), backend=backend, fullgraph=fullgraph))
+    called._compiled_call_impl = _outermost(_compile(isolated(called), backend, fullgraph))
     _BACKENDS[called] = backend
     return model
 
@@ -96,6 +98,25 @@ def explain(
     with torch.no_grad():
         compiled(*args, **kwargs)
     return backend.report
+
+
+def _compile(function: Callable[..., Any], backend: Backend, fullgraph: bool) -> Callable[..., Any]:
+    """`torch.compile` with room for more graphs than its usual 8, beyond which Dynamo would run the model dense.
+
+    A server needs more: prefill and decode, one prompt and batches, padded or not, with a cache and without, each first with
+    fixed and then with symbolic sizes.
+    """
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:  # torch 2.13
+        return torch.compile(function, backend=backend, fullgraph=fullgraph, recompile_limit=_MAX_GRAPHS)  # type: ignore[call-overload,no-any-return]
+    compiled = torch.compile(function, backend=backend, fullgraph=fullgraph)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return compiled(*args, **kwargs)
+        with torch._dynamo.config.patch(recompile_limit=_MAX_GRAPHS):
+            return compiled(*args, **kwargs)
+
+    return call
 
 
 def isolated(model: nn.Module) -> Callable[..., Any]:

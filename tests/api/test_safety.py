@@ -141,6 +141,22 @@ def test_autocast(attention, mask_dtype):
     torch.testing.assert_close(actual[rows], expected[rows], atol=3e-2, rtol=3e-2)
 
 
+def test_autocast_around_the_call():
+    """As users run float32 models: queries and keys leave the rotary embedding in float32, values are bfloat16."""
+    model = tiny_llama()
+    tsa.transform(model, KEEP_ALL)
+    ids = token_ids(40)
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            inside = model(input_ids=ids).logits
+        outside = model(input_ids=ids).logits
+        assert [s.replaced for s in tsa.report(model).sites] == [True] * 4
+        tsa.restore(model)
+        torch.testing.assert_close(outside, model(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(inside, model(input_ids=ids).logits, atol=3e-2, rtol=3e-2)
+
+
 def test_mixed_operands_outside_autocast_are_left_to_the_models_error():
     q, k, v = qkv()
     with pytest.raises(Exception, match=r"dtype"):

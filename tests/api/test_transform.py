@@ -99,6 +99,24 @@ def test_ten_lengths_take_two_graphs(model):
     assert all(s.replaced for s in tsa.report(model).sites)
 
 
+def test_many_kinds_of_calls_stay_sparse(model):
+    """More graphs than Dynamo's usual limit of 8."""
+    tsa.transform(model, SPARSE)
+    calls = [(batch, cache, padded) for batch in (1, 2) for cache in (False, True) for padded in (False, True)]
+    for batch, use_cache, padded in calls:
+        for length in (40, 50):
+            ids = token_ids(length, batch)
+            mask = torch.ones_like(ids)
+            mask[0, : 5 * padded] = 0
+            logits(model, ids, use_cache=use_cache, attention_mask=mask if padded else None)
+            model.generate(ids, attention_mask=mask, max_new_tokens=2, do_sample=False)
+    graphs = tsa.report(model).graphs
+    assert graphs > 8
+    logits(model, token_ids(60), logits_to_keep=3)
+    assert tsa.report(model).graphs > graphs
+    assert all(s.replaced for s in tsa.report(model).sites[-LAYERS:])
+
+
 def test_state_dict_and_to_work(model):
     before = {name: x.clone() for name, x in model.state_dict().items()}
     tsa.transform(model, SPARSE)
