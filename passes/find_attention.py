@@ -31,10 +31,7 @@ _OPAQUE_ATTENTION = re.compile(
 )
 _FAST_PATH = "call torch.backends.mha.set_fastpath_enabled(False) and it is written out"
 
-_SCALE_UNKNOWN = (
-    "scale is not a positive constant of the graph (torch.compile(dynamic=True) turns floats into inputs; "
-    "leave dynamic unset, or mark sizes with torch._dynamo.mark_dynamic)"
-)
+_SCALE_UNKNOWN = "scale is not a positive constant of the graph"
 
 
 def find_attention(context: Context) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch.fx as fx
 
-from tsa_compile.passes.graph_names import arg, op_name, tensor_of
+from tsa_compile.passes.graph_names import arg, number_of, op_name, tensor_of
 from tsa_compile.passes.match import Match, Unrecognised
 from tsa_compile.passes.prove_mask.prove import MaskSource
 from tsa_compile.passes.site import Layouts
@@ -47,4 +47,5 @@ def _scale(scale: Any, q: fx.Node) -> float | None:
     if scale is None:
         head_dim = tensor_of(q).shape[-1]  # type: ignore[union-attr]
         return 1.0 / math.sqrt(head_dim) if isinstance(head_dim, int) else None
+    scale = number_of(scale)
     return float(scale) if isinstance(scale, (int, float)) and scale > 0 else None

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.fx as fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 _ALIASES = {
     "truediv": "div",
@@ -96,6 +97,16 @@ def arg(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
 def value_of(x: Any) -> Any:
     """The example value of a node (fake tensor, SymInt, number); anything else is returned as it is."""
     return x.meta.get("val", x.meta.get("example_value")) if isinstance(x, fx.Node) else x
+
+
+def number_of(x: Any) -> Any:
+    """The number that a node holds where Dynamo made a float an input, as with `dynamic=True`; anything else as it is.
+
+    Reading it is a guard: for another number Dynamo compiles anew.
+    """
+    value = value_of(x)
+    known = isinstance(x, fx.Node) and isinstance(value, torch.SymFloat) and not free_unbacked_symbols(value)
+    return float(value) if known else x
 
 
 def tensor_of(x: Any) -> torch.Tensor | None:

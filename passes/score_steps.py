@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.fx as fx
 
-from tsa_compile.passes.graph_names import arg, op_name, tensor_of
+from tsa_compile.passes.graph_names import arg, number_of, op_name, tensor_of
 from tsa_compile.passes.match import Unrecognised
 from tsa_compile.passes.mutation import writes_to
 from tsa_compile.passes.prove_mask.prove import MaskSource
@@ -29,6 +29,7 @@ class Scores:
     obstacle: str | None = None
 
     def scaled(self, by: Any) -> None:
+        by = number_of(by)
         if isinstance(by, (int, float)) and by > 0:
             self.factor *= by
             self.scale = None if self.scale is None else self.scale * by
@@ -157,6 +158,7 @@ def _read_div(x: fx.Node, scores: Scores) -> fx.Node | None:
     a, b = x.args[:2]
     if not isinstance(a, fx.Node) or x.kwargs.get("rounding_mode") is not None:
         return None
+    b = number_of(b)
     scores.scaled(1.0 / b if isinstance(b, (int, float)) and b > 0 else b if isinstance(b, fx.Node) else None)
     return a
 

@@ -110,3 +110,20 @@ def test_the_plan_enters_the_cache_key(monkeypatch):
 def test_a_policy_cannot_be_a_bare_class():
     with pytest.raises(TypeError, match="expected a policy"):
         as_plan(Policy)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_dynamic_true_replaces_too(implementation):
+    """Dynamo then makes the scale an input; another scale is another graph."""
+    model = tiny_llama(attn_implementation=implementation)
+    backend = Backend(Plan(KEEP_ALL), "eager")
+    compiled = torch.compile(model, backend=backend, dynamic=True)
+    scales = [layer.self_attn.scaling for layer in model.model.layers]
+    with torch.no_grad():
+        for length, factor in ((40, 1), (50, 1), (50, 2)):
+            for layer, scale in zip(model.model.layers, scales, strict=True):
+                layer.self_attn.scaling = scale * factor
+            ids = token_ids(length)
+            torch.testing.assert_close(compiled(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
+    assert backend.report.graphs == 2
+    assert len(backend.report.replaced) == len(backend.report.sites) == 4
