@@ -55,7 +55,7 @@ def transform(
     called = _called(model)
     if called._compiled_call_impl is not None:
         raise RuntimeError("the model is compiled already; call tsa_compile.restore(model) before transforming it again")
-    backend = Backend(as_plan(policy_or_plan), compiler, inductor_options)
+    backend = Backend(as_plan(policy_or_plan), compiler, inductor_options, called)
     called._compiled_call_impl = _outermost(_compile(isolated(called), backend, fullgraph))
     _BACKENDS[called] = backend
     return model
@@ -93,7 +93,7 @@ def explain(
 
     The model is left as it was. `explain(model, **tokenizer(text, return_tensors="pt"))` is the usual call.
     """
-    backend = Backend(as_plan(policy), "eager")
+    backend = Backend(as_plan(policy), "eager", model=model)
     compiled = torch.compile(isolated(model), backend=backend)
     with torch.no_grad():
         compiled(*args, **kwargs)

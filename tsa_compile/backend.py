@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
@@ -30,12 +31,19 @@ class Backend:
         plan: layer -> policy.
         compiler: "inductor", or "eager" to run the rewritten graph as it is.
         inductor_options: Inductor configuration for this backend only, such as {"max_autotune": True}.
+        model: names the layers, also in graphs that begin inside it, as after a graph break.
 
     Raises:
         ValueError: unknown compiler, or options for a compiler that takes none.
     """
 
-    def __init__(self, plan: Plan, compiler: str = "inductor", inductor_options: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        compiler: str = "inductor",
+        inductor_options: Mapping[str, Any] | None = None,
+        model: torch.nn.Module | None = None,
+    ) -> None:
         if compiler not in COMPILERS:
             raise ValueError(f"compiler must be one of {COMPILERS}, got {compiler!r}")
         if compiler == "eager" and inductor_options:
@@ -44,11 +52,13 @@ class Backend:
         self.compiler = compiler
         self.inductor_options = dict(inductor_options or {})
         self.report = Report()
+        self._model: Callable[[], torch.nn.Module | None] = (lambda: None) if model is None else weakref.ref(model)
 
     def __call__(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         from tsa_compile.module_tensors import Watched, module_tensors
         from tsa_compile.passes.pipeline import run_pipeline
 
+        name_modules(gm, self._model())
         original = torch.fx.GraphModule(gm, copy.deepcopy(gm.graph))
         tensors = module_tensors(gm, example_inputs)
         result = run_pipeline(gm, self.plan.policy_for, example_inputs=example_inputs, constants=tensors)
@@ -73,6 +83,14 @@ class Backend:
         tag = f"{torch.compiler.config.cache_key_tag}|tsa:{pipeline_identity(self.plan.to_dict())}"
         with torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
             return cast(Callable[..., Any], compile_fx(gm, list(example_inputs), config_patches=self.inductor_options or None))
+
+
+def name_modules(gm: torch.fx.GraphModule, model: torch.nn.Module | None) -> None:
+    """Give the modules of a Dynamo graph their names in `model`; Dynamo names them from the frame in which the graph begins."""
+    names = {} if model is None else {str(id(module)): name for name, module in model.named_modules()}
+    for node in gm.graph.nodes if names else ():
+        stack = node.meta.get("nn_module_stack") or {}  # {id of a module, maybe "@" and a number: (path, class)}
+        node.meta["nn_module_stack"] = {key: (names.get(key.split("@")[0], path), kind) for key, (path, kind) in stack.items()}
 
 
 def tsa(

@@ -227,5 +227,19 @@ def test_a_peft_wrapper_also_generates_sparse(model):
     assert wrapped.get_base_model()._compiled_call_impl is None
 
 
+def test_layers_keep_their_numbers_in_graphs_of_their_own(model):
+    """accelerate's hooks (device_map over several devices) break the graph at each layer."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    for layer in model.model.layers:
+        hooks.add_hook_to_module(layer, hooks.AlignDevicesHook(execution_device="cpu", io_same_device=True))
+    tsa.transform(model, tsa.Plan(tsa.Dense(), {1: KEEP_ALL}))
+    logits(model, token_ids(40))
+    sites = tsa.report(model).sites
+    assert [(s.layer, s.module, s.policy) for s in sites] == [
+        (0, "model.layers.0.self_attn", "Dense"),
+        (1, "model.layers.1.self_attn", "TokenSparse"),
+    ]
+
+
 def test_a_report_before_any_call_says_what_to_do(model):
     assert "nothing was traced yet" in str(tsa.report(tsa.transform(model)))
