@@ -90,7 +90,7 @@ def name_modules(gm: torch.fx.GraphModule, model: torch.nn.Module | None) -> Non
     names = {} if model is None else {str(id(module)): name for name, module in model.named_modules()}
     for node in gm.graph.nodes if names else ():
         stack = node.meta.get("nn_module_stack") or {}  # {id of a module, maybe "@" and a number: (path, class)}
-        node.meta["nn_module_stack"] = {key: (names.get(key.split("@")[0], path), kind) for key, (path, kind) in stack.items()}
+        node.meta["nn_module_stack"] = {k: (names.get(k.split("@")[0], path), *kind) for k, (path, *kind) in stack.items()}
 
 
 def tsa(

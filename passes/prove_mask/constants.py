@@ -11,7 +11,7 @@ import torch
 import torch.fx as fx
 
 from tsa_compile.passes.prove_mask.element import Elements, Index, transfer
-from tsa_compile.passes.prove_mask.formula import AtMostZero
+from tsa_compile.passes.prove_mask.formula import AtMostZero, both
 from tsa_compile.passes.prove_mask.values import Value, number, select
 
 _LARGEST = 1 << 26  # entries
@@ -36,12 +36,16 @@ class Progression:
 
 @dataclasses.dataclass(frozen=True)
 class Band:
-    """`low` where `column <= row + diagonal`, else `high`; `dims` are the row's and the column's, the only ones longer than 1."""
+    """`inside` where `first <= column - row <= last` (no lower bound if `first` is None), else `outside`.
+
+    `dims` are the row's and the column's, the only ones longer than 1.
+    """
 
     dims: tuple[int, int]
-    low: Scalar
-    high: Scalar
-    diagonal: int
+    inside: Scalar
+    outside: Scalar
+    first: int | None
+    last: int
 
 
 Pattern: TypeAlias = Uniform | Progression | Band
@@ -88,15 +92,17 @@ def _progression(data: torch.Tensor, dim: int) -> Progression | None:
 
 
 def _band(data: torch.Tensor, dims: tuple[int, int]) -> Band | None:
-    rows, columns = data.shape
-    low, high = data[-1, 0], data[0, -1]
-    offset = torch.arange(columns, device=data.device) - torch.arange(rows, device=data.device)[:, None]
-    is_low = data == low
-    if not bool((is_low | (data == high)).all()) or bool(low == high):
+    outside = data[0, -1]
+    within = data != outside
+    inside = data[within][0]  # not all entries are equal
+    if not bool((data[within] == inside).all()):
         return None
-    diagonal = int(offset[is_low].max())
-    same = bool((is_low == (offset <= diagonal)).all())
-    return Band(dims, low.item(), high.item(), diagonal) if same else None
+    rows, columns = (torch.arange(n, device=data.device) for n in data.shape)
+    offset = columns - rows[:, None]
+    last = int(offset[within].max())
+    first = None if bool(within[-1, 0]) else int(offset[within].min())
+    band = offset <= last if first is None else (offset <= last) & (offset >= first)
+    return Band(dims, inside.item(), outside.item(), first, last) if bool((within == band).all()) else None
 
 
 @transfer("constant")
@@ -108,11 +114,16 @@ def _constant(elements: Elements, node: fx.Node, index: Index) -> Value | None:
     if isinstance(pattern, Progression):
         return number(sympy.Integer(pattern.start) + pattern.step * index[pattern.dim])
     if isinstance(pattern, Band):
-        row, column = (index[d] for d in pattern.dims)
-        keep = elements.settle(AtMostZero(sympy.expand(column - row - pattern.diagonal)))
-        dtype = torch.bool if isinstance(pattern.low, bool) else torch.float32  # of the choice: boolean or not
-        return select(keep, _scalar(pattern.low), _scalar(pattern.high), dtype)
+        return _band_value(elements, pattern, *(index[d] for d in pattern.dims))
     return None
+
+
+def _band_value(elements: Elements, band: Band, row: sympy.Expr, column: sympy.Expr) -> Value | None:
+    within = elements.settle(AtMostZero(sympy.expand(column - row - band.last)))
+    if band.first is not None:
+        within = both(within, elements.settle(AtMostZero(sympy.expand(row + band.first - column))))
+    dtype = torch.bool if isinstance(band.inside, bool) else torch.float32  # of the choice: boolean or not
+    return select(within, _scalar(band.inside), _scalar(band.outside), dtype)
 
 
 def _scalar(x: Scalar) -> Value:

@@ -71,7 +71,7 @@ class Run:
     def check(self, x):
         """Right, whatever was done to it; returns whether the newest graph was replaced."""
         with torch.no_grad():
-            torch.testing.assert_close(self.compiled(x), self.module(x), atol=2e-6, rtol=2e-5)
+            torch.testing.assert_close(self.compiled(x), self.module(x), atol=2e-6, rtol=2e-5, equal_nan=True)
         return self.backend.report.sites[-1].replaced
 
     @property
@@ -89,6 +89,9 @@ REFUSED = {
     "a hole": (tril().index_put((torch.tensor(9), torch.tensor(4)), torch.tensor(0.0)), filled),
     "a diagonal further": (torch.ones(SIZE, SIZE).tril(1), filled),
     "a diagonal less": (torch.ones(SIZE, SIZE).tril(-1) + torch.eye(SIZE)[:1] * (torch.arange(SIZE) == 0)[:, None], filled),
+    "a window": (tril() - torch.ones(SIZE, SIZE).tril(-5), filled),
+    "a window above the diagonal": (torch.ones(SIZE, SIZE).triu(2) - torch.ones(SIZE, SIZE).triu(5), filled),
+    "two holes": (tril().index_put((torch.tensor([9, 31]), torch.tensor([4, 0])), torch.tensor(0.0)), filled),
     "upper": (tril().T.contiguous(), filled),
     "small numbers added": (tril() * 0.1, added),
     "data": (torch.randn(SIZE, SIZE), added),
@@ -112,6 +115,13 @@ def test_any_other_buffer_stays_dense(name):
     run = Run(Attention(*REFUSED[name]))
     assert not run.check(qkv())
     assert run.reason
+
+
+def test_a_window_is_recognised():
+    """GPT-Neo's local layers."""
+    run = Run(Attention(*REFUSED["a window"]))
+    run.check(qkv())
+    assert run.reason == "sliding window of 5: already local"
 
 
 def test_a_mask_from_the_caller_is_data():
