@@ -33,8 +33,8 @@ def transform(
     """Make the attention of `model` token-sparse, in place; returns the same module.
 
     Works as `nn.Module.compile` does: parameters, `state_dict`, `.to()`, hooks and `generate()` stay as they are; a copy or a
-    pickle of the model is dense again. Graphs are traced at the first calls (`model(...)`; calling `model.forward` goes around
-    it); `report(model)` then says what was replaced.
+    pickle of the model is dense again. Decode steps (`input_ids` of one token) run as before. Graphs are traced at the other
+    first calls (`model(...)`; `model.forward` goes around it); `report(model)` then says what was replaced.
     Sites are replaced only where gradients are off (`torch.no_grad()`, `torch.inference_mode()`). Compiling a transformed
     model again is an error, but for decode steps; in a larger model that is compiled Dynamo inlines it, dense: compile the
     whole with backend "tsa".
@@ -56,7 +56,9 @@ def transform(
     if called._compiled_call_impl is not None:
         raise RuntimeError("the model is compiled already; call tsa_compile.restore(model) before transforming it again")
     backend = Backend(as_plan(policy_or_plan), compiler, inductor_options, called)
-    called._compiled_call_impl = _outermost(_compile(isolated(called), backend, fullgraph))
+    prefill = _compile(isolated(called), backend, fullgraph)
+    # Inductor is asked for all steps; the eager graph of a decode step would be the model itself, behind guards.
+    called._compiled_call_impl = _entry(prefill, called._call_impl if compiler == "eager" else prefill)
     _BACKENDS[called] = backend
     return model
 
@@ -134,24 +136,26 @@ def isolated(model: nn.Module) -> Callable[..., Any]:
     return call
 
 
-def _outermost(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """`compiled`, but an error where another torch.compile traces it: that would inline the dense model without a word.
+def _entry(prefill: Callable[..., Any], decode: Callable[..., Any]) -> Callable[..., Any]:
+    """The model's call. An error where another torch.compile traces it: that would inline the dense model without a word.
 
     Decode steps may be traced, as they are dense anyway: `generate()` with a static cache compiles them by itself.
     """
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() and not _is_decode_step(args, kwargs):
+        if _is_decode_step(kwargs):
+            return decode(*args, **kwargs)
+        if torch.compiler.is_compiling():
             _refuse_to_be_traced()
-        return compiled(*args, **kwargs)
+        return prefill(*args, **kwargs)
 
     return call
 
 
-def _is_decode_step(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def _is_decode_step(kwargs: Mapping[str, Any]) -> bool:
     """Is it a call with one token, by the names that transformers has for them?"""
-    named = [kwargs.get(name) for name in ("input_ids", "inputs_embeds", "decoder_input_ids")]
-    tokens = next((x for x in (*args[:1], *named) if x is not None), None)
+    names = ("input_ids", "inputs_embeds", "decoder_input_ids")
+    tokens = next((kwargs[name] for name in names if kwargs.get(name) is not None), None)
     return isinstance(tokens, torch.Tensor) and tokens.dim() >= 2 and tokens.shape[1] == 1
 
 

@@ -73,9 +73,16 @@ def test_generate_prefills_sparse_and_decodes_dense(model):
     tsa.transform(model, KEEP_ALL)
     actual = model.generate(ids, max_new_tokens=6, do_sample=False, attention_mask=torch.ones_like(ids))
     assert torch.equal(actual, expected)
-    report = tsa.report(model)
-    assert {s.reason for s in report.dense} == {"decode step: one query"}
-    assert len(report.replaced) == LAYERS
+    report = tsa.report(model)  # decode steps run the model as it is, untraced
+    assert (report.graphs, len(report.replaced), len(report.dense)) == (1, LAYERS, 0)
+
+
+def test_decode_steps_are_compiled_where_the_user_asks_for_it(model):
+    ids, options = token_ids(40), dict(max_new_tokens=4, do_sample=False)
+    expected = model.generate(ids, **options)
+    tsa.transform(model, KEEP_ALL, compiler="inductor")
+    assert torch.equal(model.generate(ids, **options), expected)
+    assert {s.reason for s in tsa.report(model).dense} == {"decode step: one query"}
 
 
 def test_generate_compiles_its_decode_steps_itself(model):
