@@ -48,13 +48,16 @@ def add_digits(count, values, end, prefix, shift, width, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def kth_largest(scores, n, k, BLOCK: tl.constexpr):
-    """(bits of the k-th largest of n scores, how many equal to it are among the k largest): radix search, 8 bits at a time."""
-    cut, need, shift = tl.zeros([], tl.int32), k, tl.full([], 31, tl.int32)
+def kth_largest(values, n, k, cut, shift, BLOCK: tl.constexpr):
+    """(bits of the k-th largest of n values, how many equal to it are among the k largest): radix search, 8 bits at a time.
+
+    `cut` are the bits from `shift` on, which all values share.
+    """
+    need = k
     while shift > 0:
         width = tl.minimum(shift, 8)
         shift -= width
-        count = add_digits(tl.zeros([BINS], tl.int32), scores, n, cut, shift, width, BLOCK)
+        count = add_digits(tl.zeros([BINS], tl.int32), values, n, cut, shift, width, BLOCK)
         digit, need = from_top(count, need)
         cut = (cut << width) | digit
     return cut, need
@@ -77,6 +80,16 @@ def count_bins(bins, chunks):
 
 
 @triton.jit
+def found_before(bins, chunk, at):
+    """How many scores of bin `at` the chunks before this one have."""
+    total = tl.zeros([], tl.int32)
+    for first in tl.range(0, chunk, CHUNKS):
+        c = first + tl.arange(0, CHUNKS)
+        total += tl.sum(tl.load(bins + c * BINS + at, mask=c < chunk, other=0))
+    return total
+
+
+@triton.jit
 def gather_bin(scores, first, end, at, to, BLOCK: tl.constexpr):
     """Those of the scores first..end-1 that are in bin `at`, to `to`."""
     found = tl.zeros([], tl.int32)
@@ -89,37 +102,25 @@ def gather_bin(scores, first, end, at, to, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def kth_of_bin(gathered, bins, chunks, at, k, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
-    """As `kth_largest`, of the scores of bin `at` alone; a chunk's lie from its own first place on."""
+def kth_of_bin(gathered, found, at, k, BLOCK: tl.constexpr):
+    """As `kth_largest`, of all scores of bin `at`."""
     inner = (at > 0) & (at < BINS - 1)  # the outermost bins hold more than their octave's eighth
-    cut, shift = tl.where(inner, at + FIRST_OCTAVE, 0), tl.where(inner, 20, 31)
-    need = k
-    while shift > 0:
-        width = tl.minimum(shift, 8)
-        shift -= width
-        count = tl.zeros([BINS], tl.int32)
-        for c in tl.range(0, chunks):
-            found = tl.load(bins + c * BINS + at)
-            count = add_digits(count, gathered + c * CHUNK, found, cut, shift, width, BLOCK)
-        digit, need = from_top(count, need)
-        cut = (cut << width) | digit
-    return cut, need
+    return kth_largest(gathered, found, k, tl.where(inner, at + FIRST_OCTAVE, 0), tl.where(inner, 20, 31), BLOCK)
 
 
 @triton.jit
-def count_before(gathered, bins, chunk, at, cut, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+def count_before(gathered, bins, chunk, at, cut, BLOCK: tl.constexpr):
     """How many scores of the chunks before this one are above the cut, and how many equal it."""
     above, equal = tl.zeros([], tl.int32), tl.zeros([], tl.int32)
     for first in tl.range(0, chunk, CHUNKS):
         higher = tl.arange(0, BINS)[None, :] > at
         above += tl.sum(tl.where(higher, load_bins(bins, chunk, first), 0))
-    for c in tl.range(0, chunk):
-        found = tl.load(bins + c * BINS + at)
-        for start in tl.range(0, found, BLOCK):
-            i = start + tl.arange(0, BLOCK)
-            bits = load_bits(gathered + c * CHUNK, i, i < found)
-            above += tl.sum(((bits > cut) & (i < found)).to(tl.int32))
-            equal += tl.sum(((bits == cut) & (i < found)).to(tl.int32))
+    found = found_before(bins, chunk, at)
+    for start in tl.range(0, found, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        bits = load_bits(gathered, i, i < found)
+        above += tl.sum(((bits > cut) & (i < found)).to(tl.int32))
+        equal += tl.sum(((bits == cut) & (i < found)).to(tl.int32))
     return above, equal
 
 
@@ -186,7 +187,7 @@ def select_kernel(
     )
     scores += head_index * k_len
     if by_score > 0:
-        cut, need = kth_largest(scores, n, by_score, BLOCK)
+        cut, need = kth_largest(scores, n, by_score, tl.zeros([], tl.int32), tl.full([], 31, tl.int32), BLOCK)
         none = tl.zeros([], tl.int32)
         compact(scores, 0, n, cut, need, none, none, order, b, k_len, out, BLOCK, PADDED)
     write_rest(chunk * CHUNK, length, rest, order, b, k_len, out, capacity, size, CHUNK, BLOCK, PADDED)
@@ -215,7 +216,7 @@ def cut_kernel(
     CHUNK: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """Grid (chunks, lists, B * H). Of each list: the bin of its cut, the cut, how many equal it are chosen, and how many
-    programs are through, to cuts [B * H, 2, 4], zero before. `gathered` [2, B * H, Lk]: the scores of that bin, by chunk."""
+    programs are through, to cuts [B * H, 2, 4], zero before. `gathered` [2, B * H, Lk]: that bin's scores, in their order."""
     chunk, which, head_index = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     chunks, b = tl.num_programs(0), head_index // heads
     length, _ = row_extent(ranks, b, q_len, k_len, window, PADDED)
@@ -229,10 +230,10 @@ def cut_kernel(
     cuts += (head_index * 2 + which) * 4
     at, need = from_top(count_bins(bins, chunks), k)
     first = chunk * CHUNK
-    gather_bin(scores, first, tl.minimum(first + CHUNK, n), at, gathered + first, BLOCK)
+    gather_bin(scores, first, tl.minimum(first + CHUNK, n), at, gathered + found_before(bins, chunk, at), BLOCK)
     tl.debug_barrier()  # all of this program's stores come before its sign that it is through
     if tl.atomic_add(cuts + 3, 1, sem="acq_rel") + 1 == chunks:
-        cut, need = kth_of_bin(gathered, bins, chunks, at, need, CHUNK, BLOCK)
+        cut, need = kth_of_bin(gathered, found_before(bins, chunks, at), at, need, BLOCK)
         tl.store(cuts, at)
         tl.store(cuts + 1, cut)
         tl.store(cuts + 2, need)
@@ -256,7 +257,7 @@ def write_kernel(
         gathered += (which * tl.num_programs(2) + head_index) * k_len
         cuts += (head_index * 2 + which) * 4
         at, cut, need = tl.load(cuts), tl.load(cuts + 1), tl.load(cuts + 2)
-        above, equal = count_before(gathered, bins, chunk, at, cut, CHUNK, BLOCK)
+        above, equal = count_before(gathered, bins, chunk, at, cut, BLOCK)
         scores += head_index * k_len
         end = tl.minimum(first + CHUNK, length - window)
         compact(scores, first, end, cut, need, above, equal, order, b, k_len, out, BLOCK, PADDED)
