@@ -56,7 +56,7 @@ def transform(
     if called._compiled_call_impl is not None:
         raise RuntimeError("the model is compiled already; call tsa_compile.restore(model) before transforming it again")
     backend = Backend(as_plan(policy_or_plan), compiler, inductor_options, called)
-    prefill = _compile(isolated(called), backend, fullgraph)
+    prefill = with_room(isolated(called), backend, fullgraph)
     # Inductor is asked for all steps; the eager graph of a decode step would be the model itself, behind guards.
     called._compiled_call_impl = _entry(prefill, called._call_impl if compiler == "eager" else prefill)
     _BACKENDS[called] = backend
@@ -96,13 +96,13 @@ def explain(
     The model is left as it was. `explain(model, **tokenizer(text, return_tensors="pt"))` is the usual call.
     """
     backend = Backend(as_plan(policy), "eager", model=model)
-    compiled = torch.compile(isolated(model), backend=backend)
+    compiled = with_room(isolated(model), backend)
     with torch.no_grad():
         compiled(*args, **kwargs)
     return backend.report
 
 
-def _compile(function: Callable[..., Any], backend: Backend, fullgraph: bool) -> Callable[..., Any]:
+def with_room(function: Callable[..., Any], backend: Callable[..., Any], fullgraph: bool = False) -> Callable[..., Any]:
     """`torch.compile` with room for more graphs than its usual 8, beyond which Dynamo would run the model dense.
 
     A server needs more: prefill and decode, one prompt and batches, padded or not, with a cache and without, each first with

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tsa_compile.api import isolated
+from tsa_compile.api import isolated, with_room
 from tsa_compile.backend import Backend
 from tsa_compile.calibration.drift import decoder_layer, record_drift
 from tsa_compile.calibration.switch import CoverageSwitch
@@ -41,7 +41,7 @@ class Meter:
     def __init__(self, model: nn.Module, policy: TokenSparse, last: int) -> None:
         self._model, self._last = model, last
         self._switch = CoverageSwitch(policy)
-        self._switched = torch.compile(isolated(model), backend=self._switch)
+        self._switched = with_room(isolated(model), self._switch)
 
     def find_layers(self, inputs: Mapping[str, Any]) -> dict[int, str]:
         """Layer number -> path, of the layers that the policy takes; traces the model once.
@@ -83,7 +83,7 @@ class Meter:
     def plan(self, plan: Plan) -> Callable[[Mapping[str, Any], Tensor], Sample]:
         """A function that measures what `transform(model, plan)` runs, traced for itself."""
         backend = Backend(plan, "eager")
-        compiled = torch.compile(isolated(self._model), backend=backend)
+        compiled = with_room(isolated(self._model), backend)
 
         sites = self._switch.executed
         expected = sum(layer in plan.layers for layer in sites)

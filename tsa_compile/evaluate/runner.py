@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from tsa_compile.api import isolated
+from tsa_compile.api import isolated, with_room
 from tsa_compile.evaluate.plan_switch import PlanSwitch
 from tsa_compile.plan import Plan, default_policy
 from tsa_compile.trace import record_kept
@@ -45,7 +45,7 @@ class Runner:
         self.switch = PlanSwitch(self.widest)
         self._head = model.get_output_embeddings()
         self._softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-        self._compiled = torch.compile(isolated(self.decoder), backend=self.switch)
+        self._compiled = with_room(isolated(self.decoder), self.switch)
 
     @torch.no_grad()
     def prefill(self, ids: Tensor, plan: Plan | None, cache: Any = None) -> Prefill:
