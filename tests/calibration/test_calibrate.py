@@ -220,11 +220,12 @@ def test_a_transformed_model_is_refused(model, prompts):
         tsa.restore(model)
 
 
-def test_a_part_that_runs_untraced_is_no_silent_success(model):
+def test_a_part_that_runs_untraced_is_no_silent_success(model, monkeypatch):
     """At the recompile limit Dynamo runs the rest dense, which would look like a perfect plan."""
     torch._dynamo.reset()  # it remembers lengths by line of code, and would trace with a dynamic length at once
     ids = [token_ids(n) for n in (40, 50, 60)]
-    with torch._dynamo.config.patch(recompile_limit=1), pytest.raises(RuntimeError, match="ran untraced"):
+    monkeypatch.setattr("tsa_compile.api._MAX_GRAPHS", 1)
+    with pytest.raises(RuntimeError, match="ran untraced"):
         tsa.calibrate(model, ids, "kl<=0.02", **OPTIONS)
 
 
