@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.fx as fx
 
+from tsa_compile.passes.find_flex import match_flex
 from tsa_compile.passes.find_manual import match_manual
 from tsa_compile.passes.find_missed import missed_attention
 from tsa_compile.passes.find_sdpa import match_sdpa
@@ -40,13 +41,13 @@ def find_attention(context: Context) -> int:
     unknown: list[str] = []
     for node in context.gm.graph.nodes:
         try:
-            match = match_sdpa(node) or match_manual(node)
+            match = match_sdpa(node) or match_manual(node) or match_flex(node)
         except Unrecognised as seen:
             unknown.append(f"{module_path(node) or 'graph'}: {seen}")
             continue
         if match is not None:
             context.sites.append(finder.site(match, len(context.sites)))
-        elif _OPAQUE_ATTENTION.search(op_name(node)):
+        elif _OPAQUE_ATTENTION.search(op_name(node)) and not any(match_flex(user) for user in node.users):
             hint = f" ({_FAST_PATH})" if re.search("_native_multi|_encoder_layer_fwd", op_name(node)) else ""
             unknown.append(f"{module_path(node) or 'graph'}: {op_name(node)}{hint}")
     unknown += [f"{name}: inside a nested graph" for name in _nested_attention(context.gm)]

@@ -16,7 +16,7 @@ class Match:
 
     Args:
         node: the output.
-        form: "sdpa" or "manual".
+        form: "sdpa", "manual" or "flex".
         q, k, v: the operands as the attention reads them.
         scale: None if it is not a constant of the graph.
         sources: all that masks the scores.

@@ -77,7 +77,7 @@ class AttentionSite:
 
     Args:
         node: the output; a rewrite replaces it.
-        form: "sdpa" or "manual".
+        form: "sdpa", "manual" or "flex".
         q, k, v: the tensors read. K and V have their own head count: repetition for grouped queries is seen through.
         scale: factor of the scores.
         mask: what was proven about the mask.

@@ -141,12 +141,18 @@ def test_attention_of_an_unknown_form_is_a_warning():
     assert "rank 5" in outcome.warnings[0]
 
 
-def test_flex_attention_is_a_warning():
-    from torch.nn.attention.flex_attention import flex_attention
+def test_flex_attention_is_seen_and_left_alone():
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    outcome = by_dynamo(lambda q, k, v: flex_attention(q, k, v), *qkv(kv_heads=H))
-    assert outcome.replaced == []
-    assert "flex_attention" in outcome.warnings[0]
+    def function(q, k, v):
+        mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, L, L, device="cpu")
+        return flex_attention(q, k, v, block_mask=mask)
+
+    for run in (function, lambda q, k, v: flex_attention(q, k, v)):
+        outcome = by_dynamo(run, *qkv(kv_heads=H))
+        assert outcome.replaced == [False]
+        assert "flex attention" in outcome.reasons[0]
+        assert outcome.warnings == []
 
 
 def test_dropout_stays_dense():

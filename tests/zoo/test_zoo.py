@@ -147,9 +147,9 @@ def test_the_table_shows_runs_side_by_side(tmp_path):
     text = table.markdown([(environment, read), (environment, [ok])])
     assert "| M | sdpa | 2 | 1 | softcap | 1 of 2 | 1 of 1 |" in text
     assert "- M, sdpa, decode: a \\| b" in text
-    unread = "2 attention-like operation(s) not recognised, left as they are: a.0: flex_attention; a.1: flex_attention"
-    flex = Result("M", "torch", "flex_attention", "prefill", calls=1, warnings=[unread])
-    assert "| M | flex_attention | 0 | 0 | not recognised: flex_attention | 1 of 1 |" in table.markdown([(environment, [flex])])
+    unread = "2 attention-like operation(s) not recognised, left as they are: a.0: flash_attn; a.1: flash_attn"
+    flash = Result("M", "torch", "flash", "prefill", calls=1, warnings=[unread])
+    assert "| M | flash | 0 | 0 | not recognised: flash_attn | 1 of 1 |" in table.markdown([(environment, [flash])])
     assert table.joined([(environment, [bad]), ({}, [ok]), (environment, [ok, bad])]) == [(environment, [bad, ok]), ({}, [ok])]
     (tmp_path / "b.json").write_text("{}")
     with pytest.raises(ValueError, match="was not written by"):

@@ -21,7 +21,7 @@ attention implementation that it offers:
 - decoders: prefill, prefill with a dynamic and a static cache, prefill in chunks, decode, a batch padded on the left or on the
   right, sequences packed by position ids, `generate()`; prefill and left padding with two lengths, the second symbolic;
 - encoders: a call, padded on either side; encoder-decoders: a call and `generate()`; all others: a call;
-- flex attention: the first of these only, as its mask function is not read and it stays dense.
+- flex attention: the first of these only, as it stays dense.
 
 A scenario passes if no graph and no graph break is added to the model's own, the expected sites are replaced, the output at
 coverage 0 is the dense one, and the output at coverage > 0 is that of an eager run of the reference algorithm (both to
