@@ -169,7 +169,8 @@ def _refuse_to_be_traced() -> None:
 
 def _called(model: nn.Module) -> nn.Module:
     """The module whose call is compiled: of a PEFT wrapper its base model, which the wrapper's generate() calls directly."""
-    return model.get_base_model() if type(model).__module__.startswith("peft.") else model  # type: ignore[operator]
+    wrapper = type(model).__module__.startswith("peft.") and hasattr(model, "get_base_model")
+    return model.get_base_model() if wrapper else model  # type: ignore[operator]
 
 
 def _backend_of(model: nn.Module) -> Backend:
