@@ -20,7 +20,6 @@ def sparse_attention_oracle(
     strip_window: int,
     strip_sinks: int,
     dense_below: int,
-    engine: str = "reference",
 ) -> Tensor:
     """The definition, row by row, in blocks of query rows. For tests."""
     out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]).transpose(1, 2)
