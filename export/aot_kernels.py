@@ -140,8 +140,8 @@ def _scores(form: Form, capability: tuple[int, int]) -> Iterator[AotKernel]:
         rows = {name: value for name, value in strides.items() if name.endswith("_sl")}
         constants = {"D": form.dim, "HEADS": together, "STAGES": stages, **padded, **rows}
         options, blocks = {"num_warps": hopper_device.WARPS.value}, (together, scores_hopper.BLOCK)
-        for name in ("score_lse_hopper", "score_mean_hopper"):
-            yield AotKernel(name, getattr(hopper_device, f"{name}_kernel"), constants, options, form, blocks)
+        for name, more in (("score_lse_hopper", {}), ("score_mean_hopper", {"SPLITS": scores_hopper.MAX_SPLITS})):
+            yield AotKernel(name, getattr(hopper_device, f"{name}_kernel"), constants | more, options, form, blocks)
         return
     from tsa_compile.kernels.token_scores import device as scores
 

@@ -112,6 +112,7 @@ def evaluate(
     samples: Annotated[int, typer.Option(help="for each task and length", min=1)] = 20,
     tasks: Annotated[str | None, typer.Option(help="comma separated; default: all")] = None,
     coverages: Annotated[str, typer.Option(help="of the standard variants, comma separated")] = "0.005,0.02,0.05,0.1,0.2",
+    families: Annotated[str, typer.Option(help="of the standard variants, beside dense")] = "paper,all,inner,floor",
     policy: Annotated[list[str] | None, typer.Option(help="JSON file of a policy or plan to compare as well")] = None,
     batch_tokens: Annotated[int, typer.Option(help="tokens that run at a time", min=256)] = 163_840,
     name: Annotated[str | None, typer.Option(help="what the report calls the model; default: MODEL")] = None,
@@ -119,7 +120,8 @@ def evaluate(
     """What sparsity costs MODEL: retrieval, perplexity, divergence from dense and time, for several settings of the attention."""
     from tsa_compile.evaluate import command
 
-    found = command.evaluate_model(model, out, lengths, samples, tasks, coverages, policy or [], batch_tokens, name, console)
+    variants = (coverages, families, policy or [])
+    found = command.evaluate_model(model, out, lengths, samples, tasks, *variants, batch_tokens, name, console)
     console.print(found, markup=False)
 
 

@@ -10,7 +10,7 @@ from tsa_compile.kernels.sparse_prefill.configs import LOG2_E, capability_of, se
 
 Tensor = torch.Tensor
 HEAD_DIMS = (64, 128)
-BLOCK_M, BLOCK_N, STAGES = 128, 128, 2
+BLOCK_M, BLOCK_N, STAGES = 128, 128, 3
 
 
 def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:

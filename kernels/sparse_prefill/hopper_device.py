@@ -56,15 +56,13 @@ def find_tile(
 
 
 @gluon.jit
-def gather_rows(tile, x, positions, stride_l, D: gl.constexpr, BLOCK_N: gl.constexpr):
-    """Starts copies of the rows of x at `positions`, a shared int32 tile, into a shared tile [BLOCK_N, D]."""
-    layout: gl.constexpr = row_layout(D)
-    ROWS: gl.constexpr = 32
-    d = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
-    for i in gl.static_range(BLOCK_N // ROWS):
-        at = positions.slice(i * ROWS, ROWS).load(gl.SliceLayout(1, layout)).to(gl.int64)
-        rows = x + gl.expand_dims(at, 1) * stride_l + gl.expand_dims(d, 0)
-        async_copy.async_copy_global_to_shared(tile.slice(i * ROWS, ROWS), rows)
+def gather_rows(tile, x, positions, stride_l, D: gl.constexpr):
+    """Starts copies of the rows of x at `positions` into a shared tile [BLOCK_N, D]: one copy, since Triton sets a barrier
+    between two that write to the same ring."""
+    columns = x + gl.arange(0, D, layout=gl.SliceLayout(0, row_layout(D)))
+    # Both factors below 2**32: one instruction; a product of signed 64-bit numbers takes four.
+    starts = positions.to(gl.uint32).to(gl.uint64) * gl.to_tensor(stride_l).to(gl.uint32).to(gl.uint64)
+    async_copy.async_copy_global_to_shared(tile, gl.expand_dims(columns, 0) + gl.expand_dims(starts, 1))
 
 
 @gluon.jit
@@ -105,13 +103,14 @@ def produce(
                 stage = filled % STAGES
                 free = ((filled // STAGES) & 1) ^ 1
                 positions.store(at)
+                rows = positions.load(gl.SliceLayout(1, row_layout(D)))
                 slots -= BLOCK_N
                 at = gl.load(kept + slots, mask=slots >= 0, other=0)  # for the next block, long before it is needed
                 mbarrier.wait(k_empty.index(stage), free)
-                gather_rows(k_tiles.index(stage), k_head, positions, k_sl, D, BLOCK_N)
+                gather_rows(k_tiles.index(stage), k_head, rows, k_sl, D)
                 async_copy.mbarrier_arrive(k_full.index(stage), increment_count=False)
                 mbarrier.wait(v_empty.index(stage), free)
-                gather_rows(v_tiles.index(stage), v_head, positions, v_sl, D, BLOCK_N)
+                gather_rows(v_tiles.index(stage), v_head, rows, v_sl, D)
                 async_copy.mbarrier_arrive(v_full.index(stage), increment_count=False)
                 filled += 1
             if not STRIP:

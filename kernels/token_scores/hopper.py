@@ -31,7 +31,7 @@ def _aligned(x: Tensor) -> bool:
 
 def tiles(group: int, dim: int, element_size: int) -> tuple[int, int]:
     """(heads of a group that a program scores together, stages of its ring of key tiles)."""
-    together = next(n for n in (4, 2, 1) if group % n == 0)
+    together = 1 + (group % 2 == 0)  # four leave too few registers for both passes in one kernel
     return together, min(4, _SHARED_TILES // (BLOCK * dim * element_size) - together)
 
 
@@ -41,21 +41,27 @@ def launch(
     """Mean attention of the last `window` queries to each key before the window, to `mean` float32 `[B, H, Lk]` by rank."""
     import triton
 
-    from tsa_compile.kernels.token_scores.hopper_device import WARPS, score_lse_hopper_kernel, score_mean_hopper_kernel
+    from tsa_compile.kernels.token_scores import hopper_device as device
 
     (batch, heads, q_len, dim), (kv_heads, k_len) = q.shape, k.shape[1:3]
     together, stages = tiles(heads // kv_heads, dim, q.element_size())
-    programs = max(1, batch * heads // together)
-    splits = max(1, min(_multiprocessors(q.device) // programs, MAX_SPLITS))
-    span = triton.cdiv(triton.cdiv(k_len, splits), BLOCK) * BLOCK
+    programs, processors = max(1, batch * heads // together), _multiprocessors(q.device)
+    most = max(1, min(processors // programs, MAX_SPLITS))
+    span = triton.cdiv(triton.cdiv(k_len, most), BLOCK) * BLOCK
     splits = triton.cdiv(k_len, span)
     part = torch.empty(2, batch, heads, splits, window, dtype=torch.float32, device=q.device)
-    strides = (*q.stride()[:3], *k.stride()[:3])
+    rows = (mean, order, ranks, *q.stride()[:3], *k.stride()[:3])
     sizes = (heads, kv_heads, q_len, k_len, window, splits, span, scale_log2)
-    shape = {"D": dim, "HEADS": together, "STAGES": stages, "PADDED": padded, "num_warps": WARPS.value}
+    shape = {"D": dim, "HEADS": together, "STAGES": stages, "PADDED": padded, "num_warps": device.WARPS.value}
+    merge = {**shape, "SPLITS": triton.next_power_of_2(most)}  # one compilation for all lengths
     grid = (programs, splits)
-    score_lse_hopper_kernel[grid](q, k, part[0], part[1], order, ranks, *strides, *sizes, **shape)
-    score_mean_hopper_kernel[grid](q, k, part[0], part[1], mean, order, ranks, *strides, *sizes, **shape)
+    if programs * splits <= processors:  # all run at once, so that they can wait for each other
+        through = torch.zeros(programs, dtype=torch.int32, device=q.device)
+        both = device.score_hopper_kernel
+        both[grid](q, k, part[0], part[1], through, *rows, *sizes, **merge, launch_cooperative_grid=True)
+    else:
+        device.score_lse_hopper_kernel[grid](q, k, part[0], part[1], *rows[1:], *sizes, **shape)
+        device.score_mean_hopper_kernel[grid](q, k, part[0], part[1], *rows, *sizes, **merge)
 
 
 @functools.cache

@@ -29,11 +29,13 @@ def load_bits(scores, i, ok):
 
 
 @triton.jit
-def from_top(count, k):
-    """(number of the bin with the k-th largest, how many of that bin are among the k largest), from the counts of the bins."""
-    from_here = tl.sum(count) - tl.cumsum(count, 0) + count  # how many in this bin or a higher one
+def from_top(count, n, k):
+    """From the counts of the bins of n values: number of the bin with the k-th largest, how many of that bin are among the
+    k largest, how many it has."""
+    from_here = n - tl.cumsum(count, 0) + count  # how many in this bin or a higher one
     at = tl.sum((from_here >= k).to(tl.int32)) - 1
-    return at, k - tl.sum(tl.where(tl.arange(0, BINS) == at, from_here - count, 0))
+    here = tl.arange(0, BINS) == at
+    return at, k - tl.sum(tl.where(here, from_here - count, 0)), tl.sum(tl.where(here, count, 0))
 
 
 @triton.jit
@@ -48,19 +50,20 @@ def add_digits(count, values, end, prefix, shift, width, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def kth_largest(values, n, k, cut, shift, BLOCK: tl.constexpr):
+def kth_largest(values, n, k, cut, shift, complete, BLOCK: tl.constexpr):
     """(bits of the k-th largest of n values, how many equal to it are among the k largest): radix search, 8 bits at a time.
 
-    `cut` are the bits from `shift` on, which all values share.
+    `cut` are the bits from `shift` on, which all values share. `complete`: no other score has them; the search then ends at
+    digits of which all values are among the k largest, with a cut just below those.
     """
-    need = k
-    while shift > 0:
+    need, inside = k, n
+    while (shift > 0) & ((need < inside) | (complete == 0)):
         width = tl.minimum(shift, 8)
         shift -= width
         count = add_digits(tl.zeros([BINS], tl.int32), values, n, cut, shift, width, BLOCK)
-        digit, need = from_top(count, need)
+        digit, need, inside = from_top(count, inside, need)
         cut = (cut << width) | digit
-    return cut, need
+    return tl.where(shift > 0, (cut << shift) - 1, cut), tl.where(shift > 0, 0, need)
 
 
 @triton.jit
@@ -105,7 +108,8 @@ def gather_bin(scores, first, end, at, to, BLOCK: tl.constexpr):
 def kth_of_bin(gathered, found, at, k, BLOCK: tl.constexpr):
     """As `kth_largest`, of all scores of bin `at`."""
     inner = (at > 0) & (at < BINS - 1)  # the outermost bins hold more than their octave's eighth
-    return kth_largest(gathered, found, k, tl.where(inner, at + FIRST_OCTAVE, 0), tl.where(inner, 20, 31), BLOCK)
+    cut, shift = tl.where(inner, at + FIRST_OCTAVE, 0), tl.where(inner, 20, 31)
+    return kth_largest(gathered, found, k, cut, shift, inner.to(tl.int32), BLOCK)
 
 
 @triton.jit
@@ -187,8 +191,8 @@ def select_kernel(
     )
     scores += head_index * k_len
     if by_score > 0:
-        cut, need = kth_largest(scores, n, by_score, tl.zeros([], tl.int32), tl.full([], 31, tl.int32), BLOCK)
         none = tl.zeros([], tl.int32)
+        cut, need = kth_largest(scores, n, by_score, none, none + 31, none + 1, BLOCK)
         compact(scores, 0, n, cut, need, none, none, order, b, k_len, out, BLOCK, PADDED)
     write_rest(chunk * CHUNK, length, rest, order, b, k_len, out, capacity, size, CHUNK, BLOCK, PADDED)
 
@@ -228,7 +232,7 @@ def cut_kernel(
     bins += head_index * chunks * BINS
     gathered += (which * tl.num_programs(2) + head_index) * k_len
     cuts += (head_index * 2 + which) * 4
-    at, need = from_top(count_bins(bins, chunks), k)
+    at, need, _ = from_top(count_bins(bins, chunks), n, k)
     first = chunk * CHUNK
     gather_bin(scores, first, tl.minimum(first + CHUNK, n), at, gathered + found_before(bins, chunk, at), BLOCK)
     tl.debug_barrier()  # all of this program's stores come before its sign that it is through

@@ -127,6 +127,8 @@ def test_variants():
     assert list(layers.values()) == [(2, 3), (0, 1, 2, 3, 4, 5), (2, 3, 4)]
     assert [v.plan.default.completion is None for v in variants[1:3]] == [True, True]
     assert {v.family for v in standard_variants([0], [0, 1], 2, [0.1])}.isdisjoint({"completed, inner layers"})
+    few = standard_variants([2, 3], range(6), 6, [0.05], ("all", "floor"))
+    assert [v.family for v in few] == ["dense", "completed, all layers", "window and sinks only"]
 
 
 def test_a_policy_file(tmp_path):
@@ -151,6 +153,8 @@ def test_a_store_goes_on_only_with_the_same_setting(tmp_path):
 def test_options_are_checked():
     with pytest.raises(ValueError, match="unknown task 'poetry'; known: text, inside, needle,"):
         Options("m", (1400,), tasks=("poetry",))
+    with pytest.raises(ValueError, match="unknown family 'mine'; known: paper, all, inner, floor"):
+        Options("m", (1400,), families=("mine",))
     with pytest.raises(ValueError, match="lengths must be 256 tokens or more"):
         Options("m", (100,))
     with pytest.raises(ValueError, match="lengths go up to 9000, but the model has 4096 positions"):

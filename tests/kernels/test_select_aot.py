@@ -21,7 +21,7 @@ from tsa_compile.kernels.token_select import device as select
 
 TYPES = {"mean": "*fp32", "scores": "*fp32", "gathered": "*fp32", "part_max": "*fp32", "part_sum": "*fp32",
          "masses": "*i64", "candidates": "*i64", "mass_bins": "*i64", "bins": "*i32", "cuts": "*i32", "counts": "*i32",
-         "indices": "*i32", "heavy_indices": "*i32", "order": "*i32", "ranks": "*i32", "scale_log2": "fp32",
+         "through": "*i32", "indices": "*i32", "heavy_indices": "*i32", "order": "*i32", "ranks": "*i32", "scale_log2": "fp32",
          "coverage_bits": "i64"}
 
 def compile_kernel(kernel, capability, dtype="bf16", warps=4, stages=2, **constants):
@@ -36,8 +36,10 @@ capability = int(sys.argv[1])
 if capability == 90:
     from tsa_compile.kernels.token_scores import hopper_device as hopper
     for dim, heads, stages in ((128, 4, 2), (64, 1, 4)):
-        for kernel in (hopper.score_lse_hopper_kernel, hopper.score_mean_hopper_kernel):
-            compile_kernel(kernel, 90, warps=8, D=dim, HEADS=heads, STAGES=stages, PADDED=heads == 1)
+        shape = dict(D=dim, HEADS=heads, STAGES=stages, PADDED=heads == 1)
+        compile_kernel(hopper.score_lse_hopper_kernel, 90, warps=8, **shape)
+        for kernel in (hopper.score_mean_hopper_kernel, hopper.score_hopper_kernel):
+            compile_kernel(kernel, 90, warps=8, SPLITS=16, **shape)
 for padded in (False, True):
     for dtype, dim, m, n in (("bf16", 128, 128, 128), ("fp16", 80, 16, 128), ("fp32", 64, 64, 32), ("bf16", 256, 64, 64)):
         shape = dict(D=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_M=m, BLOCK_N=n, PADDED=padded,

@@ -16,7 +16,7 @@ from tsa_compile.evaluate.local_attention import use_local_attention
 
 
 def evaluate_model(
-    model: str, out: str, lengths: str, samples: int, tasks: str | None, coverages: str, policies: Sequence[str],
+    model: str, out: str, lengths: str, samples: int, tasks: str | None, coverages: str, families: str, policies: Sequence[str],
     batch_tokens: int, name: str | None, console: Console,
 ) -> str:  # fmt: skip
     """Evaluate and write `out`/results.json, report.md and report.html; returns where they are.
@@ -30,6 +30,7 @@ def evaluate_model(
         samples=samples,
         tasks=tuple(_split(tasks)) if tasks else TASKS,
         coverages=tuple(float(c) for c in _split(coverages)),
+        families=tuple(_split(families)),
         policies=tuple(policies),
         batch_tokens=batch_tokens,
     )

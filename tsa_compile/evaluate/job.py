@@ -20,7 +20,7 @@ from tsa_compile.evaluate.prompts import Prompter
 from tsa_compile.evaluate.reference_text import reference_text
 from tsa_compile.evaluate.runner import Runner
 from tsa_compile.evaluate.store import Store
-from tsa_compile.evaluate.variants import COVERAGES, Variant, low_drift_half, own_variant, standard_variants
+from tsa_compile.evaluate.variants import COVERAGES, FAMILIES, Variant, low_drift_half, own_variant, standard_variants
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Options:
         samples: for each cell.
         tasks: some of `cells.TASKS`.
         coverages: of the standard variants.
+        families: of the standard variants beside dense, some of `variants.FAMILIES`.
         policies: JSON files of policies or plans to compare beside them.
         batch_tokens: tokens that run at a time, at most.
     """
@@ -42,6 +43,7 @@ class Options:
     samples: int = 20
     tasks: tuple[str, ...] = TASKS
     coverages: tuple[float, ...] = COVERAGES
+    families: tuple[str, ...] = tuple(FAMILIES)
     policies: tuple[str, ...] = ()
     batch_tokens: int = 163_840
 
@@ -49,6 +51,9 @@ class Options:
         unknown = sorted(set(self.tasks) - set(TASKS))
         if unknown:
             raise ValueError(f"unknown task {unknown[0]!r}; known: {', '.join(TASKS)}")
+        strange = sorted(set(self.families) - set(FAMILIES))
+        if strange:
+            raise ValueError(f"unknown family {strange[0]!r}; known: {', '.join(FAMILIES)}")
         if not self.lengths or min(self.lengths) < 256:
             raise ValueError(f"lengths must be 256 tokens or more, got {list(self.lengths)}")
 
@@ -111,7 +116,8 @@ def _variants(options: Options, runner: Runner, prompter: Prompter, store: Store
         raise ValueError("no attention of this model can be sparse; see tsa-compile explain")
     half = low_drift_half(runner, ids[:1])
     depth = int(runner.decoder.config.num_hidden_layers)
-    variants = standard_variants(half, layers, depth, options.coverages) + [own_variant(p) for p in options.policies]
+    own = [own_variant(p) for p in options.policies]
+    variants = standard_variants(half, layers, depth, options.coverages, options.families) + own
     store.data["model"] = {"layers": layers, "depth": depth, "low_drift": half}
     store.add_variants(variants)
     return variants

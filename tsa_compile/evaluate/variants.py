@@ -18,6 +18,7 @@ COVERAGES = (0.005, 0.02, 0.05, 0.1, 0.2)
 DENSE, PAPER, ALL, INNER, FLOOR, OWN = (
     "dense", "paper, half of the layers", "completed, all layers", "completed, inner layers", "window and sinks only", "own",
 )  # fmt: skip
+FAMILIES = {"paper": PAPER, "all": ALL, "inner": INNER, "floor": FLOOR}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +31,13 @@ class Variant:
     coverage: float | None = None
 
 
-def standard_variants(low_drift: Sequence[int], layers: Sequence[int], depth: int, coverages: Sequence[float]) -> list[Variant]:
+def standard_variants(
+    low_drift: Sequence[int],
+    layers: Sequence[int],
+    depth: int,
+    coverages: Sequence[float],
+    families: Sequence[str] = tuple(FAMILIES),
+) -> list[Variant]:
     """Dense first.
 
     Args:
@@ -38,19 +45,21 @@ def standard_variants(low_drift: Sequence[int], layers: Sequence[int], depth: in
         layers: those that can be sparse, ascending.
         depth: decoder layers of the model; "inner" leaves the first two and the last dense.
         coverages: one variant of each sparse family for each.
+        families: some of FAMILIES.
     """
+    wanted = {FAMILIES[f] for f in families}
     strip = Completion()
     inner = tuple(i for i in layers if 2 <= i < depth - 1)
     out = [Variant(DENSE, DENSE, None)]
     for family, chosen, completion in ((PAPER, tuple(low_drift), None), (ALL, tuple(layers), strip), (INNER, inner, strip)):
-        if not chosen:
+        if not chosen or family not in wanted:
             continue
         for c in coverages:
             policy = TokenSparse(coverage=c, layers=chosen, completion=completion)
             out.append(Variant(f"{family}, tau {c:g}", family, Plan(policy), c))
     # One token a head and the last window are kept; the window lies within the strip.
     floor = TokenSparse(coverage=0.999999, min_tokens=1, completion=Completion(strip.window, strip.sinks, 0))
-    return [*out, Variant(FLOOR, FLOOR, Plan(floor))]
+    return [*out, *([Variant(FLOOR, FLOOR, Plan(floor))] if FLOOR in wanted else [])]
 
 
 def own_variant(path: str | Path) -> Variant:
