@@ -60,7 +60,7 @@ def compile_triton(
         function: a Triton or Gluon kernel.
         types, constants: of its run-time and compile-time parameters, by name.
         divisible: run-time parameters that are multiples of 16.
-        options: `num_warps`, `num_stages`.
+        options: `num_warps`, `num_stages`, `maxnreg`.
 
     Raises:
         ExportError: the kernel needs scratch memory, which a plain launch does not give.

@@ -192,7 +192,7 @@ def _prefill(form: Form, capability: tuple[int, int]) -> Iterator[AotKernel]:
         "D": form.dim, "DV": form.v_dim, "BLOCK_D": block_d, "BLOCK_DV": block_dv, "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n, "STRIP": form.strip, "PRECISION": precision(form.torch_dtype),
     }  # fmt: skip
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    options = config.options
     blocks = (config.block_m, config.block_n)
     constants.update(_row_strides(form, "qkvo"))
     yield AotKernel("prefill", sparse_prefill_kernel, constants, options, form, blocks, {"lse": "lse_or_out"})
@@ -207,7 +207,7 @@ def _strip(form: Form, capability: tuple[int, int]) -> AotKernel:
         "D": form.dim, "DV": form.v_dim, "BLOCK_D": block_d, "BLOCK_DV": block_dv, "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n, "PADDED": form.masked, "PACKED": False, "PRECISION": precision(form.torch_dtype),
     }  # fmt: skip
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    options = config.options
     blocks = (config.block_m, config.block_n)
     return AotKernel("strip", strip_kernel, {**constants, **_row_strides(form, "qkvop")}, options, form, blocks, _STRIP_BINDS)
 

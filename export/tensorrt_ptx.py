@@ -55,7 +55,7 @@ def plugin_constants(
     }  # fmt: skip
     if name == "sparse_strip":
         constants |= {"WINDOW": settings["window"], "SINKS": settings["sinks"]}
-    return constants, {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    return constants, config.options
 
 
 def compile_plugin(

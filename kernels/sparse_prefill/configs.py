@@ -17,6 +17,13 @@ class Config(NamedTuple):
     block_n: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None  # a thread; None: as many as the compiler takes
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What Triton takes them as."""
+        limit = {} if self.max_registers is None else {"maxnreg": self.max_registers}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
 
 
 def prefill_config(block_d: int, dtype: torch.dtype, capability: tuple[int, int]) -> Config:
@@ -35,6 +42,8 @@ def strip_config(block_d: int, dtype: torch.dtype, capability: tuple[int, int]) 
     """For `strip_kernel`: short loops, so smaller tiles and several programs on a multiprocessor."""
     if dtype == torch.float32:
         return Config(64, 32, 4, 2) if block_d <= 128 else Config(32, 16, 4, 2)
+    if capability[0] == 9 and block_d <= 128:
+        return Config(64, 32, 4, 2, 168)  # three programs on a multiprocessor
     return Config(64, 64, 4, 2) if block_d <= 128 else Config(64, 32, 4, 2)
 
 

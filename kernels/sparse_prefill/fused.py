@@ -56,6 +56,5 @@ def launch_prefill(
         *q.stride(), *k.stride(), *v.stride(), *out.stride()[:3], *indices.stride()[:2],
         heads, kv_heads, indices.shape[1], q_len, k_len, tiles, section, scale * LOG2_E,
         D=dim, DV=v_dim, BLOCK_D=block_d, BLOCK_DV=block_dv, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        STRIP=lse is not None, PRECISION=precision(q.dtype),
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        STRIP=lse is not None, PRECISION=precision(q.dtype), **config.options,
     )  # fmt: skip

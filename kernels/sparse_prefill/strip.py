@@ -70,6 +70,5 @@ def add_strip(
         *part_lse.stride()[:2], *slots.stride()[:2], *heavy_indices.stride()[:2],
         heads, kv_heads, slots.shape[1], q_len, k_len, heavy_indices.shape[-1], window, sinks, scale * LOG2_E,
         D=dim, DV=v_dim, BLOCK_D=block_d, BLOCK_DV=block_dv, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        PADDED=order is not None, PACKED=part is not out, PRECISION=precision(q.dtype),
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        PADDED=order is not None, PACKED=part is not out, PRECISION=precision(q.dtype), **config.options,
     )  # fmt: skip

@@ -46,6 +46,19 @@ def strip_rows(order, ranks, tile, q_len, k_len, PADDED: tl.constexpr, BLOCK_M: 
 
 
 @triton.jit
+def far_keys(heavy, order, n_heavy, sinks, horizon, PADDED: tl.constexpr, BLOCK: tl.constexpr):
+    """How many of the sinks and heavy tokens, in this order, have a rank up to `horizon`: heavy tokens ascend."""
+    if PADDED:
+        horizon = tl.load(order + tl.maximum(horizon, 0))
+    count = tl.zeros([BLOCK], tl.int32)
+    for start in tl.range(0, n_heavy, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        at = tl.load(heavy + i, mask=i < n_heavy, other=-1)
+        count += ((at >= 0) & (at <= horizon)).to(tl.int32)
+    return sinks + tl.sum(count)
+
+
+@triton.jit
 def strip_columns(
     block, near_first, near_blocks, heavy, order, n_heavy, sinks, k_len, PADDED: tl.constexpr, BLOCK_N: tl.constexpr
 ):
@@ -117,7 +130,8 @@ def strip_kernel(
     hides = selected.to(tl.int32)[:, None]  # a kept key is behind the horizon of a selected row, which has it already
     near_first = tl.maximum(first - window + 1, 0)
     near_blocks = tl.where((window > 0) & (last >= first), tl.cdiv(last + 1 - near_first, BLOCK_N), 0)
-    far_blocks = tl.where((last >= window) & (last >= first), tl.cdiv(sinks + n_heavy, BLOCK_N), 0)
+    far = far_keys(heavy, order, n_heavy, sinks, last - window, PADDED, 128)
+    far_blocks = tl.where((last >= window) & (last >= first), tl.cdiv(far, BLOCK_N), 0)
     # For the mask, positions are read two blocks ahead and what depends on them one block ahead, by hand: the compiler
     # pipelines only what a product reads.
     mask_at, number, is_heavy = strip_columns(0, near_first, near_blocks, heavy, order, n_heavy, sinks, k_len, PADDED, BLOCK_N)

@@ -53,15 +53,21 @@ def launch(
     rows = (mean, order, ranks, *q.stride()[:3], *k.stride()[:3])
     sizes = (heads, kv_heads, q_len, k_len, window, splits, span, scale_log2)
     shape = {"D": dim, "HEADS": together, "STAGES": stages, "PADDED": padded, "num_warps": device.WARPS.value}
-    merge = {**shape, "SPLITS": triton.next_power_of_2(most)}  # one compilation for all lengths
     grid = (programs, splits)
-    if programs * splits <= processors:  # all run at once, so that they can wait for each other
+    if _run_at_once(grid, processors):
         through = torch.zeros(programs, dtype=torch.int32, device=q.device)
-        both = device.score_hopper_kernel
-        both[grid](q, k, part[0], part[1], through, *rows, *sizes, **merge, launch_cooperative_grid=True)
+        device.score_hopper_kernel[grid](
+            q, k, part[0], part[1], through, *rows, *sizes, **shape,
+            SPLITS=triton.next_power_of_2(most), launch_cooperative_grid=True,
+        )  # fmt: skip
     else:
         device.score_lse_hopper_kernel[grid](q, k, part[0], part[1], *rows[1:], *sizes, **shape)
-        device.score_mean_hopper_kernel[grid](q, k, part[0], part[1], *rows, *sizes, **merge)
+        device.score_mean_hopper_kernel[grid](q, k, part[0], part[1], *rows, *sizes, **shape, SPLITS=MAX_SPLITS)
+
+
+def _run_at_once(grid: tuple[int, int], processors: int) -> bool:
+    """Whether all programs have a multiprocessor of their own, so that they can wait for each other."""
+    return grid[0] * grid[1] <= processors
 
 
 @functools.cache

@@ -28,6 +28,7 @@ class AttentionCase:
 
 CASES: tuple[AttentionCase, ...] = (
     *(AttentionCase(f"L{n // 1024}K keep {p}", n, p) for n in LENGTHS for p in KEEPS if p < 0.6 or n <= 32768),
+    AttentionCase("L128K keep 0.2", 131072, 0.2),
     AttentionCase("batch 4", 32768, batch=4),
     AttentionCase("head dim 64", 131072, dim=64),
     AttentionCase("head dim 256", 65536, dim=256),
