@@ -1,7 +1,7 @@
-"""Window scores for Hopper, in Gluon (Triton's explicit dialect): all heads of a group from one read of K a pass.
+"""Window scores for Hopper, in Gluon (Triton's explicit dialect): the heads of a program from one read of K a pass.
 
-The scoring queries of HEADS heads stay in shared memory, key tiles pass through a ring (hopper_ring.py). As in FlashAttention-3
-(arXiv 2407.08608), each product runs on the tensor cores while the exponentials of the product before it are computed. The second
+The scoring queries of HEADS heads stay in shared memory, key tiles pass through a ring (hopper_ring_device.py). As in
+FlashAttention-3 (arXiv 2407.08608), products run on the tensor cores while exponentials of others are computed. The second
 pass multiplies the other way round, keys by queries, so that the sum over queries stays within a thread.
 """
 
@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from tsa_compile.kernels.token_scores.hopper_ring import (
+from tsa_compile.kernels.token_scores.hopper_ring_device import (
     BLOCK,
     WARPS,
     all_arrived,

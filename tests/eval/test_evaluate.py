@@ -96,12 +96,23 @@ def test_local_attention_is_attention_with_a_band(length, window):
     torch.testing.assert_close(local_attention(q, k, v, window, 0.3), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_sliding_layers_in_blocks_change_nothing_and_stay_dense():
+def tiny_gemma(window, vocabulary=90):
     transformers = pytest.importorskip("transformers")
-    sizes = dict(vocab_size=90, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
-    rest = dict(num_key_value_heads=2, head_dim=8, sliding_window=16, layer_types=["sliding_attention", "full_attention"])
-    config = transformers.Gemma3TextConfig(**sizes, **rest)
-    model = transformers.Gemma3ForCausalLM(config).eval()
+    sizes = dict(vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    rest = dict(num_key_value_heads=2, head_dim=8, sliding_window=window, layer_types=["sliding_attention", "full_attention"])
+    return transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**sizes, **rest)).eval()
+
+
+def test_a_window_of_any_length_is_no_layer_that_can_be_sparse(tmp_path):
+    model = tiny_gemma(window=300, vocabulary=258)
+    use_local_attention(model)
+    options = Options("m", (600,), samples=1, tasks=("text",), coverages=(0.2,), families=("paper",))
+    data = run(options, model, byte_tokenizer(False), tmp_path, Console(quiet=True))
+    assert data["model"]["layers"] == data["model"]["low_drift"] == [1]
+
+
+def test_sliding_layers_in_blocks_change_nothing_and_stay_dense():
+    model = tiny_gemma(window=16)
     x = torch.randint(2, 90, (2, 50))
     with torch.no_grad():
         expected = model(input_ids=x).logits

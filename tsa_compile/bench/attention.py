@@ -29,7 +29,7 @@ class AttentionRow:
     """One case: times in milliseconds, extra memory in bytes, the largest relative error found before timing.
 
     `sparse` has, per engine: selection and attention together, without the strip; `completed` the same with it.
-    `dense_in_graph`, `sparse_in_graph`: from CUDA graphs. `stages`: parts of `sparse`, see stages.py.
+    `*_in_graph`: from CUDA graphs, of the dense forms below 16K tokens. `stages`: parts of `sparse`, see stages.py.
     """
 
     case: AttentionCase
@@ -46,12 +46,18 @@ class AttentionRow:
     error: dict[str, float]
 
     @property
+    def timed(self) -> tuple[dict[str, float], dict[str, float]]:
+        """(dense, sparse): from CUDA graphs where both are, at lengths at which launches would hide what kernels take."""
+        return (self.dense_in_graph, self.sparse_in_graph) if self.dense_in_graph else (self.dense, self.sparse)
+
+    @property
     def best(self) -> str:
-        """The engine whose launches and kernels together take least."""
-        return min(self.sparse, key=self.sparse.__getitem__)
+        """The engine that takes least."""
+        sparse = self.timed[1]
+        return min(sparse, key=sparse.__getitem__)
 
     def speedup(self, dense: str) -> float:
-        return self.dense[dense] / self.sparse[self.best]
+        return self.timed[0][dense] / self.timed[1][self.best]
 
 
 def load_peer(path: str) -> Dense:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,7 @@ import typer
 from rich.console import Console
 
 bench = typer.Typer(help="Time attention or a whole prefill on the GPU, dense against sparse.", no_args_is_help=True)
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 160)  # a table in a file has room
 Repeats = Annotated[int, typer.Option(help="timed runs; the median counts", min=1)]
 JsonFile = Annotated[str | None, typer.Option("--json", help="write the results to this file")]
 
@@ -73,12 +74,13 @@ def bench_prefill(
 def bench_export(
     json: Annotated[Path, typer.Option(help="write the results to this file")],
     lengths: Annotated[str, typer.Option(help="prompt lengths of the attention, comma separated")] = "8192,32768,131072",
+    model: Annotated[list[str] | None, typer.Option(help="a model as well: smollm2, a folder or a Hugging Face id")] = None,
 ) -> None:
     """Exported files on ONNX Runtime's CUDA provider against PyTorch: results, where nodes ran, times."""
     from tsa_compile.bench import exported
 
     _gpu()
-    result = exported.bench_export(json, [int(n) for n in lengths.split(",")])
+    result = exported.bench_export(json, [int(n) for n in lengths.split(",")], model or [])
     if result["failed"]:
         raise RuntimeError(f"failed: {result['failed']}")
 

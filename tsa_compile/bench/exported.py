@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from tsa_compile.bench.exported_files import DIM, HEADS, KV_HEADS, POLICIES, prepare, random_model
+from tsa_compile.bench.exported_files import DIM, HEADS, KV_HEADS, POLICIES, load_model, prepare
 from tsa_compile.bench.onnx_cuda import CudaSession, placement
 from tsa_compile.bench.timing import environment, median_ms
 
@@ -101,7 +101,7 @@ def bench_model(files: Mapping[str, Made], name: str, dtype: torch.dtype) -> lis
     """Each form's file at (batch, length)s that it was not exported at."""
     from tsa_compile import api
 
-    model = api.transform(random_model(name, dtype), POLICIES["completed"], fullgraph=True)
+    model = api.transform(load_model(name, dtype), POLICIES["completed"], fullgraph=True)
     inputs = [torch.randint(0, 1000, size, device="cuda") for size in MODEL_SIZES]
     with torch.no_grad():
         expected = [model(ids) for ids in inputs]
@@ -122,14 +122,14 @@ def bench_model(files: Mapping[str, Made], name: str, dtype: torch.dtype) -> lis
     return rows
 
 
-def jobs_in(folder: str) -> list[Job]:
-    """All exports: (folder, what, form or kind, dtype)."""
+def jobs_in(folder: str, models: Sequence[str] = ()) -> list[Job]:
+    """All exports: (folder, what, form or kind, dtype). `models`: beside those of random weights."""
     kinds = [f"{form} {policy}" for form in ("custom", "portable") for policy in POLICIES]
     attention = [(folder, "attention", kind, "float16") for kind in ("dense", *kinds)]
     attention += [(folder, "attention", f"custom {policy}", "bfloat16") for policy in POLICIES]
     small = [(folder, "SmolLM2-135M shape", form, dtype) for form in ("portable", "custom") for dtype in ("float32", "float16")]
-    large = [("portable", "float16"), ("custom", "float16"), ("custom", "bfloat16")]
-    return [*attention, *small, *((folder, "Llama-3.1-8B shape", *form_dtype) for form_dtype in large)]
+    half = [(form, dtype) for form in ("portable", "custom") for dtype in ("float16", "bfloat16")]
+    return [*attention, *small, *((folder, name, *how) for name in ("Llama-3.1-8B shape", *models) for how in half)]
 
 
 def prepare_all(jobs: Sequence[Job], failed: dict[str, str]) -> dict[Job, Made]:
@@ -144,8 +144,11 @@ def prepare_all(jobs: Sequence[Job], failed: dict[str, str]) -> dict[Job, Made]:
     return made
 
 
-def bench_export(out: Path, lengths: Sequence[int]) -> dict[str, Any]:
-    """Export everything, then check and time; `out`, a JSON file, is rewritten after each part. "failed" says what raised."""
+def bench_export(out: Path, lengths: Sequence[int], models: Sequence[str] = ()) -> dict[str, Any]:
+    """Export everything, then check and time; `out`, a JSON file, is rewritten after each part. "failed" says what raised.
+
+    models: beside those of random weights, by packaged name, folder or Hugging Face id.
+    """
     import onnxruntime as ort
 
     failed: dict[str, str] = {}
@@ -164,7 +167,7 @@ def bench_export(out: Path, lengths: Sequence[int]) -> dict[str, Any]:
         torch.cuda.empty_cache()
 
     with tempfile.TemporaryDirectory() as folder:
-        made = prepare_all(jobs_in(folder), failed)
+        made = prepare_all(jobs_in(folder, models), failed)
         groups: dict[tuple[str, str], dict[str, Made]] = {}
         for (_, what, kind, dtype), file in made.items():
             groups.setdefault((what, dtype), {})[kind] = file

@@ -67,10 +67,14 @@ def export_attention(folder: Path, dtype: torch.dtype, kind: str) -> Path:
     return path
 
 
-def random_model(name: str, dtype: torch.dtype) -> LastLogits:
-    """The same random weights in every process."""
+def load_model(name: str, dtype: torch.dtype) -> LastLogits:
+    """One of MODELS, with the same random weights in every process; or a model by packaged name, folder or Hugging Face id."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from tsa_compile.bench.models import load_causal_lm
+
+    if name not in MODELS:
+        return LastLogits(load_causal_lm(name, dtype))
     torch.cuda.manual_seed(0)
     with torch.device("cuda"):
         model: Any = LlamaForCausalLM(LlamaConfig(**{**MODELS[name], "num_hidden_layers": LAYERS}))
@@ -78,11 +82,11 @@ def random_model(name: str, dtype: torch.dtype) -> LastLogits:
 
 
 def export_model(folder: Path, name: str, dtype: torch.dtype, form: str) -> Path:
-    path = folder / f"{name.split('-')[0]}_{dtype}_{form}" / "model.onnx"
+    path = folder / f"{Path(name).name.split('-')[0]}_{dtype}_{form}" / "model.onnx"
     path.parent.mkdir()
     free = torch.export.Dim.DYNAMIC
     ids = torch.randint(0, 1000, (2, 300))
-    model = random_model(name, dtype).cpu()
+    model = load_model(name, dtype).cpu()
     export.onnx(model, (ids,), path, policy=POLICIES["completed"], form=form, dynamic_shapes=({0: free, 1: free},))
     return path
 

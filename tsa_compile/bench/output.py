@@ -20,7 +20,8 @@ Points = Sequence[tuple[float, float]]
 
 
 def attention_table(rows: Sequence[AttentionRow], gpu: Mapping[str, float]) -> Table:
-    """Times in ms; ratios over each dense form; achieved TFLOP/s of the kept part, and its share of the GPU's product."""
+    """Times in ms, of short prompts from CUDA graphs; ratios over each dense form; achieved TFLOP/s of the kept part, and its
+    share of the GPU's product. "+ strip" with launches."""
     from rich.table import Table
 
     table = Table(title=f"attention, bf16, causal; ceilings {_ceilings(gpu)}", title_justify="left")
@@ -31,8 +32,9 @@ def attention_table(rows: Sequence[AttentionRow], gpu: Mapping[str, float]) -> T
     for r in rows:
         best, attend = r.best, r.sparse_in_graph[r.best] - r.select_in_graph  # launches hide what kernels take
         tflops = r.case.flops * r.case.keep**2 / max(attend, 1e-6) / 1e9
-        cells = [r.case.name, f"{r.select:.3f}", f"{r.sparse[best]:.3f}", best, f"{r.completed[best]:.3f}"]
-        cells += [f"{r.dense[d]:.3f}" if d in r.dense else "" for d in dense]
+        timed, whole = r.timed[0], r.timed[1][best]
+        cells = [r.case.name, f"{r.select_in_graph:.3f}", f"{whole:.3f}", best, f"{r.completed[best]:.3f}"]
+        cells += [f"{timed[d]:.3f}" if d in timed else "" for d in dense]
         cells += [f"{r.speedup(d):.2f}x" if d in r.dense else "" for d in dense]
         share = tflops / gpu["gemm_tflops"]
         table.add_row(*cells, f"{tflops:.0f} ({share:.0%})", f"{r.memory[best] / 1e6:.0f}")
@@ -100,8 +102,10 @@ def line_plot(curves: Mapping[str, Points], width: int = 720, height: int = 420)
         parts.append(f'<path d="M{x:.1f} {top}v{h}" stroke="#eee"/><text x="{x - 10:.1f}" y="{top + h + 18}">{label}</text>')
     for n, (name, curve) in enumerate(curves.items()):
         color = f"hsl({n * 360 // len(curves)} 65% 42%)"
-        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(*p) for p in sorted(curve)))
+        places = [at(*p) for p in sorted(curve)]
+        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
         parts.append(f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="2"/>')
+        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>' for x, y in places]
         parts.append(f'<text x="{left + w + 12}" y="{top + 18 * (n + 1)}" fill="{color}">{html.escape(name)}</text>')
     return "".join([*parts, "</svg>"])
 

@@ -110,7 +110,7 @@ def _measure(
 def _variants(options: Options, runner: Runner, prompter: Prompter, store: Store) -> list[Variant]:
     """The standard ones and the user's own; what was found about the layers goes into the results."""
     ids = torch.tensor([prompter.text(min(options.lengths), 0, 1)] * 2, device=runner.device)
-    runner.prefill(ids[:, :256], runner.widest)  # finds the layers
+    runner.prefill(ids, runner.widest)  # finds the layers; a sliding window no shorter than the prompt would look causal
     layers = sorted(runner.switch.layers)
     if not layers:
         raise ValueError("no attention of this model can be sparse; see tsa-compile explain")
