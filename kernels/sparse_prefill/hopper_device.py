@@ -16,15 +16,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from tsa_compile.kernels.gather_device import gather_rows, row_layout
+
+WARPS = gl.constexpr(4)  # of each of the three parts
 LENGTHS = ("heads", "kv_heads", "lists", "q_len", "k_len", "total", "tiles", "section", "i_sb", "i_sg")
 PRODUCER_REGISTERS = gl.constexpr(40)
 CONSUMER_REGISTERS = gl.constexpr(232)
-
-
-@gluon.constexpr_function
-def row_layout(dim):
-    """16 bytes a thread, whole rows of `dim` half-precision numbers, four warps."""
-    return gl.BlockedLayout([1, 8], [32 * 8 // dim, dim // 8], [4, 1], [1, 0])
 
 
 @gluon.jit
@@ -56,18 +53,8 @@ def find_tile(
 
 
 @gluon.jit
-def gather_rows(tile, x, positions, stride_l, D: gl.constexpr):
-    """Starts copies of the rows of x at `positions` into a shared tile [BLOCK_N, D]: one copy, since Triton sets a barrier
-    between two that write to the same ring."""
-    columns = x + gl.arange(0, D, layout=gl.SliceLayout(0, row_layout(D)))
-    # Both factors below 2**32: one instruction; a product of signed 64-bit numbers takes four.
-    starts = positions.to(gl.uint32).to(gl.uint64) * gl.to_tensor(stride_l).to(gl.uint32).to(gl.uint64)
-    async_copy.async_copy_global_to_shared(tile, gl.expand_dims(columns, 0) + gl.expand_dims(starts, 1))
-
-
-@gluon.jit
 def zero_rows(out, stride_l, first, last, D: gl.constexpr):
-    layout: gl.constexpr = row_layout(D)
+    layout: gl.constexpr = row_layout(D, WARPS)
     ROWS: gl.constexpr = 32
     d = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
     for start in range(first, last, ROWS):
@@ -103,14 +90,14 @@ def produce(
                 stage = filled % STAGES
                 free = ((filled // STAGES) & 1) ^ 1
                 positions.store(at)
-                rows = positions.load(gl.SliceLayout(1, row_layout(D)))
+                rows = positions.load(gl.SliceLayout(1, row_layout(D, WARPS)))
                 slots -= BLOCK_N
                 at = gl.load(kept + slots, mask=slots >= 0, other=0)  # for the next block, long before it is needed
                 mbarrier.wait(k_empty.index(stage), free)
-                gather_rows(k_tiles.index(stage), k_head, rows, k_sl, D)
+                gather_rows(k_tiles.index(stage), k_head, rows, k_sl, D, WARPS)
                 async_copy.mbarrier_arrive(k_full.index(stage), increment_count=False)
                 mbarrier.wait(v_empty.index(stage), free)
-                gather_rows(v_tiles.index(stage), v_head, rows, v_sl, D)
+                gather_rows(v_tiles.index(stage), v_head, rows, v_sl, D, WARPS)
                 async_copy.mbarrier_arrive(v_full.index(stage), increment_count=False)
                 filled += 1
             if not STRIP:
@@ -199,7 +186,7 @@ def consume(
 ):  # fmt: skip
     """Attention of 64 kept queries of each tile, from slot `offset` of the tile on: one warpgroup."""
     dtype: gl.constexpr = q.dtype.element_ty
-    layout: gl.constexpr = row_layout(D)
+    layout: gl.constexpr = row_layout(D, WARPS)
     d = gl.expand_dims(gl.arange(0, D, layout=gl.SliceLayout(0, layout)), 0)
     used = 0  # key blocks, over all tiles
     served = 0  # tiles with a query

@@ -31,7 +31,7 @@ def _aligned(x: Tensor) -> bool:
 
 def tiles(group: int, dim: int, element_size: int) -> tuple[int, int]:
     """(heads of a group that a program scores together, stages of its ring of key tiles)."""
-    together = 1 + (group % 2 == 0)  # four leave too few registers for both passes in one kernel
+    together = 2 if group % 2 == 0 else 1  # four leave too few registers for both passes in one kernel
     return together, min(4, _SHARED_TILES // (BLOCK * dim * element_size) - together)
 
 

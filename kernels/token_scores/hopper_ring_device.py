@@ -4,15 +4,11 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier
 
+from tsa_compile.kernels.gather_device import gather_rows, row_layout
+
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # renamed in Triton 3.7
 BLOCK = gl.constexpr(128)  # scoring queries, and keys of a tile
 WARPS = gl.constexpr(8)
-
-
-@gluon.constexpr_function
-def row_layout(dim):
-    """16 bytes a thread, whole rows of `dim` half-precision numbers."""
-    return gl.BlockedLayout([1, 8], [32 * 8 // dim, dim // 8], [8, 1], [1, 0])
 
 
 @gluon.jit
@@ -30,14 +26,10 @@ def row_extent(ranks, b, q_len, k_len, window, PADDED: gl.constexpr):
 @gluon.jit
 def copy_rows(tile, x, stride_l, order, first, last, skipped, D: gl.constexpr, PADDED: gl.constexpr):
     """Starts copies of BLOCK rows of x, from rank `first` on, to a shared tile; ranks stop at `last`, which is repeated."""
-    layout: gl.constexpr = row_layout(D)
-    at = gl.minimum(first + gl.arange(0, BLOCK, layout=gl.SliceLayout(1, layout)), last)
+    at = gl.minimum(first + gl.arange(0, BLOCK, layout=gl.SliceLayout(1, row_layout(D, WARPS))), last)
     if PADDED:
         at = gl.load(order + at)
-    columns = x + gl.arange(0, D, layout=gl.SliceLayout(0, layout))
-    # Both factors below 2**32: one instruction; a product of signed 64-bit numbers takes four.
-    starts = (at - skipped).to(gl.uint32).to(gl.uint64) * gl.to_tensor(stride_l).to(gl.uint32).to(gl.uint64)
-    async_copy.async_copy_global_to_shared(tile, gl.expand_dims(columns, 0) + gl.expand_dims(starts, 1))
+    gather_rows(tile, x, at - skipped, stride_l, D, WARPS)
     async_copy.commit_group()
 
 
