@@ -82,7 +82,7 @@ def load_model(name: str, dtype: torch.dtype) -> LastLogits:
 
 
 def export_model(folder: Path, name: str, dtype: torch.dtype, form: str) -> Path:
-    path = folder / f"{Path(name).name.split('-')[0]}_{dtype}_{form}" / "model.onnx"
+    path = folder / f"{Path(name).name.replace(' ', '_')}_{dtype}_{form}" / "model.onnx"
     path.parent.mkdir()
     free = torch.export.Dim.DYNAMIC
     ids = torch.randint(0, 1000, (2, 300))

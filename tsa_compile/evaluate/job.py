@@ -48,12 +48,10 @@ class Options:
     batch_tokens: int = 163_840
 
     def __post_init__(self) -> None:
-        unknown = sorted(set(self.tasks) - set(TASKS))
-        if unknown:
-            raise ValueError(f"unknown task {unknown[0]!r}; known: {', '.join(TASKS)}")
-        strange = sorted(set(self.families) - set(FAMILIES))
-        if strange:
-            raise ValueError(f"unknown family {strange[0]!r}; known: {', '.join(FAMILIES)}")
+        for what, given, known in (("task", self.tasks, TASKS), ("family", self.families, FAMILIES)):
+            unknown = sorted(set(given) - set(known))
+            if unknown:
+                raise ValueError(f"unknown {what} {unknown[0]!r}; known: {', '.join(known)}")
         if not self.lengths or min(self.lengths) < 256:
             raise ValueError(f"lengths must be 256 tokens or more, got {list(self.lengths)}")
 
