@@ -73,14 +73,17 @@ def bench_prefill(
 @bench.command("export")
 def bench_export(
     json: Annotated[Path, typer.Option(help="write the results to this file")],
-    lengths: Annotated[str, typer.Option(help="prompt lengths of the attention, comma separated")] = "8192,32768,131072",
-    model: Annotated[list[str] | None, typer.Option(help="a model as well: smollm2, a folder or a Hugging Face id")] = None,
+    lengths: Annotated[str, typer.Option(help="prompt lengths of the attention, comma separated, or none")] = "8192,32768,131072",
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="smollm2, a folder or a Hugging Face id, in place of four layers of SmolLM2's and Llama-8B's shape"),
+    ] = None,
 ) -> None:
     """Exported files on ONNX Runtime's CUDA provider against PyTorch: results, where nodes ran, times."""
-    from tsa_compile.bench import exported
+    from tsa_compile.bench import exported, exported_files
 
     _gpu()
-    result = exported.bench_export(json, [int(n) for n in lengths.split(",")], model or [])
+    result = exported.bench_export(json, [int(n) for n in lengths.split(",") if n], model or list(exported_files.MODELS))
     if result["failed"]:
         raise RuntimeError(f"failed: {result['failed']}")
 

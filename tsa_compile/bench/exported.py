@@ -19,11 +19,12 @@ import torch
 
 from tsa_compile.bench.exported_files import DIM, HEADS, KV_HEADS, POLICIES, load_model, prepare
 from tsa_compile.bench.onnx_cuda import CudaSession, placement
-from tsa_compile.bench.timing import environment, median_ms
+from tsa_compile.bench.timing import environment, in_turns, median_ms
 
 Job = tuple[str, ...]
 Made = tuple[Path, Path | None]  # the file and, for the custom form, its library
 MODEL_SIZES = ((2, 1500), (1, 3001), (1, 8192))
+DTYPES = {"SmolLM2-135M shape": ("float32", "float16")}
 PORTABLE_LENGTH = 8192  # the portable body stores a score for each pair of kept tokens
 
 
@@ -74,10 +75,11 @@ def bench_attention(kinds: Mapping[str, Made], dtype: torch.dtype, length: int) 
     q, k, v = (torch.randn(1, h, length, DIM, dtype=dtype, device="cuda") for h in (HEADS, KV_HEADS, KV_HEADS))
     out, repeats = torch.empty_like(q), 5 if length > 50_000 else 15
 
-    def timed(kind: str) -> float:
+    def bound(kind: str) -> Callable[[], None]:
         run = CudaSession(*kinds[kind]).bind((q, k, v), out)
         out.fill_(float("nan"))
-        return median_ms(run, repeats)
+        run()
+        return run
 
     def row(name: str, dense_ms: float | None) -> AttentionRow:
         p = POLICIES[name]
@@ -85,15 +87,18 @@ def bench_attention(kinds: Mapping[str, Made], dtype: torch.dtype, length: int) 
         strip = (c.window, c.sinks, c.heavy) if c else (0, 0, 0)
         selection = (DIM**-0.5, p.coverage, p.window, p.pool, p.min_tokens)
         work = lambda: torch.ops.tsa.token_sparse_attention(q, k, v, None, *selection, *strip, "fused")  # noqa: E731
-        expected, torch_ms = work(), median_ms(work, repeats)
+        expected = work()
         kept = torch.ops.tsa.select_tokens(q, k, None, *selection, strip[2])[1].item() / length
-        custom_ms, error = timed(f"custom {name}"), relative(out, expected)
+        custom = bound(f"custom {name}")
+        error = relative(out, expected)
+        torch_ms, custom_ms = in_turns((work, custom), repeats)
         portable_ms = portable_error = None
         if f"portable {name}" in kinds and length <= PORTABLE_LENGTH:
-            portable_ms, portable_error = timed(f"portable {name}"), relative(out, expected)
+            portable = bound(f"portable {name}")
+            portable_error, portable_ms = relative(out, expected), median_ms(portable, repeats)
         return AttentionRow(str(dtype), name, length, kept, torch_ms, custom_ms, portable_ms, dense_ms, error, portable_error)
 
-    dense_ms = timed("dense") if "dense" in kinds else None
+    dense_ms = median_ms(bound("dense"), repeats) if "dense" in kinds else None
     return [row(name, dense_ms) for name in POLICIES]
 
 
@@ -108,28 +113,30 @@ def bench_model(files: Mapping[str, Made], name: str, dtype: torch.dtype) -> lis
         torch_ms = [median_ms(functools.partial(model, ids), 5) for ids in inputs]
     rows: list[ModelRow] = []
     for form, made in files.items():
-        timed, profiled = CudaSession(*made), CudaSession(*made, str(made[0].parent / "profile"))
+        session = CudaSession(*made, profile=str(made[0].parent / "profile"))
         outputs = [torch.full_like(x, float("nan")) for x in expected]
         for ids, out in zip(inputs, outputs, strict=True):
-            profiled.bind((ids,), out)()
+            session.bind((ids,), out)()
         torch.cuda.synchronize()
-        where = placement(Path(profiled.session.end_profiling()))
-        del profiled
+        where = placement(Path(session.session.end_profiling()))  # from here on nothing is recorded
         for size, ids, out, right, reference in zip(MODEL_SIZES, inputs, outputs, expected, torch_ms, strict=True):
             same = (out.argmax(-1) == right.argmax(-1)).float().mean().item()
-            error, ms = relative(out, right), median_ms(timed.bind((ids,), out), 5)
+            error, ms = relative(out, right), median_ms(session.bind((ids,), out), 5)
             rows.append(ModelRow(name, str(dtype), form, *size, error, same, reference, ms, *where))
     return rows
 
 
-def jobs_in(folder: str, models: Sequence[str] = ()) -> list[Job]:
-    """All exports: (folder, what, form or kind, dtype). `models`: beside those of random weights."""
+def attention_jobs(folder: str) -> list[Job]:
+    """Exports of one attention: (folder, "attention", kind, dtype)."""
     kinds = [f"{form} {policy}" for form in ("custom", "portable") for policy in POLICIES]
-    attention = [(folder, "attention", kind, "float16") for kind in ("dense", *kinds)]
-    attention += [(folder, "attention", f"custom {policy}", "bfloat16") for policy in POLICIES]
-    small = [(folder, "SmolLM2-135M shape", form, dtype) for form in ("portable", "custom") for dtype in ("float32", "float16")]
-    half = [(form, dtype) for form in ("portable", "custom") for dtype in ("float16", "bfloat16")]
-    return [*attention, *small, *((folder, name, *how) for name in ("Llama-3.1-8B shape", *models) for how in half)]
+    half = [(folder, "attention", kind, "float16") for kind in ("dense", *kinds)]
+    return [*half, *((folder, "attention", f"custom {policy}", "bfloat16") for policy in POLICIES)]
+
+
+def model_jobs(folder: str, models: Sequence[str]) -> list[Job]:
+    """Exports of models: (folder, model, form, dtype)."""
+    forms = [(folder, name, form) for name in models for form in ("portable", "custom")]
+    return [(*form, dtype) for form in forms for dtype in DTYPES.get(form[1], ("float16", "bfloat16"))]
 
 
 def prepare_all(jobs: Sequence[Job], failed: dict[str, str]) -> dict[Job, Made]:
@@ -144,10 +151,10 @@ def prepare_all(jobs: Sequence[Job], failed: dict[str, str]) -> dict[Job, Made]:
     return made
 
 
-def bench_export(out: Path, lengths: Sequence[int], models: Sequence[str] = ()) -> dict[str, Any]:
+def bench_export(out: Path, lengths: Sequence[int], models: Sequence[str]) -> dict[str, Any]:
     """Export everything, then check and time; `out`, a JSON file, is rewritten after each part. "failed" says what raised.
 
-    models: beside those of random weights, by packaged name, folder or Hugging Face id.
+    lengths: of the attention. models: shapes of `exported_files.MODELS`, packaged names, folders or Hugging Face ids.
     """
     import onnxruntime as ort
 
@@ -167,7 +174,7 @@ def bench_export(out: Path, lengths: Sequence[int], models: Sequence[str] = ()) 
         torch.cuda.empty_cache()
 
     with tempfile.TemporaryDirectory() as folder:
-        made = prepare_all(jobs_in(folder, models), failed)
+        made = prepare_all([*(attention_jobs(folder) if lengths else ()), *model_jobs(folder, models)], failed)
         groups: dict[tuple[str, str], dict[str, Made]] = {}
         for (_, what, kind, dtype), file in made.items():
             groups.setdefault((what, dtype), {})[kind] = file
