@@ -159,14 +159,14 @@ def _selection(form: Form) -> Iterator[AotKernel]:
     from tsa_compile.kernels.token_select import count_device, device, host
 
     padded = {"PADDED": form.masked}
-    for name, function, size, constants in (
-        ("pool", count_device.pool_kernel, host.POOL_BLOCK, {"HEADS": host.POOL_HEADS}),
-        ("count", count_device.count_kernel, host.COUNT_BLOCK, {}),
+    for name, function, size, warps, constants in (
+        ("pool", count_device.pool_kernel, host.POOL_BLOCK, host.POOL_WARPS, {"HEADS": host.POOL_HEADS}),
+        ("count", count_device.count_kernel, host.COUNT_BLOCK, host.COUNT_WARPS, {}),
     ):
-        yield AotKernel(name, function, {"BLOCK": size, **constants, **padded}, {"num_warps": 8}, form, (size, 0))
+        yield AotKernel(name, function, {"BLOCK": size, **constants, **padded}, {"num_warps": warps}, form, (size, 0))
     chunk = {"CHUNK": host.CHUNK, "BLOCK": host.SELECT_BLOCK, **padded}
     for name in ("select", "bin", "cut", "write"):
-        yield AotKernel(name, getattr(device, f"{name}_kernel"), chunk, {"num_warps": 16}, form, (host.CHUNK, 0))
+        yield AotKernel(name, getattr(device, f"{name}_kernel"), chunk, {"num_warps": host.SELECT_WARPS}, form, (host.CHUNK, 0))
 
 
 def _prefill(form: Form, capability: tuple[int, int]) -> Iterator[AotKernel]:

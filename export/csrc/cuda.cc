@@ -60,12 +60,12 @@ void write_lists(Call& c, bool by_score) {
   constexpr int64_t kBins = 256;
   const int64_t chunks = ceil_div(p.k_len, c.image(Kernel::select).block_m), rows = p.batch * p.heads;
   const int64_t lists = c.a.heavy > 0 ? 2 : 1;
+  if (by_score) c.values.gathered = c.take<float>(2 * rows * p.k_len);
   if (chunks == 1 || !by_score) {
     c.launch(Kernel::select, chunks, lists, rows);
     return;
   }
   c.values.bins = c.take<int32_t>(rows * chunks * kBins);
-  c.values.gathered = c.take<float>(2 * rows * p.k_len);
   c.values.cuts = c.take<int32_t>(rows * 2 * 4);
   c.fill8(c.values.cuts, 0, rows * 2 * 4 * 4);
   c.launch(Kernel::bin, chunks, rows);

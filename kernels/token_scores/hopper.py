@@ -36,9 +36,20 @@ def tiles(group: int, dim: int, element_size: int) -> tuple[int, int]:
 
 
 def launch(
-    q: Tensor, k: Tensor, order: Tensor, ranks: Tensor, padded: bool, scale_log2: float, window: int, mean: Tensor
+    q: Tensor,
+    k: Tensor,
+    order: Tensor,
+    ranks: Tensor,
+    padded: bool,
+    scale_log2: float,
+    window: int,
+    mean: Tensor,
+    through: Tensor,
 ) -> None:
-    """Mean attention of the last `window` queries to each key before the window, to `mean` float32 `[B, H, Lk]` by rank."""
+    """Mean attention of the last `window` queries to each key before the window, to `mean` float32 `[B, H, Lk]` by rank.
+
+    through: int32 `[B * H]`, zero.
+    """
     import triton
 
     from tsa_compile.kernels.token_scores import hopper_device as device
@@ -55,7 +66,6 @@ def launch(
     shape = {"D": dim, "HEADS": together, "STAGES": stages, "PADDED": padded, "num_warps": device.WARPS.value}
     grid = (programs, splits)
     if _run_at_once(grid, processors):
-        through = torch.zeros(programs, dtype=torch.int32, device=q.device)
         device.score_hopper_kernel[grid](
             q, k, part[0], part[1], through, *rows, *sizes, **shape,
             SPLITS=triton.next_power_of_2(most), launch_cooperative_grid=True,

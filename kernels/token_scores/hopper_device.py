@@ -15,16 +15,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from tsa_compile.kernels.gather_device import barrier
 from tsa_compile.kernels.token_scores.hopper_ring_device import (
     BLOCK,
     WARPS,
     all_arrived,
     allocate_barriers,
     allocate_tiles,
-    barrier,
     begin_keys,
     copy_keys,
-    copy_rows,
     program_rows,
     take_queries,
 )
@@ -90,17 +89,16 @@ def lse_pass(
     all_arrived()
 
     rank = length - rows + gl.arange(0, BLOCK, layout=gl.SliceLayout(1, MMA))
-    for t in range(open_tiles, gl.cdiv(gl.maximum(stop - start, 0), BLOCK)):
-        copy_rows(k_tiles.index(0), k, k_sl, order, start + t * BLOCK, length - 1, 0, D, PADDED)
-        all_arrived()
+    for t in range(open_tiles, gl.cdiv(gl.maximum(stop - start, 0), BLOCK)):  # two at most, and in the ring
+        keys = k_tiles.index(t % STAGES).permute((1, 0))
         j = start + t * BLOCK + gl.arange(0, BLOCK, layout=gl.SliceLayout(0, MMA))
         seen = (gl.expand_dims(j, 0) <= gl.expand_dims(rank, 1)) & gl.expand_dims(j < stop, 0)
         for i in gl.static_range(HEADS):
-            scores = warpgroup_mma(q_tiles.index(i), k_tiles.index(0).permute((1, 0)), zeros, use_acc=False)
+            scores = warpgroup_mma(q_tiles.index(i), keys, zeros, use_acc=False)
             scores = gl.where(seen, scores, float("-inf"))
             new_max, new_sum = add_keys(row_max[i], row_sum[i], scores, scale_log2)
             row_max, row_sum = replace(row_max, i, new_max, HEADS), replace(row_sum, i, new_sum, HEADS)
-        barrier()
+    barrier()  # the ring is read
 
     r = gl.arange(0, BLOCK, layout=gl.SliceLayout(1, MMA))
     for i in gl.static_range(HEADS):
@@ -137,7 +135,7 @@ def mean_pass(
     These keys come before every scoring query, so nothing is masked.
     """
     lse_tiles = gl.allocate_shared_memory(gl.float32, [HEADS, BLOCK], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    for head in range(HEADS):
+    for head in gl.static_range(HEADS):
         first = (base + head) * splits * window
         lse_tiles.index(head).store(merged_lse(part_max, part_sum, first, splits, window, rows, SPLITS))
     all_arrived()

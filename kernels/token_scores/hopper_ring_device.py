@@ -4,9 +4,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier
 
-from tsa_compile.kernels.gather_device import gather_rows, row_layout
+from tsa_compile.kernels.gather_device import barrier, gather_rows, row_layout
 
-barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # renamed in Triton 3.7
 BLOCK = gl.constexpr(128)  # scoring queries, and keys of a tile
 WARPS = gl.constexpr(8)
 

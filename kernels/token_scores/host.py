@@ -12,7 +12,9 @@ _PROGRAMS = 528  # at least: four for each multiprocessor of a Hopper GPU
 _MIN_SPAN = 512  # keys a program reads, at least
 
 
-def window_scores(q: Tensor, k: Tensor, order: Tensor, ranks: Tensor, padded: bool, scale: float, window: int) -> Tensor:
+def window_scores(
+    q: Tensor, k: Tensor, order: Tensor, ranks: Tensor, padded: bool, scale: float, window: int, through: Tensor | None = None
+) -> Tensor:
     """Mean attention of each row's last `window` queries to each key before the window, not yet pooled.
 
     Args:
@@ -21,6 +23,7 @@ def window_scores(q: Tensor, k: Tensor, order: Tensor, ranks: Tensor, padded: bo
         padded: whether the batch has padding.
         scale: factor of the scores.
         window: scoring queries, in tokens.
+        through: int32 `[B * H]`, zero, for programs to wait for each other; None: allocated here.
 
     Returns:
         float32 `[B, H, Lk]` by rank; from rank `L - window` on undefined.
@@ -28,7 +31,8 @@ def window_scores(q: Tensor, k: Tensor, order: Tensor, ranks: Tensor, padded: bo
     (batch, heads, q_len, dim), (kv_heads, k_len) = q.shape, k.shape[1:3]
     mean = torch.empty(batch, heads, k_len, dtype=torch.float32, device=q.device)
     if hopper.takes(q, k, window):
-        hopper.launch(q, k, order, ranks, padded, scale * LOG2_E, window, mean)
+        through = torch.zeros(batch * heads, dtype=torch.int32, device=q.device) if through is None else through
+        hopper.launch(q, k, order, ranks, padded, scale * LOG2_E, window, mean, through)
         return mean
     import triton
 

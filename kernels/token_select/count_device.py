@@ -2,7 +2,7 @@
 
 Masses are fixed point (2**-52, int64), so sums are exact in any order and atomics change nothing. The first kernel adds them up
 in bins that keep their order; the second gathers those of the one bin in which the threshold is reached and, in the program
-that comes last, finds among them the mass at which it is reached, by bisection.
+that comes last, finds among them the mass at which it is reached: few by comparing all, many by bisection.
 """
 
 import triton
@@ -11,8 +11,11 @@ import triton.language as tl
 from tsa_compile.kernels.token_scores.device import row_extent
 
 MASS_BINS = tl.constexpr(2048)  # 32 an octave
-MASS_ROW = tl.constexpr(2052)  # a row of bins, then: masses gathered, tokens below their bin, programs that are through
+MASS_ROW = tl.constexpr(2052)  # a row of bins, then: tokens below the bin << 32 plus masses gathered; programs that are through
 CANDIDATES = tl.constexpr(1024)  # at a time
+FEW = tl.constexpr(128)  # candidates that are compared with each other,
+AT_ONCE = tl.constexpr(16)  # with so many at a time: unrolled code, fetched for one use, takes longer than it runs
+TAPS = tl.constexpr(8)  # loads of the pooling in flight
 MOST = tl.constexpr(0x7FFFFFFFFFFFFFFF)
 LENGTHS = ("heads", "q_len", "k_len", "window", "pool", "min_tokens", "coverage_bits")
 
@@ -50,9 +53,11 @@ def pool_kernel(
         row = ((b * heads + h) * k_len)[:, None]
         ok = (h < heads)[:, None] & (i < n)[None, :]
         total = tl.zeros([HEADS, BLOCK], tl.float32)
-        for t in tl.range(0, pool):
-            j = i + t - pool // 2
-            total += tl.load(mean + row + j[None, :], mask=ok & ((j >= 0) & (j < n))[None, :], other=0.0)
+        for first_tap in tl.range(0, pool, TAPS):
+            for tap in tl.static_range(TAPS):
+                j = i + first_tap + tap - pool // 2
+                inside = (j >= 0) & (j < n) & (first_tap + tap < pool)
+                total += tl.load(mean + row + j[None, :], mask=ok & inside[None, :], other=0.0)
         score = tl.div_rn(total, tl.full([HEADS, BLOCK], 1.0, tl.float32) * pool)
         score = tl.where((score >= 0.0) & (score <= 2.0), score, 0.0)  # not finite: counts for nothing
         tl.store(scores + row + i[None, :], score, mask=ok)
@@ -74,14 +79,25 @@ def crossing(bins, coverage_bits):
 
 @triton.jit
 def gather(masses, n, at, candidates, tallies, BLOCK: tl.constexpr):
-    """Appends this program's masses of bin `at` to the candidates, in any order, and counts those of lower bins."""
+    """Appends this program's masses of bin `at` to the candidates, in any order, and counts those of lower bins.
+
+    Returns whether this program is the last, and then: how many candidates there are, how many masses are in lower bins.
+    """
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mass = tl.load(masses + i, mask=i < n, other=0)
     bin = mass_bin(mass)
     inside = ((bin == at) & (i < n)).to(tl.int32)
-    first = tl.atomic_add(tallies, tl.sum(inside).to(tl.int64), sem="relaxed")
+    tally = tl.sum(((bin < at) & (i < n)).to(tl.int64) * 4294967296 + inside)
+    first = tl.zeros([], tl.int64)
+    if tl.num_programs(0) > 1:
+        first = tl.atomic_add(tallies, tally, sem="relaxed") & 0xFFFFFFFF
     tl.store(candidates + first + tl.cumsum(inside, 0) - 1, mass, mask=inside > 0)
-    tl.atomic_add(tallies + 1, tl.sum(((bin < at) & (i < n)).to(tl.int64)), sem="relaxed")
+    tl.debug_barrier()  # all of this program's stores come before its sign that it is through
+    last = tl.num_programs(0) == 1
+    if tl.num_programs(0) > 1:
+        last = tl.atomic_add(tallies + 1, 1, sem="acq_rel") + 1 == tl.num_programs(0)
+        tally = tl.atomic_add(tallies, 0)
+    return last, tally & 0xFFFFFFFF, tally >> 32
 
 
 @triton.jit
@@ -117,6 +133,19 @@ def candidates_below(candidates, found, low, high, threshold, BLOCK: tl.constexp
     return before + tl.where(rest > 0, (rest - 1) // tl.maximum(low, 1), 0)  # and some of those that equal `low`
 
 
+@triton.jit
+def few_below(candidates, found, threshold):
+    """As `candidates_below`, of at most FEW: the running mass of each is that of all before it, equal ones by their place."""
+    i = tl.arange(0, FEW)[:, None]
+    mass = tl.load(candidates + i, mask=i < found, other=0)
+    running = tl.zeros([FEW, AT_ONCE], tl.int64)
+    for first in tl.range(0, found, AT_ONCE):
+        j = first + tl.arange(0, AT_ONCE)[None, :]
+        other = tl.load(candidates + j, mask=j < found, other=0)
+        running += tl.where((other < mass) | ((other == mass) & (j <= i)), other, 0)
+    return tl.sum(((tl.arange(0, FEW) < found) & (tl.sum(running, 1) < threshold)).to(tl.int64))
+
+
 @triton.jit(do_not_specialize=LENGTHS)
 def count_kernel(
     masses, candidates, mass_bins, counts, ranks, q_len, k_len, window, min_tokens, coverage_bits,
@@ -134,15 +163,13 @@ def count_kernel(
     mass_bins += b * MASS_ROW
     tallies = mass_bins + MASS_BINS
     at, below_mass, threshold = crossing(mass_bins, coverage_bits)
-    gather(masses, n, at, candidates, tallies, BLOCK)
-    tl.debug_barrier()  # all of this program's stores come before its sign that it is through
-    if tl.atomic_add(tallies + 2, 1, sem="acq_rel") + 1 < tl.num_programs(0):
+    last, found, n_drop = gather(masses, n, at, candidates, tallies, BLOCK)
+    if not last:
         return
-    found, below = tl.atomic_add(tallies, 0), tl.atomic_add(tallies + 1, 0)
-    n_drop = below
-    if found > 0:
-        n_drop += candidates_below(
-            candidates, found, bin_start(at), 2 * bin_start(at + 1) + 2, threshold - below_mass, CANDIDATES
-        )
+    rest = threshold - below_mass
+    if found > FEW:
+        n_drop += candidates_below(candidates, found, bin_start(at), 2 * bin_start(at + 1) + 2, rest, CANDIDATES)
+    else:
+        n_drop += few_below(candidates, found, rest)
     kept = tl.maximum(min_tokens, n - (n_drop + 1)) + window
     tl.store(counts + b, tl.where(n_drop == 0, length, kept).to(tl.int32))

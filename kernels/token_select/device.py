@@ -1,9 +1,9 @@
-"""Which tokens a head keeps, on the GPU and without sorting: histograms, radix search, stable compaction. Triton.
+"""Which tokens a head keeps, on the GPU and without sorting: bins, radix search, stable compaction. Triton.
 
-A list is cut at the score of its last token. Up to CHUNK scores, one program searches and writes a list. Of longer rows,
-programs over chunks bin the scores, gather those of the bin that has the cut, and, once the last of them has found it there,
-write their parts, whose places follow from the bins of the chunks before. Scores are >= 0, so that their float32 bits, as
-integers, keep their order.
+A list is cut at the score of its last token. Scores are binned, those of the bin that has the cut are gathered, and the cut
+is found among them: few by comparing all, many by radix search. Up to CHUNK scores, one program does that and writes the
+list. Of longer rows, programs over chunks bin and gather, the last of them finds the cut, and all write their parts, whose
+places follow from the bins of the chunks before. Scores are >= 0, so that their float32 bits, as integers, keep their order.
 """
 
 import triton
@@ -14,6 +14,9 @@ from tsa_compile.kernels.token_scores.device import positions_of, row_extent
 BINS = tl.constexpr(256)  # 8 an octave, from 2**-32 to 1
 FIRST_OCTAVE = tl.constexpr(760)  # 8 * (127 - 32)
 CHUNKS = tl.constexpr(16)  # whose bins are read at a time
+FEW = tl.constexpr(256)  # scores that are compared with each other,
+AT_ONCE = tl.constexpr(16)  # with so many at a time
+REST = tl.constexpr(256)  # ranks at a time that follow the chosen
 LENGTHS = ("heads", "q_len", "k_len", "window", "heavy")
 
 
@@ -29,13 +32,24 @@ def load_bits(scores, i, ok):
 
 
 @triton.jit
+def bin_scores(scores, first, end, BLOCK: tl.constexpr):
+    """How many of the scores first..end-1 are in each bin."""
+    count = tl.zeros([BINS], tl.int32)
+    for start in tl.range(first, end, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        count += tl.histogram(score_bin(load_bits(scores, i, i < end)), BINS, mask=i < end)
+    return count
+
+
+@triton.jit
 def from_top(count, n, k):
     """From the counts of the bins of n values: number of the bin with the k-th largest, how many of that bin are among the
     k largest, how many it has."""
-    from_here = n - tl.cumsum(count, 0) + count  # how many in this bin or a higher one
-    at = tl.sum((from_here >= k).to(tl.int32)) - 1
-    here = tl.arange(0, BINS) == at
-    return at, k - tl.sum(tl.where(here, from_here - count, 0)), tl.sum(tl.where(here, count, 0))
+    above = n - tl.cumsum(count, 0)  # how many in higher bins
+    here = (above < k) & (above + count >= k)
+    bin = tl.arange(0, BINS).to(tl.int64)
+    found = tl.sum(tl.where(here, (bin << 48) + (above.to(tl.int64) << 24) + count, 0))  # of one bin; a row has fewer than 2**24
+    return (found >> 48).to(tl.int32), k - ((found >> 24) & 0xFFFFFF).to(tl.int32), (found & 0xFFFFFF).to(tl.int32)
 
 
 @triton.jit
@@ -101,15 +115,35 @@ def gather_bin(scores, first, end, at, to, BLOCK: tl.constexpr):
         bits = load_bits(scores, i, i < end)
         inside = ((score_bin(bits) == at) & (i < end)).to(tl.int32)
         tl.store(to + found + tl.cumsum(inside, 0) - 1, bits.to(tl.float32, bitcast=True), mask=inside > 0)
-        found += tl.sum(inside)
+        if start + BLOCK < end:
+            found += tl.sum(inside)
+
+
+@triton.jit
+def kth_of_few(values, n, k):
+    """(bits of the k-th largest of n values, at most FEW, how many equal to it are among the k largest)."""
+    i = tl.arange(0, FEW)
+    bits = load_bits(values, i[:, None], i[:, None] < n)
+    above = tl.zeros([FEW, AT_ONCE], tl.int32)
+    for first in tl.range(0, n, AT_ONCE):
+        j = first + tl.arange(0, AT_ONCE)[None, :]
+        above += (load_bits(values, j, j < n) > bits).to(tl.int32)
+    above = tl.sum(above, 1)
+    chosen = (above < k) & (i < n)  # those with fewer than k above them; the least of them is the k-th
+    least = tl.min(tl.where(chosen, (load_bits(values, i, i < n).to(tl.int64) << 32) + above, 0x7FFFFFFFFFFFFFFF))
+    return (least >> 32).to(tl.int32), k - least.to(tl.int32)
 
 
 @triton.jit
 def kth_of_bin(gathered, found, at, k, BLOCK: tl.constexpr):
     """As `kth_largest`, of all scores of bin `at`."""
-    inner = (at > 0) & (at < BINS - 1)  # the outermost bins hold more than their octave's eighth
-    cut, shift = tl.where(inner, at + FIRST_OCTAVE, 0), tl.where(inner, 20, 31)
-    return kth_largest(gathered, found, k, cut, shift, inner.to(tl.int32), BLOCK)
+    if found <= FEW:
+        cut, need = kth_of_few(gathered, found, k)
+    else:
+        inner = (at > 0) & (at < BINS - 1)  # the outermost bins hold more than their octave's eighth
+        prefix, shift = tl.where(inner, at + FIRST_OCTAVE, 0), tl.where(inner, 20, 31)
+        cut, need = kth_largest(gathered, found, k, prefix, shift, inner.to(tl.int32), BLOCK)
+    return cut, need
 
 
 @triton.jit
@@ -143,8 +177,10 @@ def compact(
         take = (above > 0) | ((equal > 0) & (number_equal <= need))
         place = number_above + tl.minimum(number_equal, need) - 1
         tl.store(out + place, positions_of(order, b, i, i < end, k_len, PADDED).to(tl.int32), mask=take)
-        above_seen += tl.sum(above)
-        equal_seen += tl.sum(equal)
+        if start + BLOCK < end:
+            seen = tl.sum((above << 16) + equal)
+            above_seen += seen >> 16
+            equal_seen += seen & 0xFFFF
 
 
 @triton.jit
@@ -166,8 +202,8 @@ def write_rest(
     first, length, rest, order, b, k_len, out, capacity, size, CHUNK: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr
 ):
     """A chunk's part of what follows the chosen by score: the ranks from `rest` on, and -1 in the entries behind the last."""
-    for start in tl.range(tl.maximum(first, rest), tl.minimum(first + CHUNK, length), BLOCK):
-        r = start + tl.arange(0, BLOCK)
+    for start in tl.range(tl.maximum(first, rest), tl.minimum(first + CHUNK, length), REST):
+        r = start + tl.arange(0, REST)
         ok = r < tl.minimum(first + CHUNK, length)
         tl.store(out + r - length + size, positions_of(order, b, r, ok, k_len, PADDED).to(tl.int32), mask=ok)
     for start in tl.range(tl.maximum(first, size), tl.minimum(first + CHUNK, capacity), BLOCK):
@@ -177,11 +213,12 @@ def write_rest(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def select_kernel(
-    scores, counts, indices, heavy_indices, order, ranks, heads, q_len, k_len, window, heavy,
+    scores, gathered, counts, indices, heavy_indices, order, ranks, heads, q_len, k_len, window, heavy,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """Grid (1, lists, B * H), for rows of up to CHUNK scores: positions to indices [B, H, Lk] and heavy_indices
-    [B, H, heavy], ascending, then -1. Any number of rows that keep everything: grid (chunks, lists, B * H)."""
+    [B, H, heavy], ascending, then -1. `gathered` [2, B * H, Lk]: scores of the bins that have the cuts. Any number of rows
+    that keep everything: grid (chunks, lists, B * H)."""
     chunk, which, head_index = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     b = head_index // heads
     length, _ = row_extent(ranks, b, q_len, k_len, window, PADDED)
@@ -191,8 +228,12 @@ def select_kernel(
     )
     scores += head_index * k_len
     if by_score > 0:
+        gathered += (which * tl.num_programs(2) + head_index) * k_len
+        at, need, found = from_top(bin_scores(scores, 0, n, BLOCK), n, by_score)
+        gather_bin(scores, 0, n, at, gathered, BLOCK)
+        tl.debug_barrier()  # what other threads have gathered is read
+        cut, need = kth_of_bin(gathered, found, at, need, BLOCK)
         none = tl.zeros([], tl.int32)
-        cut, need = kth_largest(scores, n, by_score, none, none + 31, none + 1, BLOCK)
         compact(scores, 0, n, cut, need, none, none, order, b, k_len, out, BLOCK, PADDED)
     write_rest(chunk * CHUNK, length, rest, order, b, k_len, out, capacity, size, CHUNK, BLOCK, PADDED)
 
@@ -206,11 +247,7 @@ def bin_kernel(
     chunk, head_index = tl.program_id(0), tl.program_id(1).to(tl.int64)
     length, _ = row_extent(ranks, head_index // heads, q_len, k_len, window, PADDED)
     end = tl.minimum(chunk * CHUNK + CHUNK, length - window)
-    count = tl.zeros([BINS], tl.int32)
-    for start in tl.range(chunk * CHUNK, end, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        bits = load_bits(scores + head_index * k_len, i, i < end)
-        count += tl.histogram(score_bin(bits), BINS, mask=i < end)
+    count = bin_scores(scores + head_index * k_len, chunk * CHUNK, end, BLOCK)
     tl.store(bins + (head_index * tl.num_programs(0) + chunk) * BINS + tl.arange(0, BINS), count)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from typing import NamedTuple
 
 import torch
 
@@ -10,8 +11,9 @@ from tsa_compile.kernels.token_scores.host import window_scores
 
 Tensor = torch.Tensor
 MASS_ROW, BINS = 2052, 256  # as the kernels have them
-POOL_HEADS, POOL_BLOCK, COUNT_BLOCK = 16, 128, 4096
-CHUNK, SELECT_BLOCK = 16384, 4096  # scores of one program; scores at a time
+POOL_HEADS, POOL_BLOCK, COUNT_BLOCK = 32, 32, 4096
+CHUNK, SELECT_BLOCK = 8192, 2048  # scores of one program; scores at a time
+POOL_WARPS, COUNT_WARPS, SELECT_WARPS = 8, 16, 8
 
 
 def select_tokens(
@@ -40,8 +42,9 @@ def select_tokens(
     padded, k_len, lists = key_mask is not None, k.shape[2], (q if share == "head" else k).shape[1]
     if k_len <= min_tokens + window or coverage == 0 or q.shape[2] == 0:
         return select_everything(q, k, order, ranks, padded, heavy, lists)
-    mean = window_scores(q, k, order, ranks, padded, scale, window)
-    return select_from_means(mean, q.shape[2], order, ranks, padded, coverage, window, pool, min_tokens, heavy, lists)
+    zeroed = _zeroed(q.shape[0], lists, q.shape[1], q.device)
+    mean = window_scores(q, k, order, ranks, padded, scale, window, zeroed.through)
+    return select_from_means(mean, q.shape[2], order, ranks, padded, coverage, window, pool, min_tokens, heavy, lists, zeroed)
 
 
 def select_from_means(
@@ -56,6 +59,7 @@ def select_from_means(
     min_tokens: int,
     heavy: int,
     lists: int,
+    zeroed: _Zeroed | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Steps 3 (pooling) to 7 of the contract, from the mean attention float32 `[B, H, Lk]` by rank (`window_scores`)."""
     import triton
@@ -67,37 +71,46 @@ def select_from_means(
     scores, (masses, candidates) = torch.empty_like(mean), new(2, batch, k_len, dtype=torch.int64)
     counts, indices, heavy_indices = new(batch), new(batch, lists, k_len), new(batch, lists, heavy)
     chunks = triton.cdiv(k_len, CHUNK)
-    mass_bins, cuts = _zeroed(batch, lists, mean.device)
+    mass_bins, cuts, _ = zeroed or _zeroed(batch, lists, 0, mean.device)
     coverage_bits = struct.unpack("<q", struct.pack("<d", coverage))[0]
     row = (q_len, k_len, window)
     count_device.pool_kernel[(triton.cdiv(k_len, POOL_BLOCK), batch)](
         mean, scores, masses, mass_bins, ranks, heads, *row, pool,
-        HEADS=POOL_HEADS, BLOCK=POOL_BLOCK, PADDED=padded, num_warps=8,
+        HEADS=POOL_HEADS, BLOCK=POOL_BLOCK, PADDED=padded, num_warps=POOL_WARPS,
     )  # fmt: skip
     count_device.count_kernel[(triton.cdiv(k_len, COUNT_BLOCK), batch)](
         masses, candidates, mass_bins, counts, ranks, *row, min_tokens, coverage_bits,
-        BLOCK=COUNT_BLOCK, PADDED=padded, num_warps=8,
+        BLOCK=COUNT_BLOCK, PADDED=padded, num_warps=COUNT_WARPS,
     )  # fmt: skip
     if lists < heads:
         scores = scores.unflatten(1, (lists, -1)).sum(2)
     grid = (chunks, 2 if heavy else 1, batch * lists)
     out = (indices, heavy_indices, order, ranks, lists, *row, heavy)
-    shape = {"CHUNK": CHUNK, "BLOCK": SELECT_BLOCK, "PADDED": padded, "num_warps": 16}
+    shape = {"CHUNK": CHUNK, "BLOCK": SELECT_BLOCK, "PADDED": padded, "num_warps": SELECT_WARPS}
+    gathered = new(2, batch, lists, k_len, dtype=torch.float32)
     if chunks == 1:
-        device.select_kernel[grid](scores, counts, *out, **shape)
+        device.select_kernel[grid](scores, gathered, counts, *out, **shape)
         return indices, counts, heavy_indices
-    bins, gathered = new(batch, lists, chunks, BINS), new(2, batch, lists, k_len, dtype=torch.float32)
+    bins = new(batch, lists, chunks, BINS)
     device.bin_kernel[(chunks, batch * lists)](scores, bins, ranks, lists, *row, **shape)
     device.cut_kernel[grid](scores, bins, gathered, cuts, counts, ranks, lists, *row, heavy, **shape)
     device.write_kernel[grid](scores, bins, gathered, cuts, counts, *out, **shape)
     return indices, counts, heavy_indices
 
 
-def _zeroed(batch: int, lists: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Bins of the masses, int64 [B, MASS_ROW], and the lists' cuts, int32 [B, G, 2, 4], zeroed at once."""
-    size = batch * MASS_ROW
-    both = torch.zeros(size + batch * lists * 4, dtype=torch.int64, device=device)
-    return both[:size], both[size:].view(torch.int32)
+class _Zeroed(NamedTuple):
+    """Bins of the masses, int64 [B, MASS_ROW]; cuts of the lists, int32 [B, G, 2, 4]; programs that are through, int32 [B, H]."""
+
+    mass_bins: Tensor
+    cuts: Tensor
+    through: Tensor
+
+
+def _zeroed(batch: int, lists: int, heads: int, device: torch.device) -> _Zeroed:
+    """What must be zero before the kernels run, by one kernel."""
+    sizes = [2 * batch * MASS_ROW, 8 * batch * lists, batch * heads]
+    mass_bins, cuts, through = torch.zeros(sum(sizes), dtype=torch.int32, device=device).split(sizes)
+    return _Zeroed(mass_bins.view(torch.int64), cuts, through)
 
 
 def select_everything(

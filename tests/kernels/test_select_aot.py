@@ -46,10 +46,10 @@ for padded in (False, True):
                      PRECISION="tf32x3" if dtype == "fp32" else "ieee")
         for kernel in (scores.score_lse_kernel, scores.score_mean_kernel):
             compile_kernel(kernel, capability, dtype, **shape)
-    compile_kernel(count.pool_kernel, capability, warps=8, HEADS=16, BLOCK=128, PADDED=padded)
-    compile_kernel(count.count_kernel, capability, warps=8, BLOCK=4096, PADDED=padded)
+    compile_kernel(count.pool_kernel, capability, warps=8, HEADS=32, BLOCK=32, PADDED=padded)
+    compile_kernel(count.count_kernel, capability, warps=16, BLOCK=4096, PADDED=padded)
     for kernel in (select.select_kernel, select.bin_kernel, select.cut_kernel, select.write_kernel):
-        compile_kernel(kernel, capability, warps=16, CHUNK=16384, BLOCK=4096, PADDED=padded)
+        compile_kernel(kernel, capability, warps=8, CHUNK=8192, BLOCK=2048, PADDED=padded)
 print("compiled")
 """
 
