@@ -159,11 +159,10 @@ def _selection(form: Form) -> Iterator[AotKernel]:
     from tsa_compile.kernels.token_select import count_device, device, host
 
     padded = {"PADDED": form.masked}
-    for name, function, size, warps, constants in (
-        ("pool", count_device.pool_kernel, host.POOL_BLOCK, host.POOL_WARPS, {"HEADS": host.POOL_HEADS}),
-        ("count", count_device.count_kernel, host.COUNT_BLOCK, host.COUNT_WARPS, {}),
-    ):
-        yield AotKernel(name, function, {"BLOCK": size, **constants, **padded}, {"num_warps": warps}, form, (size, 0))
+    pool = {"HEADS": host.POOL_HEADS, "BLOCK": host.POOL_BLOCK, **padded}
+    yield AotKernel("pool", count_device.pool_kernel, pool, {"num_warps": host.POOL_WARPS}, form, (host.POOL_BLOCK, 0))
+    count = {"BLOCK": host.COUNT_BLOCK, **padded}
+    yield AotKernel("count", count_device.count_kernel, count, {"num_warps": host.COUNT_WARPS}, form, (host.COUNT_BLOCK, 0))
     chunk = {"CHUNK": host.CHUNK, "BLOCK": host.SELECT_BLOCK, **padded}
     for name in ("select", "bin", "cut", "write"):
         yield AotKernel(name, getattr(device, f"{name}_kernel"), chunk, {"num_warps": host.SELECT_WARPS}, form, (host.CHUNK, 0))

@@ -77,28 +77,23 @@ def lse_pass(
 
     open_tiles = gl.maximum(gl.minimum(stop, length - rows + 1) - start, 0) // BLOCK  # all queries see all of their keys
     scores = warpgroup_mma(q_tiles.index(0), k_tiles.index(0).permute((1, 0)), zeros, use_acc=False)
-    for t in range(0, open_tiles):
-        barrier()  # the tile before this one has been read
-        copy_keys(k_tiles, full, t + STAGES - 1, k, k_sl, order, start, length, D, STAGES, PADDED)
-        for i in gl.static_range(HEADS):
-            keys = k_tiles.index((t + (i + 1) // HEADS) % STAGES).permute((1, 0))
-            coming = warpgroup_mma(q_tiles.index((i + 1) % HEADS), keys, zeros, use_acc=False, is_async=True)
-            new_max, new_sum = add_keys(row_max[i], row_sum[i], scores, scale_log2)
-            row_max, row_sum = replace(row_max, i, new_max, HEADS), replace(row_sum, i, new_sum, HEADS)
-            scores = wait_product(coming, full, t, i, HEADS, STAGES)
-    all_arrived()
-
+    tiles = gl.cdiv(gl.maximum(stop - start, 0), BLOCK)
     rank = length - rows + gl.arange(0, BLOCK, layout=gl.SliceLayout(1, MMA))
-    for t in range(open_tiles, gl.cdiv(gl.maximum(stop - start, 0), BLOCK)):  # two at most, and in the ring
-        keys = k_tiles.index(t % STAGES).permute((1, 0))
-        j = start + t * BLOCK + gl.arange(0, BLOCK, layout=gl.SliceLayout(0, MMA))
-        seen = (gl.expand_dims(j, 0) <= gl.expand_dims(rank, 1)) & gl.expand_dims(j < stop, 0)
-        for i in gl.static_range(HEADS):
-            scores = warpgroup_mma(q_tiles.index(i), keys, zeros, use_acc=False)
-            scores = gl.where(seen, scores, float("-inf"))
-            new_max, new_sum = add_keys(row_max[i], row_sum[i], scores, scale_log2)
-            row_max, row_sum = replace(row_max, i, new_max, HEADS), replace(row_sum, i, new_sum, HEADS)
-    barrier()  # the ring is read
+    for masked in gl.static_range(2):
+        for t in range(open_tiles if masked else 0, tiles if masked else open_tiles):
+            barrier()  # the tile before this one has been read
+            copy_keys(k_tiles, full, t + STAGES - 1, k, k_sl, order, start, length, D, STAGES, PADDED)
+            for i in gl.static_range(HEADS):
+                keys = k_tiles.index((t + (i + 1) // HEADS) % STAGES).permute((1, 0))
+                coming = warpgroup_mma(q_tiles.index((i + 1) % HEADS), keys, zeros, use_acc=False, is_async=True)
+                if masked:
+                    j = start + t * BLOCK + gl.arange(0, BLOCK, layout=gl.SliceLayout(0, MMA))
+                    seen = (gl.expand_dims(j, 0) <= gl.expand_dims(rank, 1)) & gl.expand_dims(j < stop, 0)
+                    scores = gl.where(seen, scores, float("-inf"))
+                new_max, new_sum = add_keys(row_max[i], row_sum[i], scores, scale_log2)
+                row_max, row_sum = replace(row_max, i, new_max, HEADS), replace(row_sum, i, new_sum, HEADS)
+                scores = wait_product(coming, full, t, i, HEADS, STAGES)
+    all_arrived()
 
     r = gl.arange(0, BLOCK, layout=gl.SliceLayout(1, MMA))
     for i in gl.static_range(HEADS):

@@ -14,9 +14,7 @@ from tsa_compile.kernels.token_scores.device import positions_of, row_extent
 BINS = tl.constexpr(256)  # 8 an octave, from 2**-32 to 1
 FIRST_OCTAVE = tl.constexpr(760)  # 8 * (127 - 32)
 CHUNKS = tl.constexpr(16)  # whose bins are read at a time
-FEW = tl.constexpr(256)  # scores that are compared with each other,
-AT_ONCE = tl.constexpr(16)  # with so many at a time
-REST = tl.constexpr(256)  # ranks at a time that follow the chosen
+FEW = tl.constexpr(256)  # scores that are compared with each other
 LENGTHS = ("heads", "q_len", "k_len", "window", "heavy")
 
 
@@ -122,13 +120,9 @@ def gather_bin(scores, first, end, at, to, BLOCK: tl.constexpr):
 @triton.jit
 def kth_of_few(values, n, k):
     """(bits of the k-th largest of n values, at most FEW, how many equal to it are among the k largest)."""
+    i, j = tl.arange(0, FEW)[:, None], tl.arange(0, FEW)[None, :]
+    above = tl.sum((load_bits(values, j, j < n) > load_bits(values, i, i < n)).to(tl.int32), 1)
     i = tl.arange(0, FEW)
-    bits = load_bits(values, i[:, None], i[:, None] < n)
-    above = tl.zeros([FEW, AT_ONCE], tl.int32)
-    for first in tl.range(0, n, AT_ONCE):
-        j = first + tl.arange(0, AT_ONCE)[None, :]
-        above += (load_bits(values, j, j < n) > bits).to(tl.int32)
-    above = tl.sum(above, 1)
     chosen = (above < k) & (i < n)  # those with fewer than k above them; the least of them is the k-th
     least = tl.min(tl.where(chosen, (load_bits(values, i, i < n).to(tl.int64) << 32) + above, 0x7FFFFFFFFFFFFFFF))
     return (least >> 32).to(tl.int32), k - least.to(tl.int32)
@@ -202,8 +196,8 @@ def write_rest(
     first, length, rest, order, b, k_len, out, capacity, size, CHUNK: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr
 ):
     """A chunk's part of what follows the chosen by score: the ranks from `rest` on, and -1 in the entries behind the last."""
-    for start in tl.range(tl.maximum(first, rest), tl.minimum(first + CHUNK, length), REST):
-        r = start + tl.arange(0, REST)
+    for start in tl.range(tl.maximum(first, rest), tl.minimum(first + CHUNK, length), BLOCK):
+        r = start + tl.arange(0, BLOCK)
         ok = r < tl.minimum(first + CHUNK, length)
         tl.store(out + r - length + size, positions_of(order, b, r, ok, k_len, PADDED).to(tl.int32), mask=ok)
     for start in tl.range(tl.maximum(first, size), tl.minimum(first + CHUNK, capacity), BLOCK):
