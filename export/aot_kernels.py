@@ -22,7 +22,8 @@ _POINTERS = {
     "lse": "*fp32", "part_lse": "*fp32", "part_max": "*fp32", "part_sum": "*fp32", "mean": "*fp32", "scores": "*fp32",
     "gathered": "*fp32", "masses": "*i64", "candidates": "*i64", "mass_bins": "*i64", "key_mask": "*u8",
 }  # fmt: skip
-_POINTERS.update(dict.fromkeys(("indices", "counts", "heavy_indices", "slots", "order", "ranks", "bins", "cuts"), "*i32"))
+_INDICES = ("indices", "counts", "heavy_indices", "slots", "order", "ranks", "bins", "cuts", "through")
+_POINTERS.update(dict.fromkeys(_INDICES, "*i32"))
 _STRIP_BINDS = {
     "heavy": "heavy_indices", "n_heavy": "heavy", "window": "strip_window", "sinks": "strip_sinks", "order": "strip_order",
     "ranks": "strip_ranks", "part": "out", "part_lse": "lse", "s_sb": "i_sb", "s_sg": "i_sg", "p_sb": "o_sb", "p_sh": "o_sh",
@@ -140,8 +141,11 @@ def _scores(form: Form, capability: tuple[int, int]) -> Iterator[AotKernel]:
         rows = {name: value for name, value in strides.items() if name.endswith("_sl")}
         constants = {"D": form.dim, "HEADS": together, "STAGES": stages, **padded, **rows}
         options, blocks = {"num_warps": hopper_device.WARPS.value}, (together, scores_hopper.BLOCK)
-        for name, more in (("score_lse_hopper", {}), ("score_mean_hopper", {"SPLITS": scores_hopper.MAX_SPLITS})):
-            yield AotKernel(name, getattr(hopper_device, f"{name}_kernel"), constants | more, options, form, blocks)
+        constants |= {"SPLITS": scores_hopper.MAX_SPLITS}
+        for name, passes in (("score_lse_hopper", (True, False)), ("score_mean_hopper", (False, True))):
+            one = constants | dict(zip(("LSE", "MEAN"), passes, strict=True))
+            binds = {"through": "counts"}  # not read by one pass alone
+            yield AotKernel(name, hopper_device.score_hopper_kernel, one, options, form, blocks, binds)
         return
     from tsa_compile.kernels.token_scores import device as scores
 

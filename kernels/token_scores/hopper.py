@@ -61,18 +61,17 @@ def launch(
     span = triton.cdiv(triton.cdiv(k_len, most), BLOCK) * BLOCK
     splits = triton.cdiv(k_len, span)
     part = torch.empty(2, batch, heads, splits, window, dtype=torch.float32, device=q.device)
-    rows = (mean, order, ranks, *q.stride()[:3], *k.stride()[:3])
+    operands = (q, k, part[0], part[1], through, mean, order, ranks, *q.stride()[:3], *k.stride()[:3])
     sizes = (heads, kv_heads, q_len, k_len, window, splits, span, scale_log2)
     shape = {"D": dim, "HEADS": together, "STAGES": stages, "PADDED": padded, "num_warps": device.WARPS.value}
     grid = (programs, splits)
+    kernel = device.score_hopper_kernel[grid]
     if _run_at_once(grid, processors):
-        device.score_hopper_kernel[grid](
-            q, k, part[0], part[1], through, *rows, *sizes, **shape,
-            SPLITS=triton.next_power_of_2(most), launch_cooperative_grid=True,
-        )  # fmt: skip
+        most = triton.next_power_of_2(most)
+        kernel(*operands, *sizes, **shape, SPLITS=most, LSE=True, MEAN=True, launch_cooperative_grid=True)
     else:
-        device.score_lse_hopper_kernel[grid](q, k, part[0], part[1], *rows[1:], *sizes, **shape)
-        device.score_mean_hopper_kernel[grid](q, k, part[0], part[1], *rows, *sizes, **shape, SPLITS=MAX_SPLITS)
+        kernel(*operands, *sizes, **shape, SPLITS=MAX_SPLITS, LSE=True, MEAN=False)
+        kernel(*operands, *sizes, **shape, SPLITS=MAX_SPLITS, LSE=False, MEAN=True)
 
 
 def _run_at_once(grid: tuple[int, int], processors: int) -> bool:

@@ -1,35 +1,31 @@
 """Window scores for Hopper, in Gluon (Triton's explicit dialect): the heads of a program from one read of K a pass.
 
-The scoring queries of HEADS heads stay in shared memory, key tiles pass through a ring (hopper_ring_device.py). As in
-FlashAttention-3 (arXiv 2407.08608), products run on the tensor cores while exponentials of others are computed. The second
-pass multiplies the other way round, keys by queries, so that the sum over queries stays within a thread.
+Warp-specialised: one warpgroup copies key tiles to a ring (hopper_ring_device.py), two compute, half of a tile's rows each, and
+wait for tiles only, not for each other, so that one's maxima and sums run under the other's exponentials. As in
+FlashAttention-3 (arXiv 2407.08608), each also has the next product on the tensor cores meanwhile. The second pass multiplies
+the other way round, keys by queries, so that the sum over queries stays within a thread.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    async_copy,
-    fence_async_shared,
-    mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from tsa_compile.kernels.gather_device import barrier
 from tsa_compile.kernels.token_scores.hopper_ring_device import (
     BLOCK,
     WARPS,
-    all_arrived,
     allocate_barriers,
     allocate_tiles,
-    begin_keys,
-    copy_keys,
-    program_rows,
-    take_queries,
+    copy_tiles,
+    row_extent,
+    wait_tile,
 )
 
 LENGTHS = ("heads", "kv_heads", "q_len", "k_len", "window", "splits", "span")
-MMA = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 128, 16]))
+HALF = gl.constexpr(64)  # rows of a warpgroup
+MMA = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
+COMPUTE_REGISTERS = gl.constexpr(232)
+COPY_REGISTERS = gl.constexpr(40)
 
 
 @gluon.jit
@@ -42,64 +38,92 @@ def replace(values, i: gl.constexpr, value, N: gl.constexpr):
 
 
 @gluon.jit
-def add_keys(row_max, row_sum, scores, scale_log2):
-    """One step of an online log-sum-exp, in base 2."""
-    new_max = gl.maximum(row_max, gl.max(scores, 1) * scale_log2)
-    weights = gl.exp2(scores * scale_log2 - gl.expand_dims(new_max, 1))
-    return new_max, row_sum * gl.exp2(row_max - new_max) + gl.sum(weights, 1)
+def by_lane(values):
+    """The tile [HALF, BLOCK] as [HALF, 16, 4, 2]: which of a row's 4 lanes has a column is the third index."""
+    return gl.reshape(values, [HALF, 16, 4, 2])
 
 
 @gluon.jit
-def wait_product(coming, full, t, i: gl.constexpr, HEADS: gl.constexpr, STAGES: gl.constexpr):
-    """Waits for the product in flight, and for the next key tile where the product after it takes that.
+def sum_in_lane(values):
+    """Sums [HALF, 4] of what each of a row's 4 lanes has of it: no lane waits for another."""
+    return gl.sum(gl.sum(values, 3), 1)
 
-    The wait for the tile stands first because it is a branch: ptxas would otherwise wait for the product first and only then
-    compute the exponentials that it is to hide.
+
+@gluon.jit
+def add_keys(lane_max, lane_sum, scores, scale_log2):
+    """One step of an online log-sum-exp, in base 2, of each lane's part of the rows."""
+    scores = by_lane(scores)
+    new_max = gl.maximum(lane_max, gl.max(gl.max(scores, 3), 1) * scale_log2)
+    weights = gl.exp2(scores * scale_log2 - gl.expand_dims(gl.expand_dims(new_max, 1), 3))
+    return new_max, lane_sum * gl.exp2(lane_max - new_max) + sum_in_lane(weights)
+
+
+@gluon.jit
+def first_product(left, right, full, empty, t, stop, HEADS: gl.constexpr, STAGES: gl.constexpr):
+    """The first product of a pass, of tile number t. Tiles end at `stop`."""
+    scores = warpgroup_mma(left, right, gl.zeros([HALF, BLOCK], gl.float32, layout=MMA), use_acc=False)
+    if HEADS == 1:
+        mbarrier.arrive(empty.index(t % STAGES))
+        wait_tile(full, t + 1, t + 1 < stop, STAGES)
+    return scores
+
+
+@gluon.jit
+def next_product(coming, full, empty, t, stop, i: gl.constexpr, HEADS: gl.constexpr, STAGES: gl.constexpr):
+    """Waits for the product in flight: the next head's, or after the last head the next tile's first. Tiles end at `stop`, where
+    that product is of no tile, and not used.
+
+    The wait for the tile of the product after it stands first because it is a branch: ptxas would otherwise wait for the
+    product first and only then compute the exponentials that it is to hide.
     """
+    after = t + (i + 2) // HEADS
     if (i + 2) % HEADS == 0:
-        after = t + (i + 2) // HEADS
-        mbarrier.wait(full.index(after % STAGES), (after // STAGES) & 1)
-        fence_async_shared()
-    return warpgroup_mma_wait(0, deps=[coming])
+        wait_tile(full, after, after < stop, STAGES)
+    scores = warpgroup_mma_wait(0, deps=[coming])
+    if (i + 2) % HEADS == 0:  # it was the last of its tile
+        mbarrier.arrive(empty.index((after - 1) % STAGES), pred=after - 1 < stop)
+    return scores
 
 
 @gluon.jit
 def lse_pass(
-    q_tiles, k_tiles, full, k, k_sl, order, part_max, part_sum, base, splits, start, stop, length, rows, window, scale_log2,
-    D: gl.constexpr, HEADS: gl.constexpr, STAGES: gl.constexpr, PADDED: gl.constexpr,
+    half: gl.constexpr, q_tiles, k_tiles, full, empty, part_max, part_sum, base, splits, start, tiles, length, rows, window, stop,
+    scale_log2, HEADS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Running maximum and sum (base 2) of the heads' scoring queries over keys start..stop-1, to [B, H, splits, window]."""
-    zeros = gl.zeros([BLOCK, BLOCK], gl.float32, layout=MMA)
-    row_max, row_sum = (), ()
+    zeros = gl.zeros([HALF, BLOCK], gl.float32, layout=MMA)
+    none = sum_in_lane(by_lane(zeros))
+    lane_max, lane_sum = (), ()
     for _ in gl.static_range(HEADS):
-        row_max = row_max + (gl.full([BLOCK], -1.0e30, gl.float32, layout=gl.SliceLayout(1, MMA)),)  # noqa: RUF005
-        row_sum = row_sum + (gl.zeros([BLOCK], gl.float32, layout=gl.SliceLayout(1, MMA)),)  # noqa: RUF005
+        lane_max = lane_max + (none - 1.0e30,)  # noqa: RUF005
+        lane_sum = lane_sum + (none,)  # noqa: RUF005
 
     open_tiles = gl.maximum(gl.minimum(stop, length - rows + 1) - start, 0) // BLOCK  # all queries see all of their keys
-    scores = warpgroup_mma(q_tiles.index(0), k_tiles.index(0).permute((1, 0)), zeros, use_acc=False)
-    tiles = gl.cdiv(gl.maximum(stop - start, 0), BLOCK)
-    rank = length - rows + gl.arange(0, BLOCK, layout=gl.SliceLayout(1, MMA))
+    wait_tile(full, 0, tiles > 0, STAGES)
+    r = half * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, MMA))
+    queries, keys = q_tiles.index(0).slice(half * HALF, HALF), k_tiles.index(0).permute((1, 0))
+    scores = first_product(queries, keys, full, empty, 0, tiles, HEADS, STAGES)
     for masked in gl.static_range(2):
         for t in range(open_tiles if masked else 0, tiles if masked else open_tiles):
-            barrier()  # the tile before this one has been read
-            copy_keys(k_tiles, full, t + STAGES - 1, k, k_sl, order, start, length, D, STAGES, PADDED)
             for i in gl.static_range(HEADS):
                 keys = k_tiles.index((t + (i + 1) // HEADS) % STAGES).permute((1, 0))
-                coming = warpgroup_mma(q_tiles.index((i + 1) % HEADS), keys, zeros, use_acc=False, is_async=True)
+                queries = q_tiles.index((i + 1) % HEADS).slice(half * HALF, HALF)
+                coming = warpgroup_mma(queries, keys, zeros, use_acc=False, is_async=True)
                 if masked:
                     j = start + t * BLOCK + gl.arange(0, BLOCK, layout=gl.SliceLayout(0, MMA))
-                    seen = (gl.expand_dims(j, 0) <= gl.expand_dims(rank, 1)) & gl.expand_dims(j < stop, 0)
+                    seen = (gl.expand_dims(j, 0) <= gl.expand_dims(length - rows + r, 1)) & gl.expand_dims(j < stop, 0)
                     scores = gl.where(seen, scores, float("-inf"))
-                new_max, new_sum = add_keys(row_max[i], row_sum[i], scores, scale_log2)
-                row_max, row_sum = replace(row_max, i, new_max, HEADS), replace(row_sum, i, new_sum, HEADS)
-                scores = wait_product(coming, full, t, i, HEADS, STAGES)
-    all_arrived()
+                new_max, new_sum = add_keys(lane_max[i], lane_sum[i], scores, scale_log2)
+                lane_max, lane_sum = replace(lane_max, i, new_max, HEADS), replace(lane_sum, i, new_sum, HEADS)
+                scores = next_product(coming, full, empty, t, tiles, i, HEADS, STAGES)
 
-    r = gl.arange(0, BLOCK, layout=gl.SliceLayout(1, MMA))
     for i in gl.static_range(HEADS):
+        row_max = gl.max(lane_max[i], 1)
+        row_sum = gl.sum(lane_sum[i] * gl.exp2(lane_max[i] - gl.expand_dims(row_max, 1)), 1)
+        r = half * HALF + gl.arange(0, HALF, layout=row_max.type.layout)
         at = ((base + i) * splits + gl.program_id(1)) * window + r
-        gl.store(part_max + at, row_max[i], mask=r < rows)
-        gl.store(part_sum + at, row_sum[i], mask=r < rows)
+        gl.store(part_max + at, row_max, mask=r < rows)
+        gl.store(part_sum + at, row_sum, mask=r < rows)
 
 
 @gluon.jit
@@ -121,81 +145,75 @@ def merged_lse(part_max, part_sum, first, splits, window, rows, SPLITS: gl.const
 
 
 @gluon.jit
+def store_mean(mean, lane_sum, first, start, stop, share):
+    """Means of the keys from rank `first` on, of the program's start..stop-1: under the exponentials of the product after theirs,
+    since lanes wait for each other here."""
+    total = gl.sum(lane_sum, 1)
+    j = first + gl.arange(0, HALF, layout=total.type.layout)
+    gl.store(mean + j, total * share, mask=(j >= start) & (j < stop))
+
+
+@gluon.jit
 def mean_pass(
-    q_tiles, k_tiles, full, k, k_sl, order, part_max, part_sum, mean, base, splits, start, stop, length, rows, window, k_len,
-    scale_log2, D: gl.constexpr, HEADS: gl.constexpr, STAGES: gl.constexpr, SPLITS: gl.constexpr, PADDED: gl.constexpr,
+    half: gl.constexpr, q_tiles, k_tiles, lse_tiles, full, empty, part_max, part_sum, mean, base, splits, start, begin, end, stop,
+    rows, window, k_len, scale_log2, HEADS: gl.constexpr, STAGES: gl.constexpr, SPLITS: gl.constexpr,
 ):  # fmt: skip
-    """Mean attention of the scoring queries to each of the keys start..stop-1, to mean [B, H, Lk] by rank.
+    """Mean attention of the scoring queries to each of the keys start..stop-1, to mean [B, H, Lk] by rank. Their tiles are the
+    ring's numbers begin..end-1.
 
     These keys come before every scoring query, so nothing is masked.
     """
-    lse_tiles = gl.allocate_shared_memory(gl.float32, [HEADS, BLOCK], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     for head in gl.static_range(HEADS):
         first = (base + head) * splits * window
-        lse_tiles.index(head).store(merged_lse(part_max, part_sum, first, splits, window, rows, SPLITS))
-    all_arrived()
-    zeros = gl.zeros([BLOCK, BLOCK], gl.float32, layout=MMA)
-    scores = warpgroup_mma(k_tiles.index(0), q_tiles.index(0).permute((1, 0)), zeros, use_acc=False)
-    for t in range(0, gl.cdiv(stop - start, BLOCK)):
-        barrier()  # the tile before this one has been read
-        copy_keys(k_tiles, full, t + STAGES - 1, k, k_sl, order, start, length, D, STAGES, PADDED)
-        j = start + t * BLOCK + gl.arange(0, BLOCK, layout=gl.SliceLayout(1, MMA))
+        lse_tiles.index(half * HEADS + head).store(merged_lse(part_max, part_sum, first, splits, window, rows, SPLITS))
+    barrier()
+    zeros = gl.zeros([HALF, BLOCK], gl.float32, layout=MMA)
+    wait_tile(full, begin, True, STAGES)
+    keys = k_tiles.index(begin % STAGES).slice(half * HALF, HALF)
+    scores = first_product(keys, q_tiles.index(0).permute((1, 0)), full, empty, begin, end, HEADS, STAGES)
+    lane_sum = sum_in_lane(by_lane(zeros))
+    share = 1.0 / rows
+    first = start + half * HALF
+    for t in range(begin, end):
         for i in gl.static_range(HEADS):
-            keys, queries = k_tiles.index((t + (i + 1) // HEADS) % STAGES), q_tiles.index((i + 1) % HEADS)
-            coming = warpgroup_mma(keys, queries.permute((1, 0)), zeros, use_acc=False, is_async=True)
-            row_lse = lse_tiles.index(i).load(gl.SliceLayout(0, MMA))
-            weights = gl.exp2(scores * scale_log2 - gl.expand_dims(row_lse, 0))
-            gl.store(mean + (base + i) * k_len + j, gl.sum(weights, 1) / rows, mask=j < stop)
-            scores = wait_product(coming, full, t, i, HEADS, STAGES)
-    async_copy.wait_group(0)
+            keys = k_tiles.index((t + (i + 1) // HEADS) % STAGES).slice(half * HALF, HALF)
+            queries = q_tiles.index((i + 1) % HEADS).permute((1, 0))
+            coming = warpgroup_mma(keys, queries, zeros, use_acc=False, is_async=True)
+            before = first if i > 0 else first - BLOCK
+            store_mean(mean + (base + (i + HEADS - 1) % HEADS) * k_len, lane_sum, before, start, stop, share)
+            row_lse = lse_tiles.index(half * HEADS + i).load(gl.SliceLayout(0, MMA))
+            lane_sum = sum_in_lane(by_lane(gl.exp2(scores * scale_log2 - gl.expand_dims(row_lse, 0))))
+            scores = next_product(coming, full, empty, t, end, i, HEADS, STAGES)
+        first += BLOCK
+    store_mean(mean + (base + HEADS - 1) * k_len, lane_sum, first - BLOCK, start, stop, share)
 
 
-@gluon.jit(do_not_specialize=LENGTHS)
-def score_lse_hopper_kernel(
-    q, k, part_max, part_sum, order, ranks, q_sb, q_sh, q_sl, k_sb, k_sh, k_sl,
-    heads, kv_heads, q_len, k_len, window, splits, span, scale_log2,
-    D: gl.constexpr, HEADS: gl.constexpr, STAGES: gl.constexpr, PADDED: gl.constexpr,
+@gluon.jit
+def compute(
+    half: gl.constexpr, q_tiles, k_tiles, lse_tiles, q_full, full, empty, part_max, part_sum, through, mean,
+    base, splits, start, tiles, tiles_again, length, rows, window, k_len, stop, stop_again, scale_log2,
+    HEADS: gl.constexpr, STAGES: gl.constexpr, SPLITS: gl.constexpr, LSE: gl.constexpr, MEAN: gl.constexpr,
 ):  # fmt: skip
-    """Grid (B * H / HEADS, splits): `lse_pass` of one span of keys."""
-    b, h, length, rows = program_rows(ranks, heads, q_len, k_len, window, HEADS, PADDED)
-    if rows == 0:
-        return
-    q_tiles, k_tiles = allocate_tiles(q.dtype.element_ty, D, HEADS, STAGES)
-    full = allocate_barriers(STAGES)
-    k += b * k_sb + (h * kv_heads // heads) * k_sh
-    order += b * k_len
-    start = gl.program_id(1) * span
-    take_queries(q_tiles, q + b * q_sb + h * q_sh, q_sh, q_sl, order, length, rows, k_len - q_len, D, HEADS, PADDED)
-    begin_keys(k_tiles, full, k, k_sl, order, start, length, D, STAGES, PADDED)
-    all_arrived()
-    lse_pass(
-        q_tiles, k_tiles, full, k, k_sl, order, part_max, part_sum, b * heads + h, splits, start,
-        gl.minimum(start + span, length), length, rows, window, scale_log2, D, HEADS, STAGES, PADDED,
-    )  # fmt: skip
-
-
-@gluon.jit(do_not_specialize=LENGTHS)
-def score_mean_hopper_kernel(
-    q, k, part_max, part_sum, mean, order, ranks, q_sb, q_sh, q_sl, k_sb, k_sh, k_sl,
-    heads, kv_heads, q_len, k_len, window, splits, span, scale_log2,
-    D: gl.constexpr, HEADS: gl.constexpr, STAGES: gl.constexpr, SPLITS: gl.constexpr, PADDED: gl.constexpr,
-):  # fmt: skip
-    """Grid (B * H / HEADS, splits): `mean_pass` of one span of keys."""
-    b, h, length, rows = program_rows(ranks, heads, q_len, k_len, window, HEADS, PADDED)
-    start = gl.program_id(1) * span
-    stop = gl.minimum(start + span, length - window)
-    if (rows == 0) | (stop <= start):
-        return
-    q_tiles, k_tiles = allocate_tiles(q.dtype.element_ty, D, HEADS, STAGES)
-    full = allocate_barriers(STAGES)
-    k += b * k_sb + (h * kv_heads // heads) * k_sh
-    order += b * k_len
-    take_queries(q_tiles, q + b * q_sb + h * q_sh, q_sh, q_sl, order, length, rows, k_len - q_len, D, HEADS, PADDED)
-    begin_keys(k_tiles, full, k, k_sl, order, start, length, D, STAGES, PADDED)
-    mean_pass(
-        q_tiles, k_tiles, full, k, k_sl, order, part_max, part_sum, mean, b * heads + h, splits, start, stop, length, rows,
-        window, k_len, scale_log2, D, HEADS, STAGES, SPLITS, PADDED,
-    )  # fmt: skip
+    """A part that computes: half of the queries in the first pass, half of each tile's keys in the second."""
+    mbarrier.wait(q_full, 0, pred=tiles + tiles_again > 0)
+    if LSE:
+        lse_pass(
+            half, q_tiles, k_tiles, full, empty, part_max, part_sum, base, splits, start, tiles, length, rows, window, stop,
+            scale_log2, HEADS, STAGES,
+        )  # fmt: skip
+    if LSE and MEAN:
+        barrier()  # all of this part's stores come before its sign that it is through
+        seen = gl.atomic_add(through, 1, sem="acq_rel") + 1
+        if tiles_again > 0:
+            while seen < 2 * splits:
+                seen = gl.atomic_add(through, 0, sem="acquire")
+        barrier()
+    if MEAN:  # noqa: SIM102 - settled when it is compiled
+        if tiles_again > 0:
+            mean_pass(
+                half, q_tiles, k_tiles, lse_tiles, full, empty, part_max, part_sum, mean, base, splits, start, tiles,
+                tiles + tiles_again, stop_again, rows, window, k_len, scale_log2, HEADS, STAGES, SPLITS,
+            )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=LENGTHS)
@@ -203,37 +221,46 @@ def score_hopper_kernel(
     q, k, part_max, part_sum, through, mean, order, ranks, q_sb, q_sh, q_sl, k_sb, k_sh, k_sl,
     heads, kv_heads, q_len, k_len, window, splits, span, scale_log2,
     D: gl.constexpr, HEADS: gl.constexpr, STAGES: gl.constexpr, SPLITS: gl.constexpr, PADDED: gl.constexpr,
+    LSE: gl.constexpr, MEAN: gl.constexpr,
 ):  # fmt: skip
-    """Both passes in one launch, the queries loaded once. A cooperative grid: the programs of the same heads wait for each other.
+    """Grid (B * H / HEADS, splits). `lse_pass` of a span of keys, `mean_pass` of it, or both in one launch: then the grid is
+    cooperative, and the programs of the same heads wait for each other between the passes.
 
-    through: int32, zero, one for each program_id(0): how many of them are through with the first pass.
+    through: int32, zero, one for each program_id(0): how many parts of them are through with the first pass.
     """
-    b, h, length, rows = program_rows(ranks, heads, q_len, k_len, window, HEADS, PADDED)
-    if rows == 0:
-        return
+    programs = heads // HEADS
+    b, h = (gl.program_id(0) // programs).to(gl.int64), (gl.program_id(0) % programs * HEADS).to(gl.int64)
+    length, rows = row_extent(ranks, b, q_len, k_len, window, PADDED)
+    start = gl.program_id(1) * span
+    stop, stop_again = gl.minimum(start + span, length), gl.minimum(start + span, length - window)
+    some = (rows > 0).to(gl.int32)
+    tiles = some * gl.cdiv(gl.maximum(stop - start, 0), BLOCK) if LSE else 0
+    tiles_again = some * gl.cdiv(gl.maximum(stop_again - start, 0), BLOCK) if MEAN else 0
     q_tiles, k_tiles = allocate_tiles(q.dtype.element_ty, D, HEADS, STAGES)
-    full, full_again = allocate_barriers(STAGES), allocate_barriers(STAGES)
+    lse_tiles = gl.allocate_shared_memory(gl.float32, [2 * HEADS, BLOCK], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    q_full, full, empty = allocate_barriers(STAGES)
+    q += b * q_sb + h * q_sh
     k += b * k_sb + (h * kv_heads // heads) * k_sh
     order += b * k_len
-    start, base = gl.program_id(1) * span, b * heads + h
-    take_queries(q_tiles, q + b * q_sb + h * q_sh, q_sh, q_sl, order, length, rows, k_len - q_len, D, HEADS, PADDED)
-    begin_keys(k_tiles, full, k, k_sl, order, start, length, D, STAGES, PADDED)
-    all_arrived()
-    lse_pass(
-        q_tiles, k_tiles, full, k, k_sl, order, part_max, part_sum, base, splits, start,
-        gl.minimum(start + span, length), length, rows, window, scale_log2, D, HEADS, STAGES, PADDED,
-    )  # fmt: skip
-    begin_keys(k_tiles, full_again, k, k_sl, order, start, length, D, STAGES, PADDED)
-    barrier()  # all of this program's stores come before its sign that it is through
     through += gl.program_id(0)
-    seen = gl.atomic_add(through, 1, sem="acq_rel") + 1
-    stop = gl.minimum(start + span, length - window)
-    if stop > start:
-        while seen < splits:
-            seen = gl.atomic_add(through, 0, sem="acquire")
-        barrier()
-        mean_pass(
-            q_tiles, k_tiles, full_again, k, k_sl, order, part_max, part_sum, mean, base, splits, start, stop, length, rows,
-            window, k_len, scale_log2, D, HEADS, STAGES, SPLITS, PADDED,
-        )  # fmt: skip
-    async_copy.wait_group(0)
+    base = b * heads + h
+    gl.warp_specialize(
+        [
+            (compute, (
+                0, q_tiles, k_tiles, lse_tiles, q_full, full, empty, part_max, part_sum, through, mean,
+                base, splits, start, tiles, tiles_again, length, rows, window, k_len, stop, stop_again, scale_log2,
+                HEADS, STAGES, SPLITS, LSE, MEAN,
+            )),
+            (compute, (
+                1, q_tiles, k_tiles, lse_tiles, q_full, full, empty, part_max, part_sum, through, mean,
+                base, splits, start, tiles, tiles_again, length, rows, window, k_len, stop, stop_again, scale_log2,
+                HEADS, STAGES, SPLITS, LSE, MEAN,
+            )),
+            (copy_tiles, (
+                q, q_sh, q_sl, k, k_sl, order, start, tiles, tiles_again, length, rows, k_len - q_len,
+                q_tiles, k_tiles, q_full, full, empty, D, HEADS, STAGES, PADDED,
+            )),
+        ],
+        [4, 4],
+        [COMPUTE_REGISTERS, COPY_REGISTERS],
+    )  # fmt: skip

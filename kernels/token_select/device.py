@@ -15,6 +15,7 @@ BINS = tl.constexpr(256)  # 8 an octave, from 2**-32 to 1
 FIRST_OCTAVE = tl.constexpr(760)  # 8 * (127 - 32)
 CHUNKS = tl.constexpr(16)  # whose bins are read at a time
 FEW = tl.constexpr(256)  # scores that are compared with each other
+MORE = tl.constexpr(512)  # scores that the radix search takes at a time; a bin has seldom more
 LENGTHS = ("heads", "q_len", "k_len", "window", "heavy")
 
 
@@ -51,10 +52,10 @@ def from_top(count, n, k):
 
 
 @triton.jit
-def add_digits(count, values, end, prefix, shift, width, BLOCK: tl.constexpr):
+def add_digits(count, values, end, prefix, shift, width):
     """Adds, of the values whose bits above `shift + width` are `prefix`, how many have each next digit of `width` bits."""
-    for start in tl.range(0, end, BLOCK):
-        i = start + tl.arange(0, BLOCK)
+    for start in tl.range(0, end, MORE):
+        i = start + tl.arange(0, MORE)
         upper = load_bits(values, i, i < end) >> shift
         digit = upper & ((1 << width) - 1)
         count += tl.histogram(digit, BINS, mask=(i < end) & ((upper >> width) == prefix))
@@ -62,7 +63,7 @@ def add_digits(count, values, end, prefix, shift, width, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def kth_largest(values, n, k, cut, shift, complete, BLOCK: tl.constexpr):
+def kth_largest(values, n, k, cut, shift, complete):
     """(bits of the k-th largest of n values, how many equal to it are among the k largest): radix search, 8 bits at a time.
 
     `cut` are the bits from `shift` on, which all values share. `complete`: no other score has them; the search then ends at
@@ -72,7 +73,7 @@ def kth_largest(values, n, k, cut, shift, complete, BLOCK: tl.constexpr):
     while (shift > 0) & ((need < inside) | (complete == 0)):
         width = tl.minimum(shift, 8)
         shift -= width
-        count = add_digits(tl.zeros([BINS], tl.int32), values, n, cut, shift, width, BLOCK)
+        count = add_digits(tl.zeros([BINS], tl.int32), values, n, cut, shift, width)
         digit, need, inside = from_top(count, inside, need)
         cut = (cut << width) | digit
     return tl.where(shift > 0, (cut << shift) - 1, cut), tl.where(shift > 0, 0, need)
@@ -129,14 +130,14 @@ def kth_of_few(values, n, k):
 
 
 @triton.jit
-def kth_of_bin(gathered, found, at, k, BLOCK: tl.constexpr):
+def kth_of_bin(gathered, found, at, k):
     """As `kth_largest`, of all scores of bin `at`."""
     if found <= FEW:
         cut, need = kth_of_few(gathered, found, k)
     else:
         inner = (at > 0) & (at < BINS - 1)  # the outermost bins hold more than their octave's eighth
         prefix, shift = tl.where(inner, at + FIRST_OCTAVE, 0), tl.where(inner, 20, 31)
-        cut, need = kth_largest(gathered, found, k, prefix, shift, inner.to(tl.int32), BLOCK)
+        cut, need = kth_largest(gathered, found, k, prefix, shift, inner.to(tl.int32))
     return cut, need
 
 
@@ -226,7 +227,7 @@ def select_kernel(
         at, need, found = from_top(bin_scores(scores, 0, n, BLOCK), n, by_score)
         gather_bin(scores, 0, n, at, gathered, BLOCK)
         tl.debug_barrier()  # what other threads have gathered is read
-        cut, need = kth_of_bin(gathered, found, at, need, BLOCK)
+        cut, need = kth_of_bin(gathered, found, at, need)
         none = tl.zeros([], tl.int32)
         compact(scores, 0, n, cut, need, none, none, order, b, k_len, out, BLOCK, PADDED)
     write_rest(chunk * CHUNK, length, rest, order, b, k_len, out, capacity, size, CHUNK, BLOCK, PADDED)
@@ -268,7 +269,7 @@ def cut_kernel(
     gather_bin(scores, first, tl.minimum(first + CHUNK, n), at, gathered + found_before(bins, chunk, at), BLOCK)
     tl.debug_barrier()  # all of this program's stores come before its sign that it is through
     if tl.atomic_add(cuts + 3, 1, sem="acq_rel") + 1 == chunks:
-        cut, need = kth_of_bin(gathered, found_before(bins, chunks, at), at, need, BLOCK)
+        cut, need = kth_of_bin(gathered, found_before(bins, chunks, at), at, need)
         tl.store(cuts, at)
         tl.store(cuts + 1, cut)
         tl.store(cuts + 2, need)

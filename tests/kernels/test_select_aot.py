@@ -36,10 +36,9 @@ capability = int(sys.argv[1])
 if capability == 90:
     from tsa_compile.kernels.token_scores import hopper_device as hopper
     for dim, heads, stages in ((128, 2, 4), (64, 1, 4)):  # as token_scores/hopper.py launches them
-        shape = dict(D=dim, HEADS=heads, STAGES=stages, PADDED=heads == 1)
-        compile_kernel(hopper.score_lse_hopper_kernel, 90, warps=8, **shape)
-        for kernel in (hopper.score_mean_hopper_kernel, hopper.score_hopper_kernel):
-            compile_kernel(kernel, 90, warps=8, SPLITS=16, **shape)
+        shape = dict(D=dim, HEADS=heads, STAGES=stages, PADDED=heads == 1, SPLITS=16)
+        for first, second in ((True, True), (True, False), (False, True)):
+            compile_kernel(hopper.score_hopper_kernel, 90, LSE=first, MEAN=second, **shape)
 for padded in (False, True):
     for dtype, dim, m, n in (("bf16", 128, 128, 128), ("fp16", 80, 16, 128), ("fp32", 64, 64, 32), ("bf16", 256, 64, 64)):
         shape = dict(D=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_M=m, BLOCK_N=n, PADDED=padded,
