@@ -72,11 +72,11 @@ class AotKernel:
         return {p: self._type(p) for p in parameters(self.function) if p not in self.constants}
 
     def divisible(self) -> set[str]:
-        """Parameters that are multiples of 16: pointers of whole allocations, strides of rows of 16 elements."""
+        """Parameters that are multiples of 16: pointers of whole allocations, strides of and over rows of 16 elements."""
         types = self.types()
         pointers = {p for p, t in types.items() if t.startswith("*") and p != "counts"}
         wide = _widths(self.form)
-        return pointers | {p for p in types if p[1:] in ("_sb", "_sh") and wide.get(p[0], 1) % 16 == 0}
+        return pointers | {p for p in types if p[1:] in ("_sb", "_sh", "_sl") and wide.get(p[0], 1) % 16 == 0}
 
     def _type(self, parameter: str) -> str:
         if parameter in ("q", "k", "v", "out", "part"):
@@ -133,13 +133,12 @@ def kernels_of(form: Form, capability: tuple[int, int]) -> Iterator[AotKernel]:
 
 
 def _scores(form: Form, capability: tuple[int, int]) -> Iterator[AotKernel]:
-    padded, strides = {"PADDED": form.masked}, _row_strides(form, "qk")
+    padded = {"PADDED": form.masked}
     if takes_hopper(form, capability) and form.window <= scores_hopper.BLOCK:
         from tsa_compile.kernels.token_scores import hopper_device
 
         together, stages = scores_hopper.tiles(form.group, form.dim, form.torch_dtype.itemsize)
-        rows = {name: value for name, value in strides.items() if name.endswith("_sl")}
-        constants = {"D": form.dim, "HEADS": together, "STAGES": stages, **padded, **rows}
+        constants = {"D": form.dim, "HEADS": together, "STAGES": stages, **padded}
         options, blocks = {"num_warps": hopper_device.WARPS.value}, (together, scores_hopper.BLOCK)
         constants |= {"SPLITS": scores_hopper.MAX_SPLITS}
         for name, passes in (("score_lse_hopper", (True, False)), ("score_mean_hopper", (False, True))):
@@ -156,7 +155,7 @@ def _scores(form: Form, capability: tuple[int, int]) -> Iterator[AotKernel]:
     }  # fmt: skip
     options, blocks = {"num_warps": config.num_warps, "num_stages": config.num_stages}, (config.block_m, config.block_n)
     for name, function in (("score_lse", scores.score_lse_kernel), ("score_mean", scores.score_mean_kernel)):
-        yield AotKernel(name, function, {**tile, **padded, **strides}, options, form, blocks)
+        yield AotKernel(name, function, {**tile, **padded, **_row_strides(form, "qk")}, options, form, blocks)
 
 
 def _selection(form: Form) -> Iterator[AotKernel]:
@@ -183,9 +182,8 @@ def _prefill(form: Form, capability: tuple[int, int]) -> Iterator[AotKernel]:
             "BLOCK_N": hopper.BLOCK_N,
             "STAGES": hopper.STAGES,
         }
-        strides = {name: value for name, value in _row_strides(form, "qkvo").items() if name.endswith("_sl")}
         blocks = (hopper.BLOCK_M, hopper.BLOCK_N)
-        constants |= {**strides, "STRIP": form.strip}
+        constants["STRIP"] = form.strip
         yield AotKernel("prefill_hopper", function, constants, {"num_warps": 4}, form, blocks, {"lse": "lse_or_out"})
         return
     from tsa_compile.kernels.sparse_prefill.device import sparse_prefill_kernel

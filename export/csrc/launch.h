@@ -29,7 +29,7 @@ struct Values {
   Pointer strip_order{}, strip_ranks{};
   int64_t heads, kv_heads, lists, q_len, k_len, window, pool, min_tokens, heavy, strip_window, strip_sinks;
   int64_t coverage_bits, splits = 0, span = 0, tiles = 0, total = 0, section = 0;
-  int64_t q_sb, q_sh, k_sb, k_sh, v_sb, v_sh, o_sb, o_sh, i_sb, i_sg, l_sb, l_sh, h_sb, h_sg;
+  int64_t q_sb, q_sh, q_sl, k_sb, k_sh, k_sl, v_sb, v_sh, v_sl, o_sb, o_sh, o_sl, i_sb, i_sg, l_sb, l_sh, h_sb, h_sg;
   float scale_log2;
 
   Values(const Attributes&, const Problem&);

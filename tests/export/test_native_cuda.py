@@ -126,7 +126,7 @@ def test_launches_equal_the_reference(site, machine, form, masked):
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """What is launched in place of running it: kernel, grid, and all it is given but memory and strides."""
+    """What is launched in place of running it: kernel, grid, and all it is given but memory and most strides."""
     from triton.runtime.interpreter import InterpretedFunction
 
     launches = []
@@ -134,7 +134,11 @@ def recorded(monkeypatch):
     def record(self, *args, grid, warmup, **kwargs):
         given = {"num_warps": 4, "num_stages": 3, **dict(zip(self.arg_names, args, strict=False)), **kwargs}
         single = {k: ctypes.c_float(v).value if isinstance(v, float) else v for k, v in given.items()}
-        seen = {k: v for k, v in single.items() if not isinstance(v, torch.Tensor) and k[1:3] != "_s"}
+        seen = {
+            k: v
+            for k, v in single.items()
+            if not isinstance(v, torch.Tensor) and (k[1:3] != "_s" or k in ("q_sl", "k_sl", "v_sl"))
+        }
         launches.append((self.__name__, (*grid, 1, 1)[:3], seen))
 
     monkeypatch.setattr(InterpretedFunction, "run", record)
