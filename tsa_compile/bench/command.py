@@ -76,14 +76,15 @@ def bench_export(
     lengths: Annotated[str, typer.Option(help="prompt lengths of the attention, comma separated, or none")] = "8192,32768,131072",
     model: Annotated[
         list[str] | None,
-        typer.Option(help="smollm2, a folder or a Hugging Face id, in place of four layers of SmolLM2's and Llama-8B's shape"),
+        typer.Option(help="smollm2, a folder, a Hugging Face id or none; else four layers of SmolLM2's and Llama-8B's shape"),
     ] = None,
 ) -> None:
     """Exported files on ONNX Runtime's CUDA provider against PyTorch: results, where nodes ran, times."""
     from tsa_compile.bench import exported, exported_files
 
     _gpu()
-    result = exported.bench_export(json, [int(n) for n in lengths.split(",") if n], model or list(exported_files.MODELS))
+    models = list(exported_files.MODELS) if model is None else [m for m in model if m]
+    result = exported.bench_export(json, [int(n) for n in lengths.split(",") if n], models)
     if result["failed"]:
         raise RuntimeError(f"failed: {result['failed']}")
 
