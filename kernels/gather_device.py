@@ -5,6 +5,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy
 
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # renamed in Triton 3.7
+async_load = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared  # in 3.9
 
 
 @gluon.constexpr_function
@@ -20,4 +21,4 @@ def gather_rows(tile, x, positions, stride_l, D: gl.constexpr, WARPS: gl.constex
     columns = x + gl.arange(0, D, layout=gl.SliceLayout(0, row_layout(D, WARPS)))
     # Both factors below 2**32: one instruction; a product of signed 64-bit numbers takes four.
     starts = positions.to(gl.uint32).to(gl.uint64) * gl.to_tensor(stride_l).to(gl.uint32).to(gl.uint64)
-    async_copy.async_copy_global_to_shared(tile, gl.expand_dims(columns, 0) + gl.expand_dims(starts, 1))
+    async_load(tile, gl.expand_dims(columns, 0) + gl.expand_dims(starts, 1))

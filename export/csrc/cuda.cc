@@ -60,7 +60,7 @@ void write_lists(Call& c, bool by_score) {
   constexpr int64_t kBins = 256;
   const int64_t chunks = ceil_div(p.k_len, c.image(Kernel::select).block_m), rows = p.batch * p.heads;
   const int64_t lists = c.a.heavy > 0 ? 2 : 1;
-  if (by_score) c.values.gathered = c.take<float>(2 * rows * p.k_len);
+  if (by_score) c.values.gathered = c.take<float>(lists * rows * p.k_len);
   if (chunks == 1 || !by_score) {
     c.launch(Kernel::select, chunks, lists, rows);
     return;

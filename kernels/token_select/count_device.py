@@ -56,7 +56,7 @@ def pool_kernel(
         for first_tap in tl.range(0, pool, TAPS):
             for tap in tl.static_range(TAPS):
                 j = i + first_tap + tap - pool // 2
-                inside = (j >= 0) & (j < n) & (first_tap + tap < pool)
+                inside = (j >= 0) & (j < tl.where(first_tap + tap < pool, n, 0))
                 total += tl.load(mean + row + j[None, :], mask=ok & inside[None, :], other=0.0)
         score = tl.div_rn(total, tl.full([HEADS, BLOCK], 1.0, tl.float32) * pool)
         score = tl.where((score >= 0.0) & (score <= 2.0), score, 0.0)  # not finite: counts for nothing

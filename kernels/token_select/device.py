@@ -212,7 +212,7 @@ def select_kernel(
     CHUNK: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """Grid (1, lists, B * H), for rows of up to CHUNK scores: positions to indices [B, H, Lk] and heavy_indices
-    [B, H, heavy], ascending, then -1. `gathered` [2, B * H, Lk]: scores of the bins that have the cuts. Any number of rows
+    [B, H, heavy], ascending, then -1. `gathered` [lists, B * H, Lk]: scores of the bins that have the cuts. Any number of rows
     that keep everything: grid (chunks, lists, B * H)."""
     chunk, which, head_index = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     b = head_index // heads
@@ -252,7 +252,7 @@ def cut_kernel(
     CHUNK: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """Grid (chunks, lists, B * H). Of each list: the bin of its cut, the cut, how many equal it are chosen, and how many
-    programs are through, to cuts [B * H, 2, 4], zero before. `gathered` [2, B * H, Lk]: that bin's scores, in their order."""
+    programs are through, to cuts [B * H, 2, 4], zero before. `gathered` [lists, B * H, Lk]: that bin's scores, in their order."""
     chunk, which, head_index = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     chunks, b = tl.num_programs(0), head_index // heads
     length, _ = row_extent(ranks, b, q_len, k_len, window, PADDED)
