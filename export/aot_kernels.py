@@ -135,16 +135,16 @@ def kernels_of(form: Form, capability: tuple[int, int]) -> Iterator[AotKernel]:
 def _scores(form: Form, capability: tuple[int, int]) -> Iterator[AotKernel]:
     padded = {"PADDED": form.masked}
     if takes_hopper(form, capability) and form.window <= scores_hopper.BLOCK:
-        from tsa_compile.kernels.token_scores import hopper_device
+        from tsa_compile.kernels.token_scores.hopper_device import score_hopper_kernel
+        from tsa_compile.kernels.token_scores.hopper_ring_device import WARPS
 
         together, stages = scores_hopper.tiles(form.group, form.dim, form.torch_dtype.itemsize)
-        constants = {"D": form.dim, "HEADS": together, "STAGES": stages, **padded}
-        options, blocks = {"num_warps": hopper_device.WARPS.value}, (together, scores_hopper.BLOCK)
-        constants |= {"SPLITS": scores_hopper.MAX_SPLITS}
-        for name, passes in (("score_lse_hopper", (True, False)), ("score_mean_hopper", (False, True))):
-            one = constants | dict(zip(("LSE", "MEAN"), passes, strict=True))
-            binds = {"through": "counts"}  # not read by one pass alone
-            yield AotKernel(name, hopper_device.score_hopper_kernel, one, options, form, blocks, binds)
+        constants = {"D": form.dim, "HEADS": together, "STAGES": stages, "SPLITS": scores_hopper.MAX_SPLITS, **padded}
+        options, blocks = {"num_warps": WARPS.value}, (together, scores_hopper.BLOCK)
+        binds = {"through": "counts"}  # not read by one pass alone
+        for name, first in (("score_lse_hopper", True), ("score_mean_hopper", False)):
+            one_pass = {**constants, "LSE": first, "MEAN": not first}
+            yield AotKernel(name, score_hopper_kernel, one_pass, options, form, blocks, binds)
         return
     from tsa_compile.kernels.token_scores import device as scores
 
@@ -181,9 +181,9 @@ def _prefill(form: Form, capability: tuple[int, int]) -> Iterator[AotKernel]:
             "BLOCK_M": hopper.BLOCK_M,
             "BLOCK_N": hopper.BLOCK_N,
             "STAGES": hopper.STAGES,
+            "STRIP": form.strip,
         }
         blocks = (hopper.BLOCK_M, hopper.BLOCK_N)
-        constants["STRIP"] = form.strip
         yield AotKernel("prefill_hopper", function, constants, {"num_warps": 4}, form, blocks, {"lse": "lse_or_out"})
         return
     from tsa_compile.kernels.sparse_prefill.device import sparse_prefill_kernel

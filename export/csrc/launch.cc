@@ -81,7 +81,8 @@ Values::Values(const Attributes& a, const Problem& p)
       strip_sinks(a.strip_sinks), q_sb(p.heads * p.q_len * p.dim), q_sh(p.q_len * p.dim),
       q_sl(p.dim), k_sb(p.kv_heads * p.k_len * p.dim), k_sh(p.k_len * p.dim), k_sl(p.dim),
       v_sb(p.kv_heads * p.k_len * p.v_dim), v_sh(p.k_len * p.v_dim), v_sl(p.v_dim), o_sb(p.heads * p.q_len * p.v_dim),
-      o_sh(p.q_len * p.v_dim), o_sl(p.v_dim), i_sb(p.heads * p.k_len), i_sg(p.k_len), l_sb(p.heads * p.q_len), l_sh(p.q_len), h_sb(p.heads * a.heavy), h_sg(a.heavy),
+      o_sh(p.q_len * p.v_dim), o_sl(p.v_dim), i_sb(p.heads * p.k_len), i_sg(p.k_len), l_sb(p.heads * p.q_len),
+      l_sh(p.q_len), h_sb(p.heads * a.heavy), h_sg(a.heavy),
       scale_log2(a.scale * kLog2E) {
   std::memcpy(&coverage_bits, &a.coverage, sizeof coverage_bits);
 }

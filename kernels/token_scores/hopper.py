@@ -52,7 +52,8 @@ def launch(
     """
     import triton
 
-    from tsa_compile.kernels.token_scores import hopper_device as device
+    from tsa_compile.kernels.token_scores.hopper_device import score_hopper_kernel
+    from tsa_compile.kernels.token_scores.hopper_ring_device import WARPS
 
     (batch, heads, q_len, dim), (kv_heads, k_len) = q.shape, k.shape[1:3]
     together, stages = tiles(heads // kv_heads, dim, q.element_size())
@@ -63,9 +64,9 @@ def launch(
     part = torch.empty(2, batch, heads, splits, window, dtype=torch.float32, device=q.device)
     operands = (q, k, part[0], part[1], through, mean, order, ranks, *q.stride()[:3], *k.stride()[:3])
     sizes = (heads, kv_heads, q_len, k_len, window, splits, span, scale_log2)
-    shape = {"D": dim, "HEADS": together, "STAGES": stages, "PADDED": padded, "num_warps": device.WARPS.value}
+    shape = {"D": dim, "HEADS": together, "STAGES": stages, "PADDED": padded, "num_warps": WARPS.value}
     grid = (programs, splits)
-    kernel = device.score_hopper_kernel[grid]
+    kernel = score_hopper_kernel[grid]
     if _run_at_once(grid, processors):
         most = triton.next_power_of_2(most)
         kernel(*operands, *sizes, **shape, SPLITS=most, LSE=True, MEAN=True, launch_cooperative_grid=True)

@@ -84,10 +84,11 @@ def select_from_means(
     )  # fmt: skip
     if lists < heads:
         scores = scores.unflatten(1, (lists, -1)).sum(2)
-    grid = (chunks, 2 if heavy else 1, batch * lists)  # the kept and the heaviest
+    kinds = 2 if heavy else 1  # the kept, the heaviest
+    grid = (chunks, kinds, batch * lists)
     out = (indices, heavy_indices, order, ranks, lists, *row, heavy)
     shape = {"CHUNK": CHUNK, "BLOCK": SELECT_BLOCK, "PADDED": padded, "num_warps": SELECT_WARPS}
-    gathered = new(grid[1], batch, lists, k_len, dtype=torch.float32)
+    gathered = new(kinds, batch, lists, k_len, dtype=torch.float32)
     if chunks == 1:
         device.select_kernel[grid](scores, gathered, counts, *out, **shape)
         return indices, counts, heavy_indices

@@ -84,6 +84,8 @@ def bench_export(
 
     _gpu()
     models = list(exported_files.MODELS) if model is None else [m for m in model if m]
+    if not (lengths or models):
+        raise ValueError("nothing to export: neither lengths nor a model")
     result = exported.bench_export(json, [int(n) for n in lengths.split(",") if n], models)
     if result["failed"]:
         raise RuntimeError(f"failed: {result['failed']}")
