@@ -176,14 +176,8 @@ def _prefill(form: Form, capability: tuple[int, int]) -> Iterator[AotKernel]:
     if takes_hopper(form, capability):
         from tsa_compile.kernels.sparse_prefill.hopper_device import sparse_prefill_hopper_kernel as function
 
-        constants: dict[str, int | str] = {
-            "D": form.dim,
-            "BLOCK_M": hopper.BLOCK_M,
-            "BLOCK_N": hopper.BLOCK_N,
-            "STAGES": hopper.STAGES,
-            "STRIP": form.strip,
-        }
-        blocks = (hopper.BLOCK_M, hopper.BLOCK_N)
+        constants: dict[str, int | str] = {"D": form.dim, "STAGES": hopper.STAGES, "STRIP": form.strip, "PACKED": False}
+        blocks = (hopper.BLOCK, hopper.BLOCK)
         yield AotKernel("prefill_hopper", function, constants, {"num_warps": 4}, form, blocks, {"lse": "lse_or_out"})
         return
     from tsa_compile.kernels.sparse_prefill.device import sparse_prefill_kernel

@@ -1,4 +1,4 @@
-"""The dense engines behind `packed`, and the choice that `auto` makes.
+"""The dense engines behind `packed` where this project's own kernel is not, and the choice that `auto` makes.
 
 An inner engine runs causal attention over packed rows whose number only the device knows: the tensors have the capacity,
 `counts` says how many rows are used, and nothing synchronises.
@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from tsa_compile.kernels.sparse_prefill import hopper
 
 Tensor = torch.Tensor
 SHIPPED = Path(__file__).with_name("engines.json")
@@ -81,11 +83,16 @@ def find_inner(q: Tensor, v: Tensor) -> InnerEngine:
 
 def choose(q: Tensor, k: Tensor, v: Tensor) -> str:
     """The engine that `auto` takes for q [B, H, Lq, D], k [B, Hk, Lk, D], v [B, Hk, Lk, Dv]: `packed` from the length on from
-    which it was measured to be faster on this kind of GPU (`tsa-compile tune`), if an inner engine is there."""
+    which it was measured to be faster on this kind of GPU (`tsa-compile tune`), if it can run."""
     start = packed_from(q.device, max(q.shape[-1], v.shape[-1]))
     if start is None or k.shape[2] < start or q.shape[2] != k.shape[2]:
         return "fused"
-    return "packed" if any(engine.missing(q, v) is None for engine in INNER) else "fused"
+    return "packed" if can_pack(q, k, v) else "fused"
+
+
+def can_pack(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether engine `packed` runs q [B, H, L, D], k [B, Hk, L, D], v [B, Hk, L, Dv]."""
+    return hopper.takes(q, k, v) or any(engine.missing(q, v) is None for engine in INNER)
 
 
 def packed_from(device: torch.device, head_dim: int) -> int | None:

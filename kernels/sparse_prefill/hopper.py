@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 
@@ -10,7 +11,7 @@ from tsa_compile.kernels.sparse_prefill.configs import LOG2_E, capability_of, se
 
 Tensor = torch.Tensor
 HEAD_DIMS = (64, 128)
-BLOCK_M, BLOCK_N, STAGES = 128, 128, 3
+BLOCK, STAGES = 128, 3  # queries of a tile and keys of a block, as in hopper_ring_device.py; blocks in flight
 
 
 def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -31,23 +32,35 @@ def _aligned(x: Tensor) -> bool:
 
 
 def launch(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, indices: Tensor, counts: Tensor, scale: float
-) -> None:
-    """As `fused.launch_prefill`."""
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, indices: Tensor, counts: Tensor, scale: float,
+    packed_for: int | None = None,
+) -> None:  # fmt: skip
+    """As `fused.launch_prefill`. `packed_for`: k and v are the packed rows of each list, [B, G, Lk, D], finite up to BLOCK rows
+    behind the last, of so many KV heads."""
     import triton
 
     from tsa_compile.kernels.sparse_prefill.hopper_device import sparse_prefill_hopper_kernel
 
-    (batch, heads, q_len, dim), (kv_heads, k_len) = q.shape, k.shape[1:3]
-    tiles = min(triton.cdiv(k_len, BLOCK_M), triton.cdiv(q_len, BLOCK_M) + 1)
+    (batch, heads, q_len, dim), k_len = q.shape, k.shape[2]
+    packed, kv_heads = packed_for is not None, packed_for or k.shape[1]
+    tiles = min(triton.cdiv(k_len, BLOCK), triton.cdiv(q_len, BLOCK) + 1)
     section = section_heads(heads, kv_heads, k_len, 2 * dim * q.element_size())
     total = batch * heads * tiles
     sparse_prefill_hopper_kernel[(min(total, _multiprocessors(q.device)),)](
-        q, k, v, out, out if lse is None else lse, indices, counts,
+        q, *((_descriptor(k), _descriptor(v)) if packed else (k, v)), out, out if lse is None else lse, indices, counts,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *indices.stride()[:2],
         heads, kv_heads, indices.shape[1], q_len, k_len, total, tiles, section, scale * LOG2_E,
-        D=dim, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, STAGES=STAGES, STRIP=lse is not None, num_warps=4,
+        D=dim, STAGES=STAGES, STRIP=lse is not None, PACKED=packed, num_warps=4,
     )  # fmt: skip
+
+
+def _descriptor(packed: Tensor) -> Any:
+    """What the tensor memory accelerator reads the rows of [B, G, Lk, D] by."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    rows = packed.view(-1, packed.shape[-1])
+    return TensorDescriptor.from_tensor(rows, [BLOCK, rows.shape[1]], gl.NVMMASharedLayout(128, 16, 2))
 
 
 @functools.cache

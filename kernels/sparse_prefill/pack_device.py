@@ -26,46 +26,29 @@ def order_kernel(ranks, order, k_len, BLOCK: tl.constexpr):
     tl.store(order + tl.where(real, rank - 1, tl.load(ranks + k_len - 1) + at - rank), at, mask=ok)
 
 
-@triton.jit
-def copy_rows(x, to, at, stride_l, stride_d, slots, ok, write, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """to[slots] = x[at] where ok, zero otherwise, for the slots that `write` names; `to` is [capacity, D]."""
-    d = tl.arange(0, BLOCK_D)
-    column_ok = (d < D)[None, :]
-    x += at[:, None] * stride_l + d[None, :] * stride_d
-    rows = tl.load(x, mask=ok[:, None] & column_ok, other=0.0)
-    tl.store(to + slots.to(tl.int64)[:, None] * D + d[None, :], rows, mask=write[:, None] & column_ok)
-
-
-@triton.jit(do_not_specialize=["capacity", "i_sb", "i_sg", "heads", "kv_heads", "lists"])
+@triton.jit(do_not_specialize=["capacity", "i_sb", "i_sg", "heads", "packed_heads", "lists"])
 def pack_kernel(
-    q, k, v, packed_q, packed_k, packed_v, indices, counts,
-    q_sb, q_sh, q_sl, q_sd, k_sb, k_sh, k_sl, k_sd, v_sb, v_sh, v_sl, v_sd, i_sb, i_sg,
-    heads, kv_heads, lists, capacity,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK: tl.constexpr, TAIL: tl.constexpr,
+    x, packed, indices, counts, x_sb, x_sh, x_sl, x_sd, i_sb, i_sg, heads, packed_heads, lists, capacity,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """Kept rows of q per head, and of k and v per list, to packed_* [B, H or G, capacity, D].
+    """Kept rows of x [B, heads, capacity, D] to packed [B, packed_heads, capacity, D]; both heads and lists divide packed_heads.
 
     TAIL rows after the last are zeroed: an engine that reads whole key tiles must find finite numbers there.
     Programs of neighbouring heads run side by side, as their rows of one token are neighbours in memory.
     """
-    b, h = (tl.program_id(0) // heads).to(tl.int64), (tl.program_id(0) % heads).to(tl.int64)
+    b, h = (tl.program_id(0) // packed_heads).to(tl.int64), (tl.program_id(0) % packed_heads).to(tl.int64)
     n = tl.load(counts + b)
     first = tl.program_id(1) * BLOCK
     if first >= n + TAIL:
         return
     slots = first + tl.arange(0, BLOCK)
-    ok, write = slots < n, slots < capacity
-    g = h * lists // heads
-    at = tl.load(indices + b * i_sb + g * i_sg + slots, mask=ok, other=0).to(tl.int64)
-    to_q = packed_q + (b * heads + h) * capacity * D
-    copy_rows(q + b * q_sb + h * q_sh, to_q, at, q_sl, q_sd, slots, ok, write, D, BLOCK_D)
-    if h % (heads // lists) == 0:
-        kv_head = h * kv_heads // heads
-        to_k = packed_k + (b * lists + g) * capacity * D
-        to_v = packed_v + (b * lists + g) * capacity * DV
-        copy_rows(k + b * k_sb + kv_head * k_sh, to_k, at, k_sl, k_sd, slots, ok, write, D, BLOCK_D)
-        copy_rows(v + b * v_sb + kv_head * v_sh, to_v, at, v_sl, v_sd, slots, ok, write, DV, BLOCK_DV)
+    kept = indices + b * i_sb + h * lists // packed_heads * i_sg
+    at = tl.load(kept + slots, mask=slots < n, other=0).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)[None, :]
+    x += b * x_sb + h * heads // packed_heads * x_sh
+    rows = tl.load(x + at[:, None] * x_sl + d * x_sd, mask=(slots < n)[:, None] & (d < D), other=0.0)
+    packed += (b * packed_heads + h) * capacity * D
+    tl.store(packed + slots.to(tl.int64)[:, None] * D + d, rows, mask=(slots < capacity)[:, None] & (d < D))
 
 
 @triton.jit(do_not_specialize=["q_len", "s_sb", "s_sg", "heads", "lists"])

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tsa_compile.kernels.sparse_prefill import chunks, engines, hopper
 from tsa_compile.kernels.sparse_prefill.definition import sparse_attention_oracle
 from tsa_compile.kernels.sparse_prefill.host import sparse_attention
 
@@ -59,33 +60,39 @@ def test_fused_dtypes_and_head_dims(dim, v_dim, dtype):
 
 
 @pytest.mark.parametrize("strip", [(0, 0), (16, 4)])
-def test_many_short_rows(strip):
+@pytest.mark.parametrize("engine", ["fused", "packed"])
+def test_many_short_rows(strip, engine):
     """Each program computes several tiles of one key block in a row: who loads may run ahead of who computes."""
     args = cases.make_case(lengths=[300] * 40, k_len=300, q_len=300, heads=8, kv_heads=2, dim=64, heavy=8 if strip[0] else 0)
+    if engine == "packed" and not hopper.takes(*(x.half().cuda() for x in args[:3])):
+        pytest.skip("not Hopper")
     for _ in range(3):
-        assert relative_error(args, strip, "fused", torch.float16) < TOLERANCE[torch.float16]
+        assert relative_error(args, strip, engine, torch.float16) < TOLERANCE[torch.float16]
 
 
+@pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("layout", ["BHSD", "BSHD"])
 @pytest.mark.parametrize("per_query_head", [True, False])
-def test_packed(layout, per_query_head):
+def test_packed(layout, per_query_head, dim, monkeypatch):
     """With several chunks of heads, and with the strip."""
-    from tsa_compile.kernels.sparse_prefill import engines, packed
-
-    case = {**LARGE, "dim": 128, "layout": layout, "per_query_head": per_query_head}
+    case = {**LARGE, "dim": dim, "layout": layout, "per_query_head": per_query_head}
     args = cases.make_case(**case, heavy=32, padding="holes")
-    try:
-        engines.find_inner(args[0].half().cuda(), args[2].half().cuda())
-    except RuntimeError as reason:
-        pytest.skip(str(reason))
-    whole = packed.CHUNK_BYTES
-    try:
-        for packed.CHUNK_BYTES in (whole, 1):
-            for strip in ((0, 0), (100, 4)):
-                given = args if strip[0] else (*args[:5], args[5][..., :0], args[6])
-                assert relative_error(given, strip, "packed", torch.bfloat16) < TOLERANCE[torch.bfloat16]
-    finally:
-        packed.CHUNK_BYTES = whole
+    if not engines.can_pack(*(x.half().cuda() for x in args[:3])):
+        pytest.skip(f"head dim {dim}: nothing to run on packed rows")
+    for chunk_bytes in (chunks.CHUNK_BYTES, 1):
+        monkeypatch.setattr(chunks, "CHUNK_BYTES", chunk_bytes)
+        for strip in ((0, 0), (100, 4)):
+            given = args if strip[0] else (*args[:5], args[5][..., :0], args[6])
+            assert relative_error(given, strip, "packed", torch.bfloat16) < TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("strip", [(0, 0, 0), (16, 4, 8)], ids=str)
+@pytest.mark.parametrize("case", cases.RAGGED)
+def test_packed_ragged(case, strip):
+    args = cases.make_case(**{**case, "dim": 64, "v_dim": 64}, heavy=strip[2])
+    if not hopper.takes(*(x.half().cuda() for x in args[:3])):
+        pytest.skip("not Hopper: dense attention on packed rows takes no chunks")
+    assert relative_error(args, strip[:2], "packed", torch.float16) < TOLERANCE[torch.float16]
 
 
 def test_dense_hint():
@@ -97,7 +104,7 @@ def test_dense_hint():
     torch.testing.assert_close(result, expected, rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize("engine", ["auto", "fused"])
+@pytest.mark.parametrize("engine", ["auto", "fused", "packed"])
 @pytest.mark.parametrize("strip", [(0, 0), (64, 4)])
 def test_no_synchronisation_and_graph_replay(engine, strip):
     """The whole call runs with synchronisation forbidden; a captured graph follows new inputs and new counts."""
@@ -105,6 +112,8 @@ def test_no_synchronisation_and_graph_replay(engine, strip):
         on_gpu(cases.make_case(**LARGE, keep=keep, heavy=16 if strip[0] else 0, dtype=torch.bfloat16, seed=seed))
         for keep, seed in ((0.5, 1), (0.2, 2))
     )
+    if engine == "packed" and not hopper.takes(*first[:3]):
+        pytest.skip("not Hopper")
     static = [x.clone() for x in first]
     sparse_attention(*static, 0.125, *strip, 0, engine)
     torch.cuda.synchronize()

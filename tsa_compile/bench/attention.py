@@ -15,7 +15,7 @@ from tsa_compile.bench.inputs import forced, structured
 from tsa_compile.bench.stages import packed_stages, selection_stages
 from tsa_compile.bench.timing import graph_ms, median_ms, peak_extra_bytes
 from tsa_compile.kernels.sparse_prefill.definition import sparse_attention_rows
-from tsa_compile.kernels.sparse_prefill.engines import find_inner
+from tsa_compile.kernels.sparse_prefill.engines import can_pack, flash4_missing
 from tsa_compile.policies.token_sparse import Completion, TokenSparse
 
 Tensor = torch.Tensor
@@ -80,19 +80,11 @@ def load_peer(path: str) -> Dense:
 def dense_forms(q: Tensor, v: Tensor, peers: Mapping[str, Dense]) -> dict[str, Dense]:
     """SDPA as PyTorch chooses it, FlashAttention-4 where it is installed, and the user's peers."""
     forms: dict[str, Dense] = {"SDPA": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)}
-    if _packed(q, v):
+    if flash4_missing(q, v) is None:
         from flash_attn.cute import flash_attn_func
 
         forms["FlashAttention-4"] = lambda q, k, v: flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), causal=True)
     return {**forms, **peers}
-
-
-def _packed(q: Tensor, v: Tensor) -> bool:
-    try:
-        find_inner(q, v)
-    except RuntimeError:
-        return False
-    return True
 
 
 def bench_case(case: AttentionCase, peers: Mapping[str, Dense], repeats: int | None = None) -> AttentionRow:
@@ -111,7 +103,7 @@ def bench_case(case: AttentionCase, peers: Mapping[str, Dense], repeats: int | N
 
     chosen = select()
     selection = forced(window_scores_of(q, k, scale), case.keep, POLICY.window, POLICY.completion.heavy)  # type: ignore[union-attr]
-    engines = ["fused", *(["packed"] if _packed(q, v) else [])]
+    engines = ["fused", *(["packed"] if can_pack(q, k, v) else [])]
     runs = {(e, s): attend(q, k, v, selection, scale, e, s) for e in engines for s in (False, True)}
     error = {f"{e}{' completed' if s else ''}": _check(q, k, v, selection, scale, e, s, run) for (e, s), run in runs.items()}
     plain = {e: runs[e, False] for e in engines}

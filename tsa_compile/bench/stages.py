@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 
 from tsa_compile.bench.timing import graph_ms, median_ms
+from tsa_compile.kernels.sparse_prefill import hopper
+from tsa_compile.kernels.sparse_prefill.chunks import chunks, kv_heads_per_chunk, pack, scatter
 from tsa_compile.kernels.sparse_prefill.engines import find_inner
-from tsa_compile.kernels.sparse_prefill.packed import kv_heads_per_chunk, pack, scatter
+from tsa_compile.kernels.sparse_prefill.packed import pack_all, packed_bytes
 from tsa_compile.kernels.sparse_prefill.strip import invert
 from tsa_compile.kernels.token_scores.host import window_scores
 from tsa_compile.kernels.token_select.host import select_from_means
@@ -28,19 +30,25 @@ def selection_stages(q: Tensor, k: Tensor, scale: float, policy: TokenSparse, re
 def packed_stages(
     q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, scale: float, repeats: int
 ) -> dict[str, float]:
-    """Milliseconds of engine `packed`: the slots of all heads; packing, attention and scatter of one chunk of heads, times the
-    number of chunks."""
-    inner, kv_heads, lists = find_inner(q, v), k.shape[1], indices.shape[1]
-    step = kv_heads_per_chunk(q, k, v, lists)
-    q_c, k_c, v_c, indices_c = (x[:, : step * x.shape[1] // kv_heads] for x in (q, k, v, indices))
-    slots = invert(indices, counts)
-    out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]).transpose(1, 2)[:, : q_c.shape[1]]
-    packed = pack(q_c, k_c, v_c, indices_c, counts)
-    part = inner.attend(*packed, counts, scale, False)[0]
-    chunk = {
-        "pack": lambda: pack(q_c, k_c, v_c, indices_c, counts),
-        "inner": lambda: inner.attend(*packed, counts, scale, False),
-        "scatter": lambda: scatter(part, out, slots[:, : indices_c.shape[1]]),
-    }
-    times = {name: median_ms(work, repeats) * kv_heads / step for name, work in chunk.items()}
-    return {"slots": graph_ms(lambda: invert(indices, counts), repeats), **times}
+    """Milliseconds of engine `packed`, of one chunk of heads times the number of chunks: packing; and attention, by this
+    project's kernel with queries and results in their places, or dense attention and the scatter of its rows."""
+    kv_heads, lists, own = k.shape[1], indices.shape[1], hopper.takes(q, k, v)
+    step = kv_heads_per_chunk(k, packed_bytes(q, k, v, lists, own))
+    out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]).transpose(1, 2)
+    q_c, k_c, v_c, out_c, indices_c = next(chunks(kv_heads, step, q, k, v, out, indices))
+    lists_c = indices_c.shape[1]
+    if own:
+        keys, values = (pack(x, lists_c, indices_c, counts) for x in (k_c, v_c))
+        work = {
+            "pack": lambda: [pack(x, lists_c, indices_c, counts) for x in (k_c, v_c)],
+            "attend": lambda: hopper.launch(q_c, keys, values, out_c, None, indices_c, counts, scale, packed_for=step),
+        }
+    else:
+        inner, packed, slots = find_inner(q, v), pack_all(q_c, k_c, v_c, indices_c, counts), invert(indices_c, counts)
+        part = inner.attend(*packed, counts, scale, False)[0]
+        work = {
+            "pack": lambda: pack_all(q_c, k_c, v_c, indices_c, counts),
+            "attend": lambda: inner.attend(*packed, counts, scale, False),
+            "scatter": lambda: (invert(indices_c, counts), scatter(part, out_c, slots)),
+        }
+    return {name: median_ms(run, repeats) * kv_heads / step for name, run in work.items()}

@@ -1,0 +1,32 @@
+"""What both sides of the Hopper prefill share: sizes, the ring's turns, and what is told of a tile. In Gluon."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+WARPS = gl.constexpr(4)  # of each of the three parts
+BLOCK = gl.constexpr(128)  # queries of a tile, keys of a block
+INFO = gl.constexpr(gl.BlockedLayout([4], [32], [4], [0]))
+
+
+@gluon.jit
+def advance(stage, parity, STAGES: gl.constexpr):
+    """The ring's next stage, and the parity of its barriers there."""
+    last = stage == STAGES - 1
+    return gl.where(last, 0, stage + 1), gl.where(last, parity ^ 1, parity)
+
+
+@gluon.jit
+def announce(info, rows, announced, tile, at, blocks, b, h):
+    """Tells who computes of the program's tile number `tile`: its key blocks (0: there is no more tile), batch and head, and the
+    rows of its queries (negative: none)."""
+    i = gl.arange(0, 4, layout=INFO)
+    info.index(tile % 2).store(gl.where(i == 0, blocks, gl.where(i == 1, b, h)))
+    rows.index(tile % 2).store(at)
+    mbarrier.arrive(announced.index(tile % 2))
+
+
+@gluon.jit
+def read_info(info, i: gl.constexpr):
+    """Entry i of a tile's: 0 its key blocks, 1 its batch, 2 its head."""
+    return gl.sum(gl.where(gl.arange(0, 4, layout=INFO) == i, info.load(INFO), 0), 0)
