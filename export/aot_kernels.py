@@ -22,7 +22,7 @@ _POINTERS = {
     "lse": "*fp32", "part_lse": "*fp32", "part_max": "*fp32", "part_sum": "*fp32", "mean": "*fp32", "scores": "*fp32",
     "gathered": "*fp32", "masses": "*i64", "candidates": "*i64", "mass_bins": "*i64", "key_mask": "*u8",
 }  # fmt: skip
-_INDICES = ("indices", "counts", "heavy_indices", "slots", "order", "ranks", "bins", "cuts", "through")
+_INDICES = ("indices", "counts", "heavy_indices", "slots", "order", "ranks", "bins", "cuts", "through", "queue")
 _POINTERS.update(dict.fromkeys(_INDICES, "*i32"))
 _STRIP_BINDS = {
     "heavy": "heavy_indices", "n_heavy": "heavy", "window": "strip_window", "sinks": "strip_sinks", "order": "strip_order",

@@ -109,6 +109,8 @@ int64_t section_heads(const Problem& p) {
   return best * (p.heads / p.kv_heads);
 }
 
+constexpr int64_t kQueuedFrom = 32;  // sparse_prefill/hopper.py: QUEUED_FROM
+
 void prefill(Call& c) {
   const Problem& p = c.p;
   const bool hopper = c.has(Kernel::prefill_hopper);
@@ -119,7 +121,14 @@ void prefill(Call& c) {
   c.values.section = section_heads(p);
   if (has_strip(c.a)) c.values.lse = c.take<float>(p.batch * p.heads * p.q_len);
   c.values.lse_or_out = has_strip(c.a) ? c.values.lse : c.values.out;
-  c.launch(kernel, hopper ? std::min<int64_t>(c.values.total, c.gpu.multiprocessors) : c.values.total);
+  const int64_t programs = hopper ? std::min<int64_t>(c.values.total, c.gpu.multiprocessors) : c.values.total;
+  c.values.queue = c.values.counts;  // not read unless tiles are queued, as in sparse_prefill/hopper.py
+  if (hopper && c.values.total >= kQueuedFrom * programs) {
+    c.values.queued = 1;
+    c.values.queue = c.take<int32_t>(1);
+    c.fill32(c.values.queue, 0, 1);
+  }
+  c.launch(kernel, programs);
 }
 
 void add_strip(Call& c) {

@@ -12,6 +12,9 @@ from tsa_compile.kernels.sparse_prefill.configs import LOG2_E, capability_of, se
 Tensor = torch.Tensor
 HEAD_DIMS = (64, 128)
 BLOCK, STAGES = 128, 3  # queries of a tile and keys of a block, as in hopper_ring_device.py; blocks in flight
+#: Tiles a program from which they are taken from a queue, which costs a launch to clear, but keeps programs together, and so the
+#: rows they read in L2, and ends them together.
+QUEUED_FROM = 32
 
 
 def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -44,12 +47,15 @@ def launch(
     (batch, heads, q_len, dim), k_len = q.shape, k.shape[2]
     packed, kv_heads = packed_for is not None, packed_for or k.shape[1]
     tiles = min(triton.cdiv(k_len, BLOCK), triton.cdiv(q_len, BLOCK) + 1)
-    section = section_heads(heads, kv_heads, k_len, 2 * dim * q.element_size())
+    section = section_heads(heads, indices.shape[1] if packed else kv_heads, k_len, 2 * dim * q.element_size())
     total = batch * heads * tiles
-    sparse_prefill_hopper_kernel[(min(total, _multiprocessors(q.device)),)](
+    programs = min(total, _multiprocessors(q.device))
+    queued = total >= QUEUED_FROM * programs
+    queue = torch.zeros(1, dtype=torch.int32, device=q.device) if queued else counts
+    sparse_prefill_hopper_kernel[(programs,)](
         q, *((_descriptor(k), _descriptor(v)) if packed else (k, v)), out, out if lse is None else lse, indices, counts,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *indices.stride()[:2],
-        heads, kv_heads, indices.shape[1], q_len, k_len, total, tiles, section, scale * LOG2_E,
+        heads, kv_heads, indices.shape[1], q_len, k_len, total, tiles, section, queue, int(queued), scale * LOG2_E,
         D=dim, STAGES=STAGES, STRIP=lse is not None, PACKED=packed, num_warps=4,
     )  # fmt: skip
 

@@ -14,7 +14,7 @@ from tsa_compile.kernels.sparse_prefill.hopper_attend_device import attend_tiles
 from tsa_compile.kernels.sparse_prefill.hopper_load_device import load_tiles
 from tsa_compile.kernels.sparse_prefill.hopper_ring_device import BLOCK, WARPS
 
-LENGTHS = ("heads", "kv_heads", "lists", "q_len", "k_len", "total", "tiles", "section", "i_sb", "i_sg")
+LENGTHS = ("heads", "kv_heads", "lists", "q_len", "k_len", "total", "tiles", "section", "i_sb", "i_sg", "queued")
 LOAD_REGISTERS = gl.constexpr(40)
 ATTEND_REGISTERS = gl.constexpr(232)
 
@@ -46,13 +46,13 @@ def allocate_barriers(COPIES: gl.constexpr, STAGES: gl.constexpr):
 def sparse_prefill_hopper_kernel(
     q, k, v, out, lse, indices, counts,
     q_sb, q_sh, q_sl, k_sb, k_sh, k_sl, v_sb, v_sh, v_sl, o_sb, o_sh, o_sl, i_sb, i_sg,
-    heads, kv_heads, lists, q_len, k_len, total, tiles, section, scale_log2,
+    heads, kv_heads, lists, q_len, k_len, total, tiles, section, queue, queued, scale_log2,
     D: gl.constexpr, STAGES: gl.constexpr, STRIP: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     """`sparse_prefill_kernel` (device.py) by one program a multiprocessor; rows contiguous and 16-byte aligned.
 
     PACKED: k and v are descriptors of the kept rows of each list, [B * lists * Lk, D], by blocks of BLOCK rows; finite up to the
-    end of the block with the last. Their strides are not read.
+    end of the block with the last. Their strides are not read. `queued`: tiles are taken from a queue, whose int32 counter is zero.
     """
     dtype: gl.constexpr = out.dtype.element_ty
     tile_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
@@ -77,7 +77,7 @@ def sparse_prefill_hopper_kernel(
             )),
             (load_tiles, (
                 q, k, v, out, indices, counts, q_sb, q_sh, q_sl, k_sb, k_sh, k_sl, v_sb, v_sh, v_sl, o_sb, o_sh, o_sl, i_sb, i_sg,
-                heads, kv_heads, lists, q_len, k_len, total, tiles, section, gl.num_programs(0),
+                heads, kv_heads, lists, q_len, k_len, total, tiles, section, gl.num_programs(0), queue, queued,
                 positions, info, rows, q_tile, k_tiles, v_tiles, barriers, D, STAGES, STRIP, PACKED,
             )),
         ],

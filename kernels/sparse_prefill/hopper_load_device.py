@@ -15,10 +15,12 @@ load_block = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_gl
 
 
 @gluon.jit
-def snake(round, programs):
-    """The tile of this program's `round`: 0..P-1, then P-1..0, and so on, which evens out tiles of falling length."""
+def next_tile(round, programs, queue, queued):
+    """The tile number of this program's `round`, from 1 on. `queued`: the first that no program has taken; else 0..P-1, then
+    P-1..0, and so on, which evens out tiles of falling length."""
     pid = gl.program_id(0)
-    return round * programs + gl.where(round % 2 == 0, pid, programs - 1 - pid)
+    t = programs + gl.atomic_add(queue, 1) if queued else round * programs + gl.where(round % 2 == 0, pid, programs - 1 - pid)
+    return t
 
 
 @gluon.jit
@@ -76,7 +78,7 @@ def copy_step(step, blocks, k, v, row, k_tile, v_tile, full, D: gl.constexpr):
 @gluon.jit
 def load_tiles(
     q, k, v, out, indices, counts, q_sb, q_sh, q_sl, k_sb, k_sh, k_sl, v_sb, v_sh, v_sl, o_sb, o_sh, o_sl, i_sb, i_sg,
-    heads, kv_heads, lists, q_len, k_len, total, tiles, section, programs,
+    heads, kv_heads, lists, q_len, k_len, total, tiles, section, programs, queue, queued,
     positions, info, rows, q_tile, k_tiles, v_tiles, barriers,
     D: gl.constexpr, STAGES: gl.constexpr, STRIP: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
@@ -86,48 +88,49 @@ def load_tiles(
     skipped = k_len - q_len
     stage, parity = 0, 1
     served = 0  # tiles with a query
-    for round in range(0, gl.cdiv(total, programs)):
-        t = snake(round, programs)
-        if t < total:
-            b, h, kept, n, tile, n_tiles = find_tile(t, indices, counts, i_sb, i_sg, heads, lists, tiles, section)
-            slots = tile * BLOCK + lane  # both of the tile's queries and of its first keys
-            at = gl.load(kept + slots, mask=(slots >= 0) & (slots < n), other=-1)
-            last = gl.load(kept + gl.minimum((tile + 1) * BLOCK, n) - 1, mask=(tile >= 0) & (n > 0), other=-1)
-            before = gl.load(kept + tile * BLOCK - 1, mask=tile > 0, other=-1)
-            q_head = q + b.to(gl.int64) * q_sb + h.to(gl.int64) * q_sh
-            o_head = out + b.to(gl.int64) * o_sb + h.to(gl.int64) * o_sh
-            after = gl.where(tile == n_tiles - 1, q_len, last - skipped + 1)
-            if last >= skipped:
-                blocks, turn = tile + 1, served % 2
-                mbarrier.wait(done.index(turn), ((served // 2) & 1) ^ 1)
-                announce(info, rows, announced, served, at - skipped, blocks, b, h)
-                kv_head = h * kv_heads // heads
+    t, round = gl.program_id(0), 1
+    while t < total:
+        following = next_tile(round, programs, queue, queued)
+        b, h, kept, n, tile, n_tiles = find_tile(t, indices, counts, i_sb, i_sg, heads, lists, tiles, section)
+        slots = tile * BLOCK + lane  # both of the tile's queries and of its first keys
+        at = gl.load(kept + slots, mask=(slots >= 0) & (slots < n), other=-1)
+        last = gl.load(kept + gl.minimum((tile + 1) * BLOCK, n) - 1, mask=(tile >= 0) & (n > 0), other=-1)
+        before = gl.load(kept + tile * BLOCK - 1, mask=tile > 0, other=-1)
+        q_head = q + b.to(gl.int64) * q_sb + h.to(gl.int64) * q_sh
+        o_head = out + b.to(gl.int64) * o_sb + h.to(gl.int64) * o_sh
+        after = gl.where(tile == n_tiles - 1, q_len, last - skipped + 1)
+        if last >= skipped:
+            blocks, turn = tile + 1, served % 2
+            mbarrier.wait(done.index(turn), ((served // 2) & 1) ^ 1)
+            announce(info, rows, announced, served, at - skipped, blocks, b, h)
+            kv_head = h * kv_heads // heads
+            if PACKED:
+                row = (b * lists + h * lists // heads) * k_len + tile * BLOCK
+            else:
+                k_head = k + b.to(gl.int64) * k_sb + kv_head.to(gl.int64) * k_sh
+                v_head = v + b.to(gl.int64) * v_sb + kv_head.to(gl.int64) * v_sh
+            for step in range(0, blocks + 1):
+                if not PACKED:
+                    positions.index(step % 2).store(gl.maximum(at, 0))
+                    slots -= BLOCK
+                    at = gl.load(kept + slots, mask=slots >= 0, other=0)  # for the next step, long before it is needed
+                mbarrier.wait(empty.index(stage), parity)
+                if step == 1:
+                    gather_rows(q_tile, q_head, gl.maximum(shared_rows(rows.index(turn), D), 0), q_sl, D, WARPS)
+                    async_copy.mbarrier_arrive(q_full, increment_count=False)
+                k_tile, v_tile = k_tiles.index(stage), v_tiles.index(stage)
                 if PACKED:
-                    row = (b * lists + h * lists // heads) * k_len + tile * BLOCK
+                    copy_step(step, blocks, k, v, row - step * BLOCK, k_tile, v_tile, full.index(stage), D)
                 else:
-                    k_head = k + b.to(gl.int64) * k_sb + kv_head.to(gl.int64) * k_sh
-                    v_head = v + b.to(gl.int64) * v_sb + kv_head.to(gl.int64) * v_sh
-                for step in range(0, blocks + 1):
-                    if not PACKED:
-                        positions.index(step % 2).store(gl.maximum(at, 0))
-                        slots -= BLOCK
-                        at = gl.load(kept + slots, mask=slots >= 0, other=0)  # for the next step, long before it is needed
-                    mbarrier.wait(empty.index(stage), parity)
-                    if step == 1:
-                        gather_rows(q_tile, q_head, gl.maximum(shared_rows(rows.index(turn), D), 0), q_sl, D, WARPS)
-                        async_copy.mbarrier_arrive(q_full, increment_count=False)
-                    k_tile, v_tile = k_tiles.index(stage), v_tiles.index(stage)
-                    if PACKED:
-                        copy_step(step, blocks, k, v, row - step * BLOCK, k_tile, v_tile, full.index(stage), D)
-                    else:
-                        keys, values = positions.index(step % 2), positions.index(1 - step % 2)
-                        gather_step(step, blocks, k_head, v_head, k_sl, v_sl, keys, values, k_tile, v_tile, full.index(stage), D)
-                    stage, parity = advance(stage, parity, STAGES)
-                    if not STRIP and step == gl.minimum(blocks, STAGES - 1):  # the ring is full, or the tile loaded
-                        zero_rows(o_head, o_sl, gl.maximum(before - skipped + 1, 0), after, D)
-                        mbarrier.arrive(zeroed.index(turn))
-                served += 1
-            elif not STRIP and tile == n_tiles - 1:
-                zero_rows(o_head, o_sl, 0, q_len, D)  # no query was kept
+                    keys, values = positions.index(step % 2), positions.index(1 - step % 2)
+                    gather_step(step, blocks, k_head, v_head, k_sl, v_sl, keys, values, k_tile, v_tile, full.index(stage), D)
+                stage, parity = advance(stage, parity, STAGES)
+                if not STRIP and step == gl.minimum(blocks, STAGES - 1):  # the ring is full, or the tile loaded
+                    zero_rows(o_head, o_sl, gl.maximum(before - skipped + 1, 0), after, D)
+                    mbarrier.arrive(zeroed.index(turn))
+            served += 1
+        elif not STRIP and tile == n_tiles - 1:
+            zero_rows(o_head, o_sl, 0, q_len, D)  # no query was kept
+        t, round = following, round + 1
     mbarrier.wait(done.index(served % 2), ((served // 2) & 1) ^ 1)
     announce(info, rows, announced, served, lane, 0, 0, 0)
