@@ -52,7 +52,8 @@ def sparse_prefill_hopper_kernel(
     """`sparse_prefill_kernel` (device.py) by one program a multiprocessor; rows contiguous and 16-byte aligned.
 
     PACKED: k and v are descriptors of the kept rows of each list, [B * lists * Lk, D], by blocks of BLOCK rows; finite up to the
-    end of the block with the last. Their strides are not read. `queued`: tiles are taken from a queue, whose int32 counter is zero.
+    end of the block with the last. Their strides are not read. `queued`: tiles are taken from a queue, whose int32 counter is
+    zero.
     """
     dtype: gl.constexpr = out.dtype.element_ty
     tile_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)

@@ -70,6 +70,17 @@ def test_many_short_rows(strip, engine):
         assert relative_error(args, strip, engine, torch.float16) < TOLERANCE[torch.float16]
 
 
+@pytest.mark.parametrize("engine", ["fused", "packed"])
+def test_tiles_from_a_queue(engine, monkeypatch):
+    """As long prompts take them: more tiles than programs, each by whoever is free."""
+    monkeypatch.setattr(hopper, "QUEUED_FROM", 0)
+    args = cases.make_case(lengths=[1500, 0, 1100], k_len=1500, q_len=1500, heads=32, kv_heads=8, dim=128, padding="holes")
+    if not hopper.takes(*(x.half().cuda() for x in args[:3])):
+        pytest.skip("not Hopper")
+    for _ in range(3):
+        assert relative_error(args, (0, 0), engine, torch.float16) < TOLERANCE[torch.float16]
+
+
 @pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("layout", ["BHSD", "BSHD"])
 @pytest.mark.parametrize("per_query_head", [True, False])
