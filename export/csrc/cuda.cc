@@ -109,7 +109,7 @@ int64_t section_heads(const Problem& p) {
   return best * (p.heads / p.kv_heads);
 }
 
-constexpr int64_t kQueuedFrom = 32;  // sparse_prefill/hopper.py: QUEUED_FROM
+constexpr int64_t kQueuedFrom = 16;  // sparse_prefill/hopper.py: QUEUED_FROM
 
 void prefill(Call& c) {
   const Problem& p = c.p;

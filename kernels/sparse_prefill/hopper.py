@@ -14,7 +14,7 @@ HEAD_DIMS = (64, 128)
 BLOCK, STAGES = 128, 3  # queries of a tile and keys of a block, as in hopper_ring_device.py; blocks in flight
 #: Tiles a program from which they are taken from a queue, which costs a launch to clear, but keeps programs together, and so the
 #: rows they read in L2, and ends them together.
-QUEUED_FROM = 32
+QUEUED_FROM = 16
 
 
 def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
