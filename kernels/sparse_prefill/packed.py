@@ -73,13 +73,13 @@ def packed_bytes(q: Tensor, k: Tensor, v: Tensor, lists: int, own: bool) -> int:
 
 def attend_packed_keys(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, indices: Tensor, counts: Tensor, scale: float, need_lse: bool
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Attention among the kept tokens into `out`, and the log-sum-exp by row if asked for, as `fused.launch_prefill`."""
     lists = indices.shape[1]
     keys, values = pack(k, lists, indices, counts), pack(v, lists, indices, counts)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if need_lse else None
     hopper.launch(q, keys, values, out, lse, indices, counts, scale, packed_for=k.shape[1])
-    return out, lse  # type: ignore[return-value]
+    return out, lse
 
 
 def pack_all(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from tsa_compile.bench.timing import graph_ms, median_ms
@@ -39,7 +41,7 @@ def packed_stages(
     lists_c = indices_c.shape[1]
     if own:
         keys, values = (pack(x, lists_c, indices_c, counts) for x in (k_c, v_c))
-        work = {
+        work: dict[str, Callable[[], object]] = {
             "pack": lambda: [pack(x, lists_c, indices_c, counts) for x in (k_c, v_c)],
             "attend": lambda: hopper.launch(q_c, keys, values, out_c, None, indices_c, counts, scale, packed_for=step),
         }
@@ -49,6 +51,7 @@ def packed_stages(
         work = {
             "pack": lambda: pack_all(q_c, k_c, v_c, indices_c, counts),
             "attend": lambda: inner.attend(*packed, counts, scale, False),
-            "scatter": lambda: (invert(indices_c, counts), scatter(part, out_c, slots)),
+            "invert": lambda: invert(indices_c, counts),
+            "scatter": lambda: scatter(part, out_c, slots),
         }
     return {name: median_ms(run, repeats) * kv_heads / step for name, run in work.items()}
