@@ -26,6 +26,16 @@ def order_kernel(ranks, order, k_len, BLOCK: tl.constexpr):
     tl.store(order + tl.where(real, rank - 1, tl.load(ranks + k_len - 1) + at - rank), at, mask=ok)
 
 
+@triton.jit
+def copy_rows(x, to, at, stride_l, stride_d, slots, ok, write, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """to[slots] = x[at] where ok, zero otherwise, for the slots that `write` names; `to` is [capacity, D]."""
+    d = tl.arange(0, BLOCK_D)
+    column_ok = (d < D)[None, :]
+    x += at[:, None] * stride_l + d[None, :] * stride_d
+    rows = tl.load(x, mask=ok[:, None] & column_ok, other=0.0)
+    tl.store(to + slots.to(tl.int64)[:, None] * D + d[None, :], rows, mask=write[:, None] & column_ok)
+
+
 @triton.jit(do_not_specialize=["capacity", "i_sb", "i_sg", "heads", "packed_heads", "lists"])
 def pack_kernel(
     x, packed, indices, counts, x_sb, x_sh, x_sl, x_sd, i_sb, i_sg, heads, packed_heads, lists, capacity,
@@ -44,11 +54,9 @@ def pack_kernel(
     slots = first + tl.arange(0, BLOCK)
     kept = indices + b * i_sb + h * lists // packed_heads * i_sg
     at = tl.load(kept + slots, mask=slots < n, other=0).to(tl.int64)
-    d = tl.arange(0, BLOCK_D)[None, :]
     x += b * x_sb + h * heads // packed_heads * x_sh
-    rows = tl.load(x + at[:, None] * x_sl + d * x_sd, mask=(slots < n)[:, None] & (d < D), other=0.0)
-    packed += (b * packed_heads + h) * capacity * D
-    tl.store(packed + slots.to(tl.int64)[:, None] * D + d, rows, mask=(slots < capacity)[:, None] & (d < D))
+    to = packed + (b * packed_heads + h) * capacity * D
+    copy_rows(x, to, at, x_sl, x_sd, slots, slots < n, slots < capacity, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["q_len", "s_sb", "s_sg", "heads", "lists"])
