@@ -36,18 +36,17 @@ def _aligned(x: Tensor) -> bool:
 
 def launch(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, indices: Tensor, counts: Tensor, scale: float,
-    packed_for: int | None = None,
+    packed: bool = False,
 ) -> None:  # fmt: skip
-    """As `fused.launch_prefill`. `packed_for`: k and v are the packed rows of each list, [B, G, Lk, D], finite up to BLOCK rows
-    behind the last, of so many KV heads."""
+    """As `fused.launch_prefill`. `packed`: k and v are the kept rows of each list, [B, G, Lk, D], finite up to BLOCK rows behind
+    the last."""
     import triton
 
     from tsa_compile.kernels.sparse_prefill.hopper_device import sparse_prefill_hopper_kernel
 
-    (batch, heads, q_len, dim), k_len = q.shape, k.shape[2]
-    packed, kv_heads = packed_for is not None, packed_for or k.shape[1]
+    (batch, heads, q_len, dim), (kv_heads, k_len) = q.shape, k.shape[1:3]
     tiles = min(triton.cdiv(k_len, BLOCK), triton.cdiv(q_len, BLOCK) + 1)
-    section = section_heads(heads, indices.shape[1] if packed else kv_heads, k_len, 2 * dim * q.element_size())
+    section = section_heads(heads, kv_heads, k_len, 2 * dim * q.element_size())
     total = batch * heads * tiles
     programs = min(total, _multiprocessors(q.device))
     queued = total >= QUEUED_FROM * programs

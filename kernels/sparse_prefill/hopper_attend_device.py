@@ -5,22 +5,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from tsa_compile.kernels.gather_device import row_layout, row_pointers
+from tsa_compile.kernels.lanes_device import HALF, by_lane, sum_in_lane
 from tsa_compile.kernels.sparse_prefill.hopper_ring_device import BLOCK, WARPS, advance, read_info
 
-HALF = gl.constexpr(64)  # queries of a warpgroup
 SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
-
-
-@gluon.jit
-def by_lane(values):
-    """The tile [HALF, BLOCK] as [HALF, 16, 4, 2]: which of a row's 4 lanes has a column is the third index."""
-    return gl.reshape(values, [HALF, 16, 4, 2])
-
-
-@gluon.jit
-def sum_in_lane(values):
-    """Sums [HALF, 4] of what each of a row's 4 lanes has of it: no lane waits for another."""
-    return gl.sum(gl.sum(by_lane(values), 3), 1)
 
 
 @gluon.jit
@@ -59,7 +47,7 @@ def attend(
     scores = mask_scores(scores, half)
     row_max = row_maximum(scores) * scale_log2
     weights = gl.exp2(scores * scale_log2 - gl.expand_dims(row_max, 1))
-    lane_sum = sum_in_lane(weights)
+    lane_sum = sum_in_lane(by_lane(weights))
     p = gl.convert_layout(weights.to(dtype), p_layout)
     stage, parity = advance(stage, parity, STAGES)
     mbarrier.wait(full.index(stage), parity)
@@ -72,7 +60,7 @@ def attend(
         shrink = gl.exp2(row_max - new_max)
         weights = gl.exp2(scores * scale_log2 - gl.expand_dims(new_max, 1))
         lane_shrink = gl.convert_layout(shrink, gl.SliceLayout(1, lane_sum.type.layout))
-        lane_sum = lane_sum * gl.expand_dims(lane_shrink, 1) + sum_in_lane(weights)
+        lane_sum = lane_sum * gl.expand_dims(lane_shrink, 1) + sum_in_lane(by_lane(weights))
         row_max = new_max
         new_p = gl.convert_layout(weights.to(dtype), p_layout)
         # The wait for the next step stands here because it is a branch: ptxas would otherwise wait for the product first

@@ -103,12 +103,12 @@ def load_tiles(
             blocks, turn = tile + 1, served % 2
             mbarrier.wait(done.index(turn), ((served // 2) & 1) ^ 1)
             announce(info, rows, announced, served, at - skipped, blocks, b, h)
-            kv_head = h * kv_heads // heads
             if PACKED:
                 row = (b * lists + h * lists // heads) * k_len + tile * BLOCK
             else:
-                k_head = k + b.to(gl.int64) * k_sb + kv_head.to(gl.int64) * k_sh
-                v_head = v + b.to(gl.int64) * v_sb + kv_head.to(gl.int64) * v_sh
+                kv_head = (h * kv_heads // heads).to(gl.int64)
+                k_head = k + b.to(gl.int64) * k_sb + kv_head * k_sh
+                v_head = v + b.to(gl.int64) * v_sb + kv_head * v_sh
             for step in range(0, blocks + 1):
                 if not PACKED:
                     positions.index(step % 2).store(gl.maximum(at, 0))

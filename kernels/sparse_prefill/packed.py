@@ -10,7 +10,7 @@ import torch
 
 from tsa_compile.kernels.sparse_prefill import hopper
 from tsa_compile.kernels.sparse_prefill.chunks import chunks, kv_heads_per_chunk, pack, scatter
-from tsa_compile.kernels.sparse_prefill.engines import INNER, InnerEngine, find_inner
+from tsa_compile.kernels.sparse_prefill.engines import InnerEngine, dense_runs, find_inner
 from tsa_compile.kernels.sparse_prefill.strip import add_strip, invert, rank_order
 
 Tensor = torch.Tensor
@@ -20,8 +20,7 @@ DENSE_FROM = 65536
 
 def runs_own(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether this project's kernel reads the packed rows, not dense attention."""
-    dense = q.shape[2] == k.shape[2] >= DENSE_FROM and any(engine.missing(q, v) is None for engine in INNER)
-    return hopper.takes(q, k, v) and not dense
+    return hopper.takes(q, k, v) and not (q.shape[2] == k.shape[2] >= DENSE_FROM and dense_runs(q, v))
 
 
 def packed_attention(
@@ -49,7 +48,7 @@ def packed_attention(
         raise ValueError(f"engine 'packed' needs as many queries as keys, not {q_len} and {k_len}; use 'fused'")
     inner = None if own else inner or find_inner(q, v)
     strip = strip_window > 0 or strip_sinks > 0 or heavy_indices.shape[-1] > 0
-    slots = invert(indices, counts) if strip or not own else indices
+    slots = invert(indices, counts) if strip or not own else indices  # not read: results are in their places
     order = rank_order(key_mask) if strip and key_mask is not None else None
     out = q.new_empty(batch, q_len, heads, v.shape[-1]).transpose(1, 2)
     step = kv_heads_per_chunk(k, packed_bytes(q, k, v, lists, own))
@@ -78,7 +77,7 @@ def attend_packed_keys(
     lists = indices.shape[1]
     keys, values = pack(k, lists, indices, counts), pack(v, lists, indices, counts)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if need_lse else None
-    hopper.launch(q, keys, values, out, lse, indices, counts, scale, packed_for=k.shape[1])
+    hopper.launch(q, keys, values, out, lse, indices, counts, scale, packed=True)
     return out, lse
 
 

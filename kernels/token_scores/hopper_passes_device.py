@@ -9,13 +9,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from tsa_compile.kernels.gather_device import barrier
-from tsa_compile.kernels.token_scores.hopper_ring_device import (
-    BLOCK,
-    WARPS,
-    wait_tile,
-)
+from tsa_compile.kernels.lanes_device import HALF, by_lane, sum_in_lane
+from tsa_compile.kernels.token_scores.hopper_ring_device import BLOCK, WARPS, wait_tile
 
-HALF = gl.constexpr(64)  # rows of a warpgroup
 MMA = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
 
 
@@ -26,18 +22,6 @@ def replace(values, i: gl.constexpr, value, N: gl.constexpr):
     for n in gl.static_range(N):
         result = result + ((value if n == i else values[n]),)  # noqa: RUF005 - Triton has no unpacking
     return result
-
-
-@gluon.jit
-def by_lane(values):
-    """The tile [HALF, BLOCK] as [HALF, 16, 4, 2]: which of a row's 4 lanes has a column is the third index."""
-    return gl.reshape(values, [HALF, 16, 4, 2])
-
-
-@gluon.jit
-def sum_in_lane(values):
-    """Sums [HALF, 4] of what each of a row's 4 lanes has of it: no lane waits for another."""
-    return gl.sum(gl.sum(values, 3), 1)
 
 
 @gluon.jit

@@ -26,6 +26,11 @@ def on_gpu(args):
     return tuple(None if x is None else x.cuda() for x in args)
 
 
+def needs_own_packed_kernel(args):
+    if not hopper.takes(*(x.half().cuda() for x in args[:3])):
+        pytest.skip("not Hopper, whose kernel reads packed rows of any call")
+
+
 def relative_error(args, strip, engine, dtype):
     """Runs the engine with poisoned allocations and compares it with the float64 definition on the same inputs."""
     args = on_gpu(x.to(dtype) if x is not None and x.is_floating_point() else x for x in args)
@@ -64,8 +69,8 @@ def test_fused_dtypes_and_head_dims(dim, v_dim, dtype):
 def test_many_short_rows(strip, engine):
     """Each program computes several tiles of one key block in a row: who loads may run ahead of who computes."""
     args = cases.make_case(lengths=[300] * 40, k_len=300, q_len=300, heads=8, kv_heads=2, dim=64, heavy=8 if strip[0] else 0)
-    if engine == "packed" and not hopper.takes(*(x.half().cuda() for x in args[:3])):
-        pytest.skip("not Hopper")
+    if engine == "packed":
+        needs_own_packed_kernel(args)
     for _ in range(3):
         assert relative_error(args, strip, engine, torch.float16) < TOLERANCE[torch.float16]
 
@@ -75,8 +80,7 @@ def test_tiles_from_a_queue(engine, monkeypatch):
     """As long prompts take them: more tiles than programs, each by whoever is free."""
     monkeypatch.setattr(hopper, "QUEUED_FROM", 0)
     args = cases.make_case(lengths=[1500, 0, 1100], k_len=1500, q_len=1500, heads=32, kv_heads=8, dim=128, padding="holes")
-    if not hopper.takes(*(x.half().cuda() for x in args[:3])):
-        pytest.skip("not Hopper")
+    needs_own_packed_kernel(args)
     for _ in range(3):
         assert relative_error(args, (0, 0), engine, torch.float16) < TOLERANCE[torch.float16]
 
@@ -101,8 +105,7 @@ def test_packed(layout, per_query_head, dim, monkeypatch):
 @pytest.mark.parametrize("case", cases.RAGGED)
 def test_packed_ragged(case, strip):
     args = cases.make_case(**{**case, "dim": 64, "v_dim": 64}, heavy=strip[2])
-    if not hopper.takes(*(x.half().cuda() for x in args[:3])):
-        pytest.skip("not Hopper: dense attention on packed rows takes no chunks")
+    needs_own_packed_kernel(args)
     assert relative_error(args, strip[:2], "packed", torch.float16) < TOLERANCE[torch.float16]
 
 
@@ -123,8 +126,8 @@ def test_no_synchronisation_and_graph_replay(engine, strip):
         on_gpu(cases.make_case(**LARGE, keep=keep, heavy=16 if strip[0] else 0, dtype=torch.bfloat16, seed=seed))
         for keep, seed in ((0.5, 1), (0.2, 2))
     )
-    if engine == "packed" and not hopper.takes(*first[:3]):
-        pytest.skip("not Hopper")
+    if engine == "packed":
+        needs_own_packed_kernel(first)
     static = [x.clone() for x in first]
     sparse_attention(*static, 0.125, *strip, 0, engine)
     torch.cuda.synchronize()

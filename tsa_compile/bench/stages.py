@@ -43,7 +43,7 @@ def packed_stages(
         keys, values = (pack(x, lists_c, indices_c, counts) for x in (k_c, v_c))
         work: dict[str, Callable[[], object]] = {
             "pack": lambda: [pack(x, lists_c, indices_c, counts) for x in (k_c, v_c)],
-            "attend": lambda: hopper.launch(q_c, keys, values, out_c, None, indices_c, counts, scale, packed_for=step),
+            "attend": lambda: hopper.launch(q_c, keys, values, out_c, None, indices_c, counts, scale, packed=True),
         }
     else:
         inner, packed, slots = find_inner(q, v), pack_all(q_c, k_c, v_c, indices_c, counts), invert(indices_c, counts)
