@@ -92,12 +92,7 @@ def choose(q: Tensor, k: Tensor, v: Tensor) -> str:
 
 def can_pack(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether engine `packed` runs q [B, H, L, D], k [B, Hk, L, D], v [B, Hk, L, Dv]."""
-    return hopper.takes(q, k, v) or dense_runs(q, v)
-
-
-def dense_runs(q: Tensor, v: Tensor) -> bool:
-    """Whether a dense engine is there that runs q [B, H, L, D] and v [B, Hk, L, Dv]."""
-    return any(engine.missing(q, v) is None for engine in INNER)
+    return hopper.takes(q, k, v) or any(engine.missing(q, v) is None for engine in INNER)
 
 
 def packed_from(device: torch.device, head_dim: int) -> int | None:

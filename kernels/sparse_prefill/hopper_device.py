@@ -56,6 +56,7 @@ def sparse_prefill_hopper_kernel(
     zero.
     """
     dtype: gl.constexpr = out.dtype.element_ty
+    QUICK: gl.constexpr = dtype == gl.bfloat16  # float16 ends at 65504
     tile_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     q_tile = gl.allocate_shared_memory(dtype, [BLOCK, D], tile_layout)
@@ -70,16 +71,16 @@ def sparse_prefill_hopper_kernel(
         [
             (attend_tiles, (
                 0, out, lse, o_sb, o_sh, o_sl, heads, q_len, scale_log2, info, rows, q_tile, k_tiles, v_tiles, barriers,
-                D, STAGES, STRIP,
+                D, STAGES, STRIP, QUICK,
             )),
             (attend_tiles, (
                 1, out, lse, o_sb, o_sh, o_sl, heads, q_len, scale_log2, info, rows, q_tile, k_tiles, v_tiles, barriers,
-                D, STAGES, STRIP,
+                D, STAGES, STRIP, QUICK,
             )),
             (load_tiles, (
                 q, k, v, out, indices, counts, q_sb, q_sh, q_sl, k_sb, k_sh, k_sl, v_sb, v_sh, v_sl, o_sb, o_sh, o_sl, i_sb, i_sg,
                 heads, kv_heads, lists, q_len, k_len, total, tiles, section, gl.num_programs(0), queue, queued,
-                positions, info, rows, q_tile, k_tiles, v_tiles, barriers, D, STAGES, STRIP, PACKED,
+                positions, info, rows, q_tile, k_tiles, v_tiles, barriers, D, STAGES, STRIP, PACKED, QUICK,
             )),
         ],
         [4, 4],

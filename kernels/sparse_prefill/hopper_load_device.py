@@ -76,11 +76,24 @@ def copy_step(step, blocks, k, v, row, k_tile, v_tile, full, D: gl.constexpr):
 
 
 @gluon.jit
+def if_to_repeat(number, i, total, rows, done, QUICK: gl.constexpr):
+    """Waits for the program's tile i, if there was one: its `number` if a sum of it passed SUM_LIMIT, else `total`."""
+    turn = (i + 2) % 2
+    mbarrier.wait(done.index(turn), (((i + 2) // 2) & 1) ^ 1)
+    if QUICK:
+        over = gl.max(rows.index(turn).load(gl.BlockedLayout([1], [32], [WARPS], [0])), 0)
+        number = gl.where(over == 1, number, total)
+    else:
+        number = total
+    return number
+
+
+@gluon.jit
 def load_tiles(
     q, k, v, out, indices, counts, q_sb, q_sh, q_sl, k_sb, k_sh, k_sl, v_sb, v_sh, v_sl, o_sb, o_sh, o_sl, i_sb, i_sg,
     heads, kv_heads, lists, q_len, k_len, total, tiles, section, programs, queue, queued,
     positions, info, rows, q_tile, k_tiles, v_tiles, barriers,
-    D: gl.constexpr, STAGES: gl.constexpr, STRIP: gl.constexpr, PACKED: gl.constexpr,
+    D: gl.constexpr, STAGES: gl.constexpr, STRIP: gl.constexpr, PACKED: gl.constexpr, QUICK: gl.constexpr,
 ):  # fmt: skip
     gl.static_assert(STAGES <= 3)  # else the second step of a tile does not wait until its queries' place has been read
     q_full, full, empty, announced, done, zeroed = barriers
@@ -89,9 +102,12 @@ def load_tiles(
     stage, parity = 0, 1
     served = 0  # tiles with a query
     t, round = gl.program_id(0), 1
-    while t < total:
-        following = next_tile(round, programs, queue, queued)
-        b, h, kept, n, tile, n_tiles = find_tile(t, indices, counts, i_sb, i_sg, heads, lists, tiles, section)
+    number, repeated = t, False
+    before_last, last_served = total, total  # tile numbers, until it is known that they need no second time; `total`: none
+    while number < total:
+        if not repeated:
+            t, round = next_tile(round, programs, queue, queued), round + 1
+        b, h, kept, n, tile, n_tiles = find_tile(number, indices, counts, i_sb, i_sg, heads, lists, tiles, section)
         slots = tile * BLOCK + lane  # both of the tile's queries and of its first keys
         at = gl.load(kept + slots, mask=(slots >= 0) & (slots < n), other=-1)
         last = gl.load(kept + gl.minimum((tile + 1) * BLOCK, n) - 1, mask=(tile >= 0) & (n > 0), other=-1)
@@ -101,8 +117,8 @@ def load_tiles(
         after = gl.where(tile == n_tiles - 1, q_len, last - skipped + 1)
         if last >= skipped:
             blocks, turn = tile + 1, served % 2
-            mbarrier.wait(done.index(turn), ((served // 2) & 1) ^ 1)
-            announce(info, rows, announced, served, at - skipped, blocks, b, h)
+            quick = 1 if repeated or not QUICK else blocks
+            announce(info, rows, announced, served, at - skipped, blocks, b, h, quick)
             if PACKED:
                 row = (b * lists + h * lists // heads) * k_len + tile * BLOCK
             else:
@@ -128,9 +144,14 @@ def load_tiles(
                 if not STRIP and step == gl.minimum(blocks, STAGES - 1):  # the ring is full, or the tile loaded
                     zero_rows(o_head, o_sl, gl.maximum(before - skipped + 1, 0), after, D)
                     mbarrier.arrive(zeroed.index(turn))
+            before_last, last_served = last_served, gl.where(repeated, total, number)
             served += 1
         elif not STRIP and tile == n_tiles - 1:
             zero_rows(o_head, o_sl, 0, q_len, D)  # no query was kept
-        t, round = following, round + 1
-    mbarrier.wait(done.index(served % 2), ((served // 2) & 1) ^ 1)
-    announce(info, rows, announced, served, lane, 0, 0, 0)
+        again = if_to_repeat(before_last, served - 2, total, rows, done, QUICK)
+        if again == total and t >= total:  # nothing else is left to do meanwhile
+            again = if_to_repeat(last_served, served - 1, total, rows, done, QUICK)
+            before_last, last_served = last_served, total
+        repeated = again < total
+        number = gl.where(repeated, again, t)
+    announce(info, rows, announced, served, lane, 0, 0, 0, 0)

@@ -6,6 +6,8 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 WARPS = gl.constexpr(4)  # of each of the three parts
 BLOCK = gl.constexpr(128)  # queries of a tile, keys of a block
+#: What a row's sum of exponentials must stay below (hopper_attend_device.py): far enough from the end of float32 for any values.
+SUM_LIMIT = gl.constexpr(2.0**80)
 INFO = gl.constexpr(gl.BlockedLayout([4], [32], [4], [0]))
 
 
@@ -17,16 +19,16 @@ def advance(stage, parity, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def announce(info, rows, announced, tile, at, blocks, b, h):
-    """Tells who computes of the program's tile number `tile`: its key blocks (0: there is no more tile), batch and head, and the
-    rows of its queries (negative: none)."""
+def announce(info, rows, announced, tile, at, blocks, b, h, quick):
+    """Tells who computes of the program's tile number `tile`: its key blocks (0: there is no more tile), batch and head, the rows
+    of its queries (negative: none), and how many of its blocks are `quick` (`attend`, hopper_attend_device.py)."""
     i = gl.arange(0, 4, layout=INFO)
-    info.index(tile % 2).store(gl.where(i == 0, blocks, gl.where(i == 1, b, h)))
+    info.index(tile % 2).store(gl.where(i == 0, blocks, gl.where(i == 1, b, gl.where(i == 2, h, quick))))
     rows.index(tile % 2).store(at)
     mbarrier.arrive(announced.index(tile % 2))
 
 
 @gluon.jit
 def read_info(info, i: gl.constexpr):
-    """Entry i of a tile's: 0 its key blocks, 1 its batch, 2 its head."""
+    """Entry i of a tile's: 0 its key blocks, 1 its batch, 2 its head, 3 how many blocks are `quick`."""
     return gl.sum(gl.where(gl.arange(0, 4, layout=INFO) == i, info.load(INFO), 0), 0)

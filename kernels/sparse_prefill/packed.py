@@ -1,7 +1,7 @@
 """Engine `packed`: kept keys and values go to contiguous storage, so that attention reads them as whole tiles.
 
-On Hopper this project's kernel reads them there, takes queries from their places and puts results to theirs. Elsewhere, and where
-it is faster, a vendor's dense attention runs on packed queries, and its rows go back.
+On Hopper this project's kernel reads them there, takes queries from their places and puts results to theirs. Elsewhere, and for
+head dims that it does not take, a vendor's dense attention runs on packed queries, and its rows go back.
 """
 
 from __future__ import annotations
@@ -10,17 +10,10 @@ import torch
 
 from tsa_compile.kernels.sparse_prefill import hopper
 from tsa_compile.kernels.sparse_prefill.chunks import chunks, kv_heads_per_chunk, pack, scatter
-from tsa_compile.kernels.sparse_prefill.engines import InnerEngine, dense_runs, find_inner
+from tsa_compile.kernels.sparse_prefill.engines import InnerEngine, find_inner
 from tsa_compile.kernels.sparse_prefill.strip import add_strip, invert, rank_order
 
 Tensor = torch.Tensor
-#: Tokens from which FlashAttention-4, where it is installed, was faster than this project's kernel on packed rows (H100).
-DENSE_FROM = 65536
-
-
-def runs_own(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether this project's kernel reads the packed rows, not dense attention."""
-    return hopper.takes(q, k, v) and not (q.shape[2] == k.shape[2] >= DENSE_FROM and dense_runs(q, v))
 
 
 def packed_attention(
@@ -43,7 +36,7 @@ def packed_attention(
         RuntimeError: nothing can run the call.
     """
     (batch, heads, q_len, _), (kv_heads, k_len), lists = q.shape, k.shape[1:3], indices.shape[1]
-    own = inner is None and runs_own(q, k, v)
+    own = inner is None and hopper.takes(q, k, v)
     if not own and q_len != k_len:
         raise ValueError(f"engine 'packed' needs as many queries as keys, not {q_len} and {k_len}; use 'fused'")
     inner = None if own else inner or find_inner(q, v)

@@ -10,7 +10,7 @@ from tsa_compile.bench.timing import graph_ms, median_ms
 from tsa_compile.kernels.sparse_prefill import hopper
 from tsa_compile.kernels.sparse_prefill.chunks import chunks, kv_heads_per_chunk, pack, scatter
 from tsa_compile.kernels.sparse_prefill.engines import find_inner
-from tsa_compile.kernels.sparse_prefill.packed import pack_all, packed_bytes, runs_own
+from tsa_compile.kernels.sparse_prefill.packed import pack_all, packed_bytes
 from tsa_compile.kernels.sparse_prefill.strip import invert
 from tsa_compile.kernels.token_scores.host import window_scores
 from tsa_compile.kernels.token_select.host import select_from_means
@@ -34,7 +34,7 @@ def packed_stages(
 ) -> dict[str, float]:
     """Milliseconds of engine `packed`, of one chunk of heads times the number of chunks: packing; and attention, by this
     project's kernel with queries and results in their places, or dense attention and the scatter of its rows."""
-    kv_heads, lists, own = k.shape[1], indices.shape[1], runs_own(q, k, v)
+    kv_heads, lists, own = k.shape[1], indices.shape[1], hopper.takes(q, k, v)
     step = kv_heads_per_chunk(k, packed_bytes(q, k, v, lists, own))
     out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]).transpose(1, 2)
     q_c, k_c, v_c, out_c, indices_c = next(chunks(kv_heads, step, q, k, v, out, indices))
