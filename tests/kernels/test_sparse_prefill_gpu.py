@@ -168,22 +168,27 @@ def test_no_synchronisation_and_graph_replay(engine, strip):
     assert torch.equal(result, sparse_attention(*second, 0.125, *strip, 0, engine))
 
 
-def test_new_lengths_compile_nothing():
+@pytest.mark.parametrize("engine", ["fused", "packed"])
+def test_new_lengths_compile_nothing(engine):
     from tsa_compile.kernels.sparse_prefill.device import sparse_prefill_kernel
-    from tsa_compile.kernels.sparse_prefill.pack_device import invert_kernel, order_kernel
+    from tsa_compile.kernels.sparse_prefill.hopper_device import sparse_prefill_hopper_kernel
+    from tsa_compile.kernels.sparse_prefill.pack_device import invert_kernel, order_kernel, pack_kernel
     from tsa_compile.kernels.sparse_prefill.strip_device import strip_kernel
-
-    kernels = (sparse_prefill_kernel, strip_kernel, invert_kernel, order_kernel)
-
-    def compiled():
-        return [sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in kernels]
 
     def run(length):
         case = dict(lengths=[length, length // 2], k_len=length, q_len=length, heads=8, dim=64, heavy=16)
         args = on_gpu(cases.make_case(**case, dtype=torch.bfloat16))
-        sparse_attention(*args, 0.125, 64, 4, 0, "fused")
+        if engine == "packed":
+            needs_own_packed_kernel(args)
+        sparse_attention(*args, 0.125, 64, 4, 0, engine)
+        return sparse_prefill_hopper_kernel if hopper.takes(*args[:3]) else sparse_prefill_kernel
 
-    run(512), run(777)
+    run(512)
+    kernels = (run(777), strip_kernel, invert_kernel, order_kernel, *([pack_kernel] if engine == "packed" else ()))
+
+    def compiled():
+        return [sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in kernels]
+
     before = compiled()
     assert min(before) > 0
     for length in (129, 200, 333, 512, 640, 1000, 1024, 1025, 1500, 2048):
