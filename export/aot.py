@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from tsa_compile.export.aot_kernels import AotKernel, Form, kernels_of, parameters
+from tsa_compile.export.aot_form import AotKernel, Form, parameters
+from tsa_compile.export.aot_kernels import kernels_of
 from tsa_compile.export.errors import ExportError
 from tsa_compile.export.require import require
 

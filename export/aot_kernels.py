@@ -6,88 +6,21 @@ tests/export/test_native_cuda.py compares both with what the host code launches,
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
+from tsa_compile.export.aot_form import AotKernel, Form, widths
 from tsa_compile.kernels.sparse_prefill import hopper
 from tsa_compile.kernels.sparse_prefill.configs import precision, prefill_config, strip_config
 from tsa_compile.kernels.token_scores import hopper as scores_hopper
 from tsa_compile.kernels.token_scores import host as token_scores
 
-TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-_POINTERS = {
-    "lse": "*fp32", "part_lse": "*fp32", "part_max": "*fp32", "part_sum": "*fp32", "mean": "*fp32", "scores": "*fp32",
-    "gathered": "*fp32", "masses": "*i64", "candidates": "*i64", "mass_bins": "*i64", "key_mask": "*u8",
-}  # fmt: skip
-_INDICES = ("indices", "counts", "heavy_indices", "slots", "order", "ranks", "bins", "cuts", "through", "queue")
-_POINTERS.update(dict.fromkeys(_INDICES, "*i32"))
 _STRIP_BINDS = {
     "heavy": "heavy_indices", "n_heavy": "heavy", "window": "strip_window", "sinks": "strip_sinks", "order": "strip_order",
     "ranks": "strip_ranks", "part": "out", "part_lse": "lse", "s_sb": "i_sb", "s_sg": "i_sg", "p_sb": "o_sb", "p_sh": "o_sh",
 }  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True, order=True)
-class Form:
-    """What distinguishes the kernels of one site from another's. `group`: query heads of a KV head."""
-
-    dtype: str  # "fp32", "fp16" or "bf16"
-    dim: int
-    v_dim: int
-    window: int
-    masked: bool
-    strip: bool
-    group: int
-
-    @classmethod
-    def of(cls, dtype: torch.dtype, dim: int, v_dim: int, window: int, masked: bool, strip: bool, group: int) -> Form:
-        return cls(TYPES[dtype], dim, v_dim, window, masked, strip, group)
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return next(t for t, name in TYPES.items() if name == self.dtype)
-
-
-@dataclasses.dataclass(frozen=True)
-class AotKernel:
-    """One kernel to compile: `name` in the C++ code, the Triton function, its constants and compile options.
-
-    blocks: rows and columns of a program, where the grid depends on them.
-    binds: run-time parameters that are another member of `Values` (csrc/launch.h) than the one of their own name.
-    """
-
-    name: str
-    function: Any
-    constants: Mapping[str, Any]
-    options: Mapping[str, int]
-    form: Form
-    blocks: tuple[int, int] = (0, 0)
-    binds: Mapping[str, str] = dataclasses.field(default_factory=dict)
-
-    def types(self) -> dict[str, str]:
-        """Triton type of each run-time parameter."""
-        return {p: self._type(p) for p in parameters(self.function) if p not in self.constants}
-
-    def divisible(self) -> set[str]:
-        """Parameters that are multiples of 16: pointers of whole allocations, strides of and over rows of 16 elements."""
-        types = self.types()
-        pointers = {p for p, t in types.items() if t.startswith("*") and p != "counts"}
-        wide = _widths(self.form)
-        return pointers | {p for p in types if p[1:] in ("_sb", "_sh", "_sl") and wide.get(p[0], 1) % 16 == 0}
-
-    def _type(self, parameter: str) -> str:
-        if parameter in ("q", "k", "v", "out", "part"):
-            return f"*{self.form.dtype}"
-        if parameter == "heavy":  # the list itself where its length is another parameter, else that length
-            return "*i32" if "n_heavy" in parameters(self.function) else "i32"
-        if parameter in _POINTERS:
-            return _POINTERS[parameter]
-        if parameter == "scale_log2":
-            return "fp32"
-        return "i64" if parameter.endswith(("_sb", "_sh", "_sg")) or parameter == "coverage_bits" else "i32"
 
 
 class ScoreConfig(NamedTuple):
@@ -109,11 +42,6 @@ def takes_hopper(form: Form, capability: tuple[int, int]) -> bool:
     """As `hopper.takes`, for contiguous operands."""
     half, square = form.dtype in ("fp16", "bf16"), form.dim == form.v_dim
     return capability == (9, 0) and half and square and form.dim in hopper.HEAD_DIMS
-
-
-def parameters(function: Any) -> list[str]:
-    """Names of a Triton kernel's parameters, in order."""
-    return [p.name for p in function.params] if hasattr(function, "params") else list(function.arg_names)
 
 
 def kernels_of(form: Form, capability: tuple[int, int]) -> Iterator[AotKernel]:
@@ -209,14 +137,9 @@ def _strip(form: Form, capability: tuple[int, int]) -> AotKernel:
 
 def _row_strides(form: Form, tensors: str) -> dict[str, int]:
     """Strides that contiguous tensors fix: between rows, and (but for outputs) between elements."""
-    width = _widths(form)
+    width = widths(form)
     strides = {f"{t}_sl": width[t] for t in tensors}
     return {**strides, **{f"{t}_sd": 1 for t in tensors if t in "qkv"}}
-
-
-def _widths(form: Form) -> dict[str, int]:
-    """Row width of each tensor, by the first letter of its strides."""
-    return {"q": form.dim, "k": form.dim, "v": form.v_dim, "o": form.v_dim, "p": form.v_dim}
 
 
 def _block(dim: int) -> int:

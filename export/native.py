@@ -21,7 +21,7 @@ from tsa_compile.export.errors import ExportError
 from tsa_compile.export.onnx_file import load_model
 
 if TYPE_CHECKING:
-    from tsa_compile.export.aot_kernels import Form
+    from tsa_compile.export.aot_form import Form
 
 SOURCES = Path(__file__).parent / "csrc"
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror")
@@ -82,7 +82,7 @@ def forms_of(path: str | Path) -> list[Form]:
     """
     import torch
 
-    from tsa_compile.export.aot_kernels import Form
+    from tsa_compile.export.aot_form import Form
 
     model = load_model(path)
     known = {v.name: v.type.tensor_type for v in [*model.graph.value_info, *model.graph.input, *model.graph.output]}

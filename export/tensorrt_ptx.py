@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tsa_compile.export.aot import compile_triton
-from tsa_compile.export.aot_kernels import TYPES, parameters
+from tsa_compile.export.aot_form import TYPES, parameters
 from tsa_compile.export.errors import ExportError
 from tsa_compile.kernels.sparse_prefill.configs import LOG2_E, precision, prefill_config, strip_config
 

@@ -76,8 +76,41 @@ def copy_step(step, blocks, k, v, row, k_tile, v_tile, full, D: gl.constexpr):
 
 
 @gluon.jit
+def load_steps(
+    blocks, kept, slots, at, row, q_head, k_from, v_from, o_head, q_sl, k_sl, v_sl, o_sl, zero_first, zero_last,
+    positions, tile_rows, q_tile, k_tiles, v_tiles, q_full, full, empty, zeroed, stage, parity,
+    D: gl.constexpr, STAGES: gl.constexpr, STRIP: gl.constexpr, PACKED: gl.constexpr,
+):  # fmt: skip
+    """A tile's steps: its keys and values from the diagonal down, its queries, and zeros to the rows between them.
+
+    k_from, v_from: of its KV head, whose rows `at` come first and then those before `slots` in `kept`; or PACKED, the
+    descriptors, to be read from `row` down. Returns the ring's next stage.
+    """
+    for step in range(0, blocks + 1):
+        if not PACKED:
+            positions.index(step % 2).store(gl.maximum(at, 0))
+            slots -= BLOCK
+            at = gl.load(kept + slots, mask=slots >= 0, other=0)  # for the next step, long before it is needed
+        mbarrier.wait(empty.index(stage), parity)
+        if step == 1:
+            gather_rows(q_tile, q_head, gl.maximum(shared_rows(tile_rows, D), 0), q_sl, D, WARPS)
+            async_copy.mbarrier_arrive(q_full, increment_count=False)
+        k_tile, v_tile = k_tiles.index(stage), v_tiles.index(stage)
+        if PACKED:
+            copy_step(step, blocks, k_from, v_from, row - step * BLOCK, k_tile, v_tile, full.index(stage), D)
+        else:
+            keys, values = positions.index(step % 2), positions.index(1 - step % 2)
+            gather_step(step, blocks, k_from, v_from, k_sl, v_sl, keys, values, k_tile, v_tile, full.index(stage), D)
+        stage, parity = advance(stage, parity, STAGES)
+        if not STRIP and step == gl.minimum(blocks, STAGES - 1):  # the ring is full, or the tile loaded
+            zero_rows(o_head, o_sl, zero_first, zero_last, D)
+            mbarrier.arrive(zeroed)
+    return stage, parity
+
+
+@gluon.jit
 def if_to_repeat(number, i, total, rows, done, QUICK: gl.constexpr):
-    """Waits for the program's tile i, if there was one: its `number` if a sum of it passed SUM_LIMIT, else `total`."""
+    """Waits for the program's tile i, if there was one. `number` if a row's sum did not stay below SUM_LIMIT; else `total`."""
     turn = (i + 2) % 2
     mbarrier.wait(done.index(turn), (((i + 2) // 2) & 1) ^ 1)
     if QUICK:
@@ -95,6 +128,7 @@ def load_tiles(
     positions, info, rows, q_tile, k_tiles, v_tiles, barriers,
     D: gl.constexpr, STAGES: gl.constexpr, STRIP: gl.constexpr, PACKED: gl.constexpr, QUICK: gl.constexpr,
 ):  # fmt: skip
+    """Every tile of this program, and once more those whose sums grew too large, as soon as that is known."""
     gl.static_assert(STAGES <= 3)  # else the second step of a tile does not wait until its queries' place has been read
     q_full, full, empty, announced, done, zeroed = barriers
     lane = gl.arange(0, BLOCK, layout=gl.BlockedLayout([1], [32], [4], [0]))
@@ -112,38 +146,23 @@ def load_tiles(
         at = gl.load(kept + slots, mask=(slots >= 0) & (slots < n), other=-1)
         last = gl.load(kept + gl.minimum((tile + 1) * BLOCK, n) - 1, mask=(tile >= 0) & (n > 0), other=-1)
         before = gl.load(kept + tile * BLOCK - 1, mask=tile > 0, other=-1)
-        q_head = q + b.to(gl.int64) * q_sb + h.to(gl.int64) * q_sh
         o_head = out + b.to(gl.int64) * o_sb + h.to(gl.int64) * o_sh
-        after = gl.where(tile == n_tiles - 1, q_len, last - skipped + 1)
         if last >= skipped:
             blocks, turn = tile + 1, served % 2
-            quick = 1 if repeated or not QUICK else blocks
-            announce(info, rows, announced, served, at - skipped, blocks, b, h, quick)
+            announce(info, rows, announced, served, at - skipped, blocks, b, h, 1 if repeated or not QUICK else blocks)
             if PACKED:
-                row = (b * lists + h * lists // heads) * k_len + tile * BLOCK
+                k_from, v_from = k, v
             else:
                 kv_head = (h * kv_heads // heads).to(gl.int64)
-                k_head = k + b.to(gl.int64) * k_sb + kv_head * k_sh
-                v_head = v + b.to(gl.int64) * v_sb + kv_head * v_sh
-            for step in range(0, blocks + 1):
-                if not PACKED:
-                    positions.index(step % 2).store(gl.maximum(at, 0))
-                    slots -= BLOCK
-                    at = gl.load(kept + slots, mask=slots >= 0, other=0)  # for the next step, long before it is needed
-                mbarrier.wait(empty.index(stage), parity)
-                if step == 1:
-                    gather_rows(q_tile, q_head, gl.maximum(shared_rows(rows.index(turn), D), 0), q_sl, D, WARPS)
-                    async_copy.mbarrier_arrive(q_full, increment_count=False)
-                k_tile, v_tile = k_tiles.index(stage), v_tiles.index(stage)
-                if PACKED:
-                    copy_step(step, blocks, k, v, row - step * BLOCK, k_tile, v_tile, full.index(stage), D)
-                else:
-                    keys, values = positions.index(step % 2), positions.index(1 - step % 2)
-                    gather_step(step, blocks, k_head, v_head, k_sl, v_sl, keys, values, k_tile, v_tile, full.index(stage), D)
-                stage, parity = advance(stage, parity, STAGES)
-                if not STRIP and step == gl.minimum(blocks, STAGES - 1):  # the ring is full, or the tile loaded
-                    zero_rows(o_head, o_sl, gl.maximum(before - skipped + 1, 0), after, D)
-                    mbarrier.arrive(zeroed.index(turn))
+                k_from, v_from = k + b.to(gl.int64) * k_sb + kv_head * k_sh, v + b.to(gl.int64) * v_sb + kv_head * v_sh
+            row = (b * lists + h * lists // heads) * k_len + tile * BLOCK
+            q_head = q + b.to(gl.int64) * q_sb + h.to(gl.int64) * q_sh
+            zero_last = gl.where(tile == n_tiles - 1, q_len, last - skipped + 1)
+            stage, parity = load_steps(
+                blocks, kept, slots, at, row, q_head, k_from, v_from, o_head, q_sl, k_sl, v_sl, o_sl,
+                gl.maximum(before - skipped + 1, 0), zero_last, positions, rows.index(turn), q_tile, k_tiles, v_tiles,
+                q_full, full, empty, zeroed.index(turn), stage, parity, D, STAGES, STRIP, PACKED,
+            )  # fmt: skip
             before_last, last_served = last_served, gl.where(repeated, total, number)
             served += 1
         elif not STRIP and tile == n_tiles - 1:

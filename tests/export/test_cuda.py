@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="extra 'triton' is not installed")
 
 import tsa_compile.kernels.ops  # noqa: E402, F401  (registers torch.ops.tsa)
 from tsa_compile.export import native  # noqa: E402
-from tsa_compile.export.aot_kernels import Form  # noqa: E402
+from tsa_compile.export.aot_form import Form  # noqa: E402
 from tsa_compile.export.body import Variant  # noqa: E402
 
 CUDA = "CUDAExecutionProvider"

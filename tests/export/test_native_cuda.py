@@ -17,7 +17,8 @@ ort = pytest.importorskip("onnxruntime", reason="extra 'onnx' is not installed")
 pytest.importorskip("triton", reason="extra 'triton' is not installed")
 
 from tsa_compile.export import aot, native  # noqa: E402
-from tsa_compile.export.aot_kernels import Form, kernels_of  # noqa: E402
+from tsa_compile.export.aot_form import Form  # noqa: E402
+from tsa_compile.export.aot_kernels import kernels_of  # noqa: E402
 from tsa_compile.export.body import Variant  # noqa: E402
 from tsa_compile.export.errors import ExportError  # noqa: E402
 

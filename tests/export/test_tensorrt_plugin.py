@@ -22,7 +22,7 @@ import tsa_compile as tsa  # noqa: E402
 from tests.export.test_aoti import SHAPES, Block  # noqa: E402
 from tsa_compile import export  # noqa: E402
 from tsa_compile.export import aot, tensorrt_plugin, torch_tensorrt_model  # noqa: E402
-from tsa_compile.export.aot_kernels import parameters  # noqa: E402
+from tsa_compile.export.aot_form import parameters  # noqa: E402
 from tsa_compile.export.body import Variant  # noqa: E402
 from tsa_compile.export.tensorrt_engine import load_runtime  # noqa: E402
 from tsa_compile.export.tensorrt_ptx import PluginKernel, plugin_constants, plugin_function, without_scratch  # noqa: E402

@@ -17,14 +17,13 @@ from typing import Any
 
 import torch
 
-from tsa_compile.bench.exported_files import DIM, HEADS, KV_HEADS, POLICIES, load_model, prepare
+from tsa_compile.bench.exported_files import DIM, DTYPES, HEADS, KV_HEADS, POLICIES, load_model, prepare
 from tsa_compile.bench.onnx_cuda import CudaSession, placement
 from tsa_compile.bench.timing import environment, in_turns, median_ms
 
 Job = tuple[str, ...]
 Made = tuple[Path, Path | None]  # the file and, for the custom form, its library
 MODEL_SIZES = ((2, 1500), (1, 3001), (1, 8192))
-DTYPES = {"SmolLM2-135M shape": ("float32", "float16")}
 PORTABLE_LENGTH = 8192  # the portable body stores a score for each pair of kept tokens
 
 

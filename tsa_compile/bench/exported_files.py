@@ -24,6 +24,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "SmolLM2-135M shape": SMOLLM2,
     "Llama-3.1-8B shape": {**LLAMA_8B, "vocab_size": 16_384},  # a smaller vocabulary: the head is not what is measured
 }
+DTYPES = {"SmolLM2-135M shape": ("float32", "float16")}  # of the others: both half types
 LAYERS = 4
 POLICIES = {  # random weights attend flatly, so `coverage` drops about as large a share of the tokens
     "paper": TokenSparse(coverage=0.5, engine="fused"),
