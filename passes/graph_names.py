@@ -47,15 +47,7 @@ _ALIASES = {
     "sym_size": "size",
     "_shape_as_tensor": "shape",
 }
-_CASTS = {
-    "float": torch.float32,
-    "half": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "double": torch.float64,
-    "bool": torch.bool,
-    "long": torch.int64,
-    "int": torch.int32,
-}
+_CASTS = frozenset({"float", "half", "bfloat16", "double", "bool", "long", "int"})
 # Nodes that read or check a tensor's shape and dtype; they compute nothing from its values.
 SHAPE_READERS = frozenset({"size", "dim", "_assert_tensor_metadata", "sym_numel", "numel"})
 SAME_VALUE = frozenset({"contiguous", "clone", "alias", "detach", "detach_", "lift_fresh_copy", "lift_fresh", "lift"})
@@ -118,18 +110,6 @@ def tensor_of(x: Any) -> torch.Tensor | None:
 def meta_key(node: fx.Node) -> str:
     """Where this graph keeps example values: "val" (torch.export) or "example_value" (Dynamo)."""
     return "val" if "val" in node.meta else "example_value"
-
-
-def cast_dtype(node: fx.Node) -> torch.dtype | None:
-    """The dtype that a "to" node asks for, or None if it asks for none."""
-    if node.op == "call_method" and node.target in _CASTS:
-        return _CASTS[str(node.target)]
-    given = [*node.args[1:], node.kwargs.get("dtype")]
-    dtypes = [a for a in given if isinstance(a, torch.dtype)]
-    if dtypes:
-        return dtypes[0]
-    others = [tensor_of(a) for a in given if isinstance(a, fx.Node)]
-    return next((t.dtype for t in others if t is not None), None)
 
 
 def same_value(node: object) -> bool:
