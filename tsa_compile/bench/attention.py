@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from tsa_compile.bench.cases import AttentionCase
 from tsa_compile.bench.inputs import forced, structured
 from tsa_compile.bench.stages import packed_stages, selection_stages
-from tsa_compile.bench.timing import graph_ms, median_ms, peak_extra_bytes
+from tsa_compile.bench.timing import GRAPHED_BELOW, graph_ms, median_ms, peak_extra_bytes
 from tsa_compile.kernels.sparse_prefill.definition import sparse_attention_rows
 from tsa_compile.kernels.sparse_prefill.engines import can_pack, flash4_missing
 from tsa_compile.policies.token_sparse import Completion, TokenSparse
@@ -29,7 +29,7 @@ class AttentionRow:
     """One case: times in milliseconds, extra memory in bytes, the largest relative error found before timing.
 
     `sparse` has, per engine: selection and attention together, without the strip; `completed` the same with it.
-    `*_in_graph`: from CUDA graphs, of the dense forms below 16K tokens. `stages`: parts of `sparse`, see stages.py.
+    `*_in_graph`: from CUDA graphs, of the dense forms below GRAPHED_BELOW tokens. `stages`: parts of `sparse`, see stages.py.
     """
 
     case: AttentionCase
@@ -121,7 +121,7 @@ def bench_case(case: AttentionCase, peers: Mapping[str, Dense], repeats: int | N
         select_in_graph=graph_ms(select, repeats),
         structured_keep=chosen[1].float().mean().item() / case.length,
         dense={name: median_ms(run, repeats) for name, run in dense.items()},
-        dense_in_graph={name: graph_ms(run, repeats) for name, run in dense.items() if case.length < 16384},
+        dense_in_graph={name: graph_ms(run, repeats) for name, run in dense.items() if case.length < GRAPHED_BELOW},
         sparse={e: median_ms(whole(run), repeats) for e, run in plain.items()},
         sparse_in_graph={e: graph_ms(whole(run), repeats) for e, run in plain.items()},
         completed={e: median_ms(whole(runs[e, True]), repeats) for e in engines},

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from tsa_compile import api
-from tsa_compile.bench.timing import graph_ms, median_ms
+from tsa_compile.bench.timing import GRAPHED_BELOW, graph_ms, median_ms
 from tsa_compile.policies.token_sparse import TokenSparse
 from tsa_compile.trace import record_kept
 
@@ -108,7 +108,7 @@ def attention_ms(config: Any, length: int, policy: TokenSparse) -> tuple[float, 
     numbers = (dim**-0.5, policy.coverage, policy.window, policy.pool, policy.min_tokens)
     dense = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # noqa: E731
     sparse = lambda: torch.ops.tsa.token_sparse_attention(q, k, v, None, *numbers, *strip, policy.engine)  # noqa: E731
-    layers, timed = config.num_hidden_layers, graph_ms if length < 16384 else median_ms
+    layers, timed = config.num_hidden_layers, graph_ms if length < GRAPHED_BELOW else median_ms
     return layers * timed(dense, 3), layers * timed(sparse, 3)
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+GRAPHED_BELOW = 16384  # tokens: of shorter prompts, launches would hide what the kernels take, so CUDA graphs are timed
+
 
 def median_ms(work: Callable[[], Any], repeats: int = 9, warmup: int = 2) -> float:
     """Median time of `work()` in milliseconds, launches included."""
