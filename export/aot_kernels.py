@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 
 from tsa_compile.export.aot_form import AotKernel, Form, widths
-from tsa_compile.kernels.sparse_prefill import hopper
-from tsa_compile.kernels.sparse_prefill.configs import precision, prefill_config, strip_config
-from tsa_compile.kernels.token_scores import hopper as scores_hopper
-from tsa_compile.kernels.token_scores import host as token_scores
+from tsa_compile.kernels.attend.tokens import hopper
+from tsa_compile.kernels.common.tiles import precision, prefill_config, strip_config
+from tsa_compile.kernels.score.window import hopper as scores_hopper
+from tsa_compile.kernels.score.window import host as token_scores
 
 _STRIP_BINDS = {
     "heavy": "heavy_indices", "n_heavy": "heavy", "window": "strip_window", "sinks": "strip_sinks", "order": "strip_order",
@@ -34,7 +34,7 @@ class ScoreConfig(NamedTuple):
 
 
 def score_config(dim: int, dtype: torch.dtype, window: int) -> ScoreConfig:
-    """What kernels/token_scores/host.py takes for these queries."""
+    """What kernels/score/window/host.py takes for these queries."""
     return ScoreConfig(*token_scores._config(torch.empty(1, 1, 1, dim, dtype=dtype, device="meta"), window))
 
 
@@ -47,7 +47,7 @@ def takes_hopper(form: Form, capability: tuple[int, int]) -> bool:
 def kernels_of(form: Form, capability: tuple[int, int]) -> Iterator[AotKernel]:
     """All kernels of a form, for GPUs of one compute capability."""
     from tsa_compile.export.aot_device import rank_kernel
-    from tsa_compile.kernels.sparse_prefill.pack_device import invert_kernel, order_kernel
+    from tsa_compile.kernels.attend.tokens.pack_device import invert_kernel, order_kernel
 
     yield from _scores(form, capability)
     yield from _selection(form)
@@ -63,8 +63,8 @@ def kernels_of(form: Form, capability: tuple[int, int]) -> Iterator[AotKernel]:
 def _scores(form: Form, capability: tuple[int, int]) -> Iterator[AotKernel]:
     padded = {"PADDED": form.masked}
     if takes_hopper(form, capability) and form.window <= scores_hopper.BLOCK:
-        from tsa_compile.kernels.token_scores.hopper_device import score_hopper_kernel
-        from tsa_compile.kernels.token_scores.hopper_ring_device import WARPS
+        from tsa_compile.kernels.score.window.hopper_device import score_hopper_kernel
+        from tsa_compile.kernels.score.window.hopper_ring_device import WARPS
 
         together, stages = scores_hopper.tiles(form.group, form.dim, form.torch_dtype.itemsize)
         constants = {"D": form.dim, "HEADS": together, "STAGES": stages, "SPLITS": scores_hopper.MAX_SPLITS, **padded}
@@ -74,7 +74,7 @@ def _scores(form: Form, capability: tuple[int, int]) -> Iterator[AotKernel]:
             one_pass = {**constants, "LSE": first, "MEAN": not first}
             yield AotKernel(name, score_hopper_kernel, one_pass, options, form, blocks, binds)
         return
-    from tsa_compile.kernels.token_scores import device as scores
+    from tsa_compile.kernels.score.window import device as scores
 
     config = score_config(form.dim, form.torch_dtype, form.window)
     tile = {
@@ -87,7 +87,7 @@ def _scores(form: Form, capability: tuple[int, int]) -> Iterator[AotKernel]:
 
 
 def _selection(form: Form) -> Iterator[AotKernel]:
-    from tsa_compile.kernels.token_select import count_device, device, host
+    from tsa_compile.kernels.select.tokens import count_device, device, host
 
     padded = {"PADDED": form.masked}
     pool = {"HEADS": host.POOL_HEADS, "BLOCK": host.POOL_BLOCK, **padded}
@@ -102,13 +102,13 @@ def _selection(form: Form) -> Iterator[AotKernel]:
 def _prefill(form: Form, capability: tuple[int, int]) -> Iterator[AotKernel]:
     block_d, block_dv = _block(form.dim), _block(form.v_dim)
     if takes_hopper(form, capability):
-        from tsa_compile.kernels.sparse_prefill.hopper_device import sparse_prefill_hopper_kernel as function
+        from tsa_compile.kernels.attend.tokens.hopper_device import sparse_prefill_hopper_kernel as function
 
         constants: dict[str, int | str] = {"D": form.dim, "STAGES": hopper.STAGES, "STRIP": form.strip, "PACKED": False}
         blocks = (hopper.BLOCK, hopper.BLOCK)
         yield AotKernel("prefill_hopper", function, constants, {"num_warps": 4}, form, blocks, {"lse": "lse_or_out"})
         return
-    from tsa_compile.kernels.sparse_prefill.device import sparse_prefill_kernel
+    from tsa_compile.kernels.attend.tokens.device import sparse_prefill_kernel
 
     config = prefill_config(max(block_d, block_dv), form.torch_dtype, capability)
     constants = {
@@ -122,7 +122,7 @@ def _prefill(form: Form, capability: tuple[int, int]) -> Iterator[AotKernel]:
 
 
 def _strip(form: Form, capability: tuple[int, int]) -> AotKernel:
-    from tsa_compile.kernels.sparse_prefill.strip_device import strip_kernel
+    from tsa_compile.kernels.attend.tokens.strip_device import strip_kernel
 
     block_d, block_dv = _block(form.dim), _block(form.v_dim)
     config = strip_config(max(block_d, block_dv), form.torch_dtype, capability)

@@ -6,8 +6,8 @@ All tensors are contiguous; a float cannot be passed, so the scale is a constant
 import triton
 import triton.language as tl
 
-from tsa_compile.kernels.sparse_prefill.device import sparse_prefill_kernel
-from tsa_compile.kernels.sparse_prefill.strip_device import strip_kernel
+from tsa_compile.kernels.attend.tokens.device import sparse_prefill_kernel
+from tsa_compile.kernels.attend.tokens.strip_device import strip_kernel
 
 
 @triton.jit

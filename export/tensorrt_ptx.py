@@ -15,7 +15,7 @@ import torch
 from tsa_compile.export.aot import compile_triton
 from tsa_compile.export.aot_form import TYPES, parameters
 from tsa_compile.export.errors import ExportError
-from tsa_compile.kernels.sparse_prefill.configs import LOG2_E, precision, prefill_config, strip_config
+from tsa_compile.kernels.common.tiles import LOG2_E, precision, prefill_config, strip_config
 
 SIZES = ("heads", "kv_heads", "q_len", "k_len", "n_heavy")
 _POINTERS = {"indices": "*i32", "counts": "*i32", "slots": "*i32", "heavy": "*i32", "lse": "*fp32", "part_lse": "*fp32"}

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from tsa_compile.kernels.block_sparse.reference import block_sparse_attention_reference, select_blocks_reference
+from tsa_compile.kernels.attend.blocks.reference import block_sparse_attention_reference, select_blocks_reference
 from tsa_compile.kernels.checks import check_attention, check_block_arguments, check_blocks, check_selection
 from tsa_compile.kernels.ops import LIBRARY, empty_result, register
 
@@ -41,7 +41,7 @@ def _blocks_cpu(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 def _blocks_cuda(*args: Any) -> tuple[Tensor, Tensor]:
-    from tsa_compile.kernels.block_sparse.host import select_blocks
+    from tsa_compile.kernels.attend.blocks.host import select_blocks
 
     _check_select_blocks(*args)
     return select_blocks(*args)
@@ -69,7 +69,7 @@ def _block_sparse_cpu(*args: Any) -> Tensor:
 
 
 def _block_sparse_cuda(*args: Any) -> Tensor:
-    from tsa_compile.kernels.block_sparse.host import block_sparse_attention
+    from tsa_compile.kernels.attend.blocks.host import block_sparse_attention
 
     _check_block_sparse(*args)
     return block_sparse_attention(*args)

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
+from tsa_compile.kernels.attend.keys.reference import key_attention_reference
 from tsa_compile.kernels.checks import check_attention, check_lists
-from tsa_compile.kernels.key_attention.reference import key_attention_reference
-from tsa_compile.kernels.key_select.reference import select_keys_reference
 from tsa_compile.kernels.ops import LIBRARY, OBSERVERS, empty_result, register
+from tsa_compile.kernels.select.keys.reference import select_keys_reference
 
 Tensor = torch.Tensor
 _SELECT, _ATTEND = "tsa::select_keys", "tsa::key_attention"
@@ -41,7 +41,7 @@ def _select_cpu(q: Tensor, k: Tensor, key_mask: Tensor | None, scale: float, *nu
 
 
 def _select_cuda(q: Tensor, k: Tensor, key_mask: Tensor | None, scale: float, *numbers: Any) -> tuple[Tensor, Tensor]:
-    from tsa_compile.kernels.key_select.host import select_keys
+    from tsa_compile.kernels.select.keys.host import select_keys
 
     _check_select(q, k, key_mask, *numbers)
     return _observed(select_keys(q, k, key_mask, scale, *numbers), k)
@@ -69,7 +69,7 @@ def _attend_cpu(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor
 
 
 def _attend_cuda(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, scale: float) -> Tensor:
-    from tsa_compile.kernels.key_attention.host import key_attention
+    from tsa_compile.kernels.attend.keys.host import key_attention
 
     _check_attend(q, k, v, indices, counts)
     return key_attention(q, k, v, indices, counts, scale)

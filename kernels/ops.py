@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
+from tsa_compile.kernels.attend.tokens.reference import sparse_attention_reference
 from tsa_compile.kernels.checks import check_attention, check_selection, check_selection_arguments
-from tsa_compile.kernels.sparse_prefill.reference import sparse_attention_reference
-from tsa_compile.kernels.token_select.reference import select_tokens_reference
+from tsa_compile.kernels.select.tokens.reference import select_tokens_reference
 
 Tensor = torch.Tensor
 Selected = tuple[Tensor, Tensor, Tensor]
@@ -61,7 +61,7 @@ def _select_cpu(q: Tensor, k: Tensor, key_mask: Tensor | None, *numbers: Any, sh
 
 
 def _select_cuda(q: Tensor, k: Tensor, key_mask: Tensor | None, *numbers: Any, share: str = "head") -> Selected:
-    from tsa_compile.kernels.token_select.host import select_tokens
+    from tsa_compile.kernels.select.tokens.host import select_tokens
 
     _check_select(q, k, key_mask, *numbers, share=share)
     return _observed(select_tokens(q, k, key_mask, *numbers, share), k)
@@ -101,7 +101,7 @@ def _sparse_cpu(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
 
 
 def _sparse_cuda(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
-    from tsa_compile.kernels.sparse_prefill.host import sparse_attention
+    from tsa_compile.kernels.attend.tokens.host import sparse_attention
 
     _check_sparse(q, k, v, *rest[:4], rest[-1])
     return sparse_attention(q, k, v, *rest)

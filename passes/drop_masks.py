@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch.fx as fx
 
-from tsa_compile.passes.dead_code import erase_dead
-from tsa_compile.passes.graph_names import arg
+from tsa_compile.passes.facts.dead_code import erase_dead
+from tsa_compile.passes.facts.names import arg
+from tsa_compile.passes.facts.sizes import SizeProver, size_expr
 from tsa_compile.passes.site import AttentionSite
-from tsa_compile.passes.sizes import SizeProver, size_expr
 
 if TYPE_CHECKING:
     from tsa_compile.passes.pipeline import Context

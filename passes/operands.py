@@ -8,7 +8,7 @@ import operator
 import torch
 import torch.fx as fx
 
-from tsa_compile.passes.graph_names import tensor_of
+from tsa_compile.passes.facts.names import tensor_of
 from tsa_compile.passes.site import AttentionSite, KeyTerm
 
 aten = torch.ops.aten

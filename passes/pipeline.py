@@ -20,14 +20,14 @@ import torch.fx as fx
 
 import tsa_compile.policies
 from tsa_compile.kernels import ops
-from tsa_compile.passes.decide_policy import Decision, decide_policy
+from tsa_compile.passes.decide import Decision, decide_policy
 from tsa_compile.passes.drop_masks import drop_masks
-from tsa_compile.passes.expand_attention import expand_attention
-from tsa_compile.passes.find_attention import find_attention
+from tsa_compile.passes.expand import expand_attention
+from tsa_compile.passes.find.attention import find_attention
 from tsa_compile.passes.prove_mask.constants import Pattern
-from tsa_compile.passes.rewrite_attention import rewrite_attention
+from tsa_compile.passes.rewrite import rewrite_attention
 from tsa_compile.passes.site import AttentionSite
-from tsa_compile.passes.verify_graph import verify_graph
+from tsa_compile.passes.verify import verify_graph
 from tsa_compile.policies.base import Policy
 
 

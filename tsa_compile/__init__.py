@@ -10,8 +10,8 @@ if not _os.path.isdir(_os.path.join(_os.path.dirname(__file__), "kernels")) and 
 
 from tsa_compile.api import explain, report, restore, transform
 from tsa_compile.backend import register as _register
-from tsa_compile.calibration import calibrate
 from tsa_compile.check import compare
+from tsa_compile.learn import calibrate
 from tsa_compile.plan import Plan
 from tsa_compile.policies.block_sparse import BlockSparse
 from tsa_compile.policies.dense import Dense

@@ -1,5 +1,5 @@
 """`python -m tsa_compile`."""
 
-from tsa_compile.cli import main
+from tsa_compile.frontends.cli import main
 
 main()

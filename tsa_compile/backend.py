@@ -55,8 +55,8 @@ class Backend:
         self._model: Callable[[], torch.nn.Module | None] = (lambda: None) if model is None else weakref.ref(model)
 
     def __call__(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        from tsa_compile.module_tensors import Watched, module_tensors
         from tsa_compile.passes.pipeline import run_pipeline
+        from tsa_compile.watched import Watched, module_tensors
 
         name_modules(gm, self._model())
         original = torch.fx.GraphModule(gm, copy.deepcopy(gm.graph))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tsa_compile import api
-from tsa_compile.trace import record_kept
+from tsa_compile.recorder import record_kept
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -99,7 +99,7 @@ void select_tokens(Call& c) {
   write_lists(c, by_score);
 }
 
-// Query heads that advance together (kernels/sparse_prefill/configs.py, section_heads).
+// Query heads that advance together (kernels/attend/tokens/configs.py, section_heads).
 int64_t section_heads(const Problem& p) {
   const int64_t bytes = (p.dim + p.v_dim) * (p.type == ort::kFloat ? 4 : 2);
   const int64_t fit = std::max<int64_t>(1, (int64_t{32} << 20) / std::max<int64_t>(1, p.k_len * bytes));

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sympy
 import torch.fx as fx
 
-from tsa_compile.passes.graph_names import arg, tensor_of
+from tsa_compile.passes.facts.names import arg, tensor_of
 from tsa_compile.passes.prove_mask.element import Elements, Index, transfer
 from tsa_compile.passes.prove_mask.values import Number, Value, arithmetic, as_numeric, cast, lift, number
 

@@ -8,10 +8,10 @@ import sympy
 import torch
 import torch.fx as fx
 
-from tsa_compile.passes.graph_names import SHAPE_READERS, describe, op_name, tensor_of
+from tsa_compile.passes.facts.names import SHAPE_READERS, describe, op_name, tensor_of
+from tsa_compile.passes.facts.sizes import SizeProver, linear_in, size_expr
 from tsa_compile.passes.prove_mask.formula import BATCH, HEAD, KEY, QUERY, AtMostZero, Data, Formula, conjuncts
 from tsa_compile.passes.site import KeyTerm, MaskFacts, Size
-from tsa_compile.passes.sizes import SizeProver, linear_in, size_expr
 
 INDICES = (BATCH, HEAD, QUERY, KEY)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import sympy
 import torch.fx as fx
 
-from tsa_compile.passes.graph_names import arg, op_name, tensor_of
+from tsa_compile.passes.facts.names import arg, op_name, tensor_of
+from tsa_compile.passes.facts.sizes import size_expr
 from tsa_compile.passes.prove_mask.element import Elements, Index, transfer
 from tsa_compile.passes.prove_mask.formula import AtMostZero
 from tsa_compile.passes.prove_mask.values import Value, cast, number, select
-from tsa_compile.passes.sizes import size_expr
 
 
 @transfer("arange")

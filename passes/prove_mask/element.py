@@ -16,10 +16,10 @@ import sympy
 import torch
 import torch.fx as fx
 
-from tsa_compile.passes.graph_names import op_name, tensor_of, value_of
+from tsa_compile.passes.facts.names import op_name, tensor_of, value_of
+from tsa_compile.passes.facts.sizes import Bounds, SizeProver, size_expr
 from tsa_compile.passes.prove_mask.formula import AtMostZero, Data, Formula, IsZero
 from tsa_compile.passes.prove_mask.values import Number, Value, Where, fits, is_formula, number
-from tsa_compile.passes.sizes import Bounds, SizeProver, size_expr
 
 if TYPE_CHECKING:
     from tsa_compile.passes.prove_mask.constants import Constants

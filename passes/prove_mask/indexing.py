@@ -7,11 +7,11 @@ from typing import Any as Anything
 import sympy
 import torch.fx as fx
 
-from tsa_compile.passes.graph_names import arg, op_name, tensor_of
+from tsa_compile.passes.facts.names import arg, op_name, tensor_of
+from tsa_compile.passes.facts.sizes import size_expr
 from tsa_compile.passes.prove_mask.element import Elements, Index, transfer
 from tsa_compile.passes.prove_mask.formula import AtMostZero, Formula, both
 from tsa_compile.passes.prove_mask.values import Number, Value, cast, number, select
-from tsa_compile.passes.sizes import size_expr
 
 
 @transfer("expand", "broadcast_to", "expand_as")

@@ -8,7 +8,7 @@ from typing import Any as Anything
 import torch
 import torch.fx as fx
 
-from tsa_compile.passes.graph_names import SAME_VALUE, arg, tensor_of
+from tsa_compile.passes.facts.names import SAME_VALUE, arg, tensor_of
 from tsa_compile.passes.prove_mask.element import Elements, Index, transfer
 from tsa_compile.passes.prove_mask.formula import Data, Formula, both, either, opposite
 from tsa_compile.passes.prove_mask.values import (

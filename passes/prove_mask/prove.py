@@ -10,8 +10,9 @@ import sympy
 import torch
 import torch.fx as fx
 
-from tsa_compile.passes.graph_names import describe, tensor_of
-from tsa_compile.passes.mutation import written_nodes
+from tsa_compile.passes.facts.mutation import written_nodes
+from tsa_compile.passes.facts.names import describe, tensor_of
+from tsa_compile.passes.facts.sizes import SizeProver, size_expr
 from tsa_compile.passes.prove_mask import along_a_dim, creation, indexing, pointwise  # noqa: F401  (register transfers)
 from tsa_compile.passes.prove_mask.classify import Lengths, UnprovenMask, classify
 from tsa_compile.passes.prove_mask.constants import Constants
@@ -19,7 +20,6 @@ from tsa_compile.passes.prove_mask.element import Elements, Index
 from tsa_compile.passes.prove_mask.formula import BATCH, HEAD, KEY, QUERY, AtMostZero, Data, Formula, both, opposite
 from tsa_compile.passes.prove_mask.values import HIDDEN_BELOW, Value, Where, is_formula, visible
 from tsa_compile.passes.site import MaskFacts, Size
-from tsa_compile.passes.sizes import SizeProver, size_expr
 
 
 @dataclasses.dataclass(frozen=True)

@@ -76,7 +76,7 @@ def test_capture_and_replay(model, compiler):
 def test_ten_lengths_compile_no_kernel_after_two(model):
     from triton import knobs
 
-    from tsa_compile.kernels.token_select.device import select_kernel
+    from tsa_compile.kernels.select.tokens.device import select_kernel
 
     compiled = []
     select_kernel.device_caches.clear()  # another test may have compiled it

@@ -76,7 +76,7 @@ def run(code: str, *args: str) -> str:
 
 def test_everything_imports_without_the_optional_packages():
     hide = f"import sys; [sys.modules.__setitem__(m, None) for m in {OPTIONAL}]; "
-    code = "import tsa_compile, tsa_compile.backend, tsa_compile.cli, tsa_compile.export, tsa_compile.passes.pipeline"
+    code = "import tsa_compile, tsa_compile.backend, tsa_compile.frontends.cli, tsa_compile.export, tsa_compile.passes.pipeline"
     run(hide + code + "; import torch; torch.ops.tsa.select_tokens")
 
 

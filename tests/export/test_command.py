@@ -12,8 +12,8 @@ pytest.importorskip("transformers", reason="extra 'hf' is not installed")
 
 import tsa_compile as tsa  # noqa: E402
 from tests.api.tiny import tiny_llama, token_ids  # noqa: E402
-from tsa_compile.export.command import Request, export_file, export_model  # noqa: E402
 from tsa_compile.export.errors import ExportError  # noqa: E402
+from tsa_compile.export.export_cli import Request, export_file, export_model  # noqa: E402
 from tsa_compile.plan import as_plan  # noqa: E402
 
 PLAN = as_plan(tsa.TokenSparse(coverage=0.3, window=16, min_tokens=32, completion=tsa.Completion(24, 4, 20)))

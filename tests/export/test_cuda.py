@@ -60,7 +60,7 @@ def test_the_cuda_kernel_equals_the_operator(site, library, dtype, dim, v_dim, m
 
 
 def test_the_node_runs_on_the_gpu(site, library, tmp_path):
-    from tsa_compile.bench.onnx_cuda import placement
+    from tsa_compile.tools.bench.onnx_cuda import placement
 
     node = site.node(Variant(False, True), site.paper)
     node.overload = ""

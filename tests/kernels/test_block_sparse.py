@@ -15,17 +15,17 @@ import tsa_compile as tsa
 from tests.api.tiny import tiny_llama, token_ids
 from tsa_compile.export.errors import ExportError
 from tsa_compile.export.trace import trace
-from tsa_compile.kernels.block_sparse.reference import (
+from tsa_compile.kernels.attend.blocks.reference import (
     block_masses,
     block_sparse_attention_reference,
     kept_by_mass,
     select_blocks_reference,
 )
-from tsa_compile.kernels.sparse_prefill.definition import sparse_attention_oracle
+from tsa_compile.kernels.attend.tokens.definition import sparse_attention_oracle
 from tsa_compile.policies.base import from_dict
 
 pytest.importorskip("triton")
-from tsa_compile.kernels.block_sparse import host
+from tsa_compile.kernels.attend.blocks import host
 
 _spec = importlib.util.spec_from_file_location("sparse_prefill_cases", Path(__file__).with_name("test_sparse_prefill.py"))
 cases = importlib.util.module_from_spec(_spec)

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from tsa_compile.kernels.sparse_prefill import engines
+from tsa_compile.kernels.attend.tokens import engines
 
 
 @pytest.fixture

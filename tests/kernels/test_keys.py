@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tsa_compile.kernels import key_ops  # noqa: F401
-from tsa_compile.kernels.key_attention.reference import key_attention_reference
-from tsa_compile.kernels.key_select.reference import probe_ranks, probe_scores_reference, select_keys_reference
+from tsa_compile.kernels.attend.keys.reference import key_attention_reference
+from tsa_compile.kernels.select.keys.reference import probe_ranks, probe_scores_reference, select_keys_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SELECT = (0.3, 0.1, 8, 8)  # scale, coverage, probes, min_keys
@@ -92,8 +92,8 @@ def test_coverage_zero_is_dense_attention():
 @pytest.fixture(scope="module")
 def host():
     pytest.importorskip("triton")
-    from tsa_compile.kernels.key_attention import host as attention
-    from tsa_compile.kernels.key_select import host as select
+    from tsa_compile.kernels.attend.keys import host as attention
+    from tsa_compile.kernels.select.keys import host as select
 
     return select, attention
 
@@ -119,7 +119,7 @@ def test_probe_scores_against_float64(host, dtype, q_len, k_len, dim, probes, pa
 def test_the_same_sets_as_the_reference(data):
     """Keys on a grid, so that scores of float32 and float64 order alike; ties are broken by position in both."""
     pytest.importorskip("triton")
-    from tsa_compile.kernels.key_select.host import select_keys
+    from tsa_compile.kernels.select.keys.host import select_keys
 
     torch.manual_seed(data.draw(st.integers(0, 1000)))
     q_len, k_len = data.draw(st.sampled_from([(70, 70), (3, 70), (90, 41), (1, 1), (5, 10)]))
@@ -235,8 +235,8 @@ def test_large(host, dtype, dim, v_dim):
 
 @pytest.mark.gpu
 def test_no_synchronisation_graph_replay_and_no_recompile():
-    from tsa_compile.kernels.key_attention.device import key_attention_kernel, pack_keys_kernel
-    from tsa_compile.kernels.key_select.device import probe_lse_kernel
+    from tsa_compile.kernels.attend.keys.device import key_attention_kernel, pack_keys_kernel
+    from tsa_compile.kernels.select.keys.device import probe_lse_kernel
 
     def call(q, k, v, mask):
         return torch.ops.tsa.key_attention(q, k, v, *torch.ops.tsa.select_keys(q, k, mask, 0.125, 0.3, 64, 64), 0.125)

@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tsa_compile.kernels.sparse_prefill.strip import rank_order
-from tsa_compile.kernels.token_scores.reference import token_scores_reference
-from tsa_compile.kernels.token_select import host
-from tsa_compile.kernels.token_select.reference import count_dropped, largest, select_tokens_reference
+from tsa_compile.kernels.attend.tokens.strip import rank_order
+from tsa_compile.kernels.score.window.reference import token_scores_reference
+from tsa_compile.kernels.select.tokens import host
+from tsa_compile.kernels.select.tokens.reference import count_dropped, largest, select_tokens_reference
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -223,9 +223,9 @@ def test_no_synchronisation_and_graph_replay():
 
 @pytest.mark.gpu
 def test_a_new_length_compiles_nothing():
-    from tsa_compile.kernels.token_scores import device as scores
-    from tsa_compile.kernels.token_select import count_device as count
-    from tsa_compile.kernels.token_select import device as select
+    from tsa_compile.kernels.score.window import device as scores
+    from tsa_compile.kernels.select.tokens import count_device as count
+    from tsa_compile.kernels.select.tokens import device as select
 
     kernels = [scores.score_lse_kernel, scores.score_mean_kernel, count.pool_kernel, count.count_kernel, select.select_kernel]
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import tsa_compile as tsa
 from tests.passes.graphs import Wrapped
-from tsa_compile.passes.graph_names import arg, op_name
+from tsa_compile.passes.facts.names import arg, op_name
 from tsa_compile.passes.pipeline import run_pipeline
 
 

@@ -1,0 +1,142 @@
+"""Block-sparse attention on the GPU: launches of the choice of blocks and of the attention. docs/operators.md is the contract."""
+
+from __future__ import annotations
+
+import torch
+
+from tsa_compile.kernels.attend.blocks.reference import block_sparse_attention_reference
+from tsa_compile.kernels.attend.tokens.host import check_triton
+from tsa_compile.kernels.attend.tokens.strip import add_strip, invert, rank_order
+from tsa_compile.kernels.common.tiles import LOG2_E, capability_of, precision, prefill_config, section_heads
+
+Tensor = torch.Tensor
+_COLUMNS = 64  # pooled keys a step
+_CHUNK = 256  # masses a step
+
+
+def select_blocks(
+    q: Tensor,
+    k: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    scale: float,
+    block: int,
+    pool: int,
+    mass: float,
+    sinks: int,
+    local: int,
+    dense_below: int,
+) -> tuple[Tensor, Tensor]:
+    """`tsa::select_blocks` by Triton: (blocks int16 `[B, H, N, N]`, block_counts int32 `[B, H, N]`), `N = ceil(Lk / block)`.
+
+    Nothing waits for the device. Scratch: 4 bytes a pair of blocks and head, and the pooled rows.
+    Source: arXiv 2502.20766, section 3.
+
+    Raises:
+        ValueError: float64, which Triton's dot does not take.
+    """
+    check_triton(q, k, scale, "fused")
+    import triton
+
+    from tsa_compile.kernels.attend.blocks import device
+
+    (batch, heads, q_len, dim), k_len, lists = q.shape, k.shape[2], indices.shape[1]
+    per_block, n_blocks = block // pool, triton.cdiv(k_len, block)
+    n_pooled, block_d = n_blocks * per_block, max(16, triton.next_power_of_2(dim))
+    new = lambda *shape, dtype=q.dtype: torch.empty(shape, dtype=dtype, device=q.device)  # noqa: E731
+    queries, keys = new(batch, heads, n_pooled, dim), new(batch, lists, n_pooled, dim)
+    masses = new(batch, heads, n_blocks, n_blocks, dtype=torch.float32)
+    blocks = new(batch, heads, n_blocks, n_blocks, dtype=torch.int16)
+    block_counts = new(batch, heads, n_blocks, dtype=torch.int32)
+    if blocks.numel() == 0:
+        return blocks, block_counts
+    lists_of = (*indices.stride()[:2],)
+    sub = max(1, 64 // pool)
+    for x, pooled, skipped in ((q, queries, k_len - q_len), (k, keys, 0)):
+        device.pool_rows_kernel[(triton.cdiv(n_pooled, sub), batch * pooled.shape[1])](
+            x, pooled, indices, counts, *x.stride(), *lists_of, pooled.shape[1], x.shape[1], lists, skipped, n_pooled,
+            D=dim, BLOCK_D=block_d, POOL=pool, SUB=sub,
+        )  # fmt: skip
+    grid = (n_blocks, batch * heads)
+    device.block_mass_kernel[grid](
+        queries, keys, masses, indices, counts, *lists_of, heads, lists, q_len, k_len, n_pooled, n_blocks, scale * LOG2_E,
+        D=dim, BLOCK_D=block_d, POOL=pool, PER=per_block, COLS=_COLUMNS, PRECISION=precision(q.dtype), num_stages=2,
+    )  # fmt: skip
+    device.pick_blocks_kernel[grid](
+        masses, blocks, block_counts, indices, counts, *lists_of, heads, lists, q_len, k_len, n_blocks, mass, sinks, local,
+        dense_below, BLOCK=block, CHUNK=_CHUNK, num_warps=1,
+    )  # fmt: skip
+    return blocks, block_counts
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    heavy_indices: Tensor,
+    blocks: Tensor,
+    block_counts: Tensor,
+    key_mask: Tensor | None,
+    scale: float,
+    strip_window: int,
+    strip_sinks: int,
+    block: int,
+    engine: str = "auto",
+) -> Tensor:
+    """`tsa::block_sparse_attention`: `[B, H, Lq, Dv]`, stored as `[B, Lq, H, Dv]`.
+
+    Nothing waits for the device, except engine "reference".
+
+    Raises:
+        ValueError: a dtype, head dim or scale that Triton does not take.
+    """
+    if engine == "reference":
+        rest = (blocks, block_counts, key_mask, scale, strip_window, strip_sinks, block)
+        return block_sparse_attention_reference(q, k, v, indices, counts, heavy_indices, *rest)
+    check_triton(q, v, scale, engine)
+    batch, heads, q_len, _ = q.shape
+    out = q.new_empty(batch, q_len, heads, v.shape[-1]).transpose(1, 2)
+    strip = strip_window > 0 or strip_sinks > 0 or heavy_indices.shape[-1] > 0
+    lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device) if strip else None
+    _launch(q, k, v, out, lse, indices, counts, blocks, block_counts, scale, block)
+    if strip:
+        order = None if key_mask is None else rank_order(key_mask)
+        slots = invert(indices, counts)
+        add_strip(q, k, v, out, out, lse, slots, heavy_indices, order, scale, strip_window, strip_sinks)  # type: ignore[arg-type]
+    return out
+
+
+def _launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor | None,
+    indices: Tensor,
+    counts: Tensor,
+    blocks: Tensor,
+    block_counts: Tensor,
+    scale: float,
+    block: int,
+) -> None:
+    """Attention of the kept tokens in their blocks into `out`; `lse` None: the other rows are zeroed."""
+    import triton
+
+    from tsa_compile.kernels.attend.blocks.device import block_prefill_kernel
+
+    (batch, heads, q_len, dim), (kv_heads, k_len), v_dim = q.shape, k.shape[1:3], v.shape[-1]
+    block_d, block_dv = (max(16, triton.next_power_of_2(d)) for d in (dim, v_dim))
+    config = prefill_config(max(block_d, block_dv), q.dtype, capability_of(q.device))
+    block_m, block_n = min(config.block_m, block), min(config.block_n, block)
+    tiles = min(triton.cdiv(k_len, block_m), triton.cdiv(q_len, block_m) + 1)  # that hold a query
+    section = section_heads(heads, kv_heads, k_len, (dim + v_dim) * q.element_size())
+    block_prefill_kernel[(batch * heads * tiles,)](
+        q, k, v, out, out if lse is None else lse, indices, counts, blocks, block_counts,
+        *q.stride(), *k.stride(), *v.stride(), *out.stride()[:3], *indices.stride()[:2],
+        heads, kv_heads, indices.shape[1], q_len, k_len, blocks.shape[-1], tiles, section, scale * LOG2_E,
+        D=dim, DV=v_dim, BLOCK_D=block_d, BLOCK_DV=block_dv, BLOCK=block, BLOCK_M=block_m, BLOCK_N=block_n,
+        STRIP=lse is not None, PRECISION=precision(q.dtype),
+        num_warps=4 if block_m < 128 else config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip

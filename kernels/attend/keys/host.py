@@ -1,0 +1,59 @@
+"""Attention to kept keys on the GPU: the launch of device.py. The contract is docs/operators.md, `key_attention`."""
+
+from __future__ import annotations
+
+import torch
+
+from tsa_compile.kernels.common.tiles import LOG2_E, Config, capability_of, precision, prefill_config
+
+Tensor = torch.Tensor
+
+
+def key_attention(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, scale: float) -> Tensor:
+    """softmax(scale q k^T) v over each head's kept keys, for every query.
+
+    Args:
+        q, k, v: [B, H, Lq, D], [B, Hk, Lk, D], [B, Hk, Lk, Dv]; fp16, bf16 or fp32, any strides.
+        indices, counts: int32 [B, G, Lk], [B] from `select_keys`; G is H or Hk.
+        scale: positive factor of the scores.
+
+    Returns:
+        [B, H, Lq, Dv], stored as [B, Lq, H, Dv]; zero in a row of the batch without a kept key. Scratch: K and V of each list.
+
+    Raises:
+        ValueError: float64, or a scale that is not positive. Nothing here waits for the device.
+    """
+    if q.dtype == torch.float64 or scale <= 0:
+        raise ValueError(f"tsa::key_attention on a GPU takes no float64 and a positive scale, got {q.dtype} and {scale}")
+    import triton
+
+    from tsa_compile.kernels.attend.keys.device import key_attention_kernel, pack_keys_kernel
+
+    (batch, heads, q_len, dim), (kv_heads, k_len), v_dim, lists = q.shape, k.shape[1:3], v.shape[3], indices.shape[1]
+    out = q.new_empty(batch, q_len, heads, v_dim).transpose(1, 2)
+    if out.numel() == 0:
+        return out
+    packed_k, packed_v = (x.new_empty(batch, lists, k_len, x.shape[3]) for x in (k, v))
+    block_d, block_dv = (max(16, triton.next_power_of_2(x)) for x in (dim, v_dim))
+    shape = {"D": dim, "DV": v_dim, "BLOCK_D": block_d, "BLOCK_DV": block_dv}
+    if k_len:
+        pack_keys_kernel[(triton.cdiv(k_len, 64), batch * lists)](
+            k, v, packed_k, packed_v, indices, counts, *k.stride(), *v.stride(), *indices.stride()[:2],
+            kv_heads, lists, k_len, **shape, BLOCK=64,
+        )  # fmt: skip
+    config = _config(max(block_d, block_dv), q)
+    tiles = triton.cdiv(q_len, config.block_m)
+    key_attention_kernel[(batch * heads * tiles,)](
+        q, packed_k, packed_v, out, counts, *q.stride(), *out.stride()[:3],
+        heads, lists, q_len, k_len, tiles, scale * LOG2_E, **shape,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, PRECISION=precision(q.dtype),
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return out
+
+
+def _config(block_d: int, q: Tensor) -> Config:
+    """Tiles and warps by head dim and dtype, chosen on an H200; never by length."""
+    if q.dtype != torch.float32 and block_d != 128:
+        return Config(64, 64, 4, 3) if block_d <= 64 else Config(64, 64, 8, 2)
+    return prefill_config(block_d, q.dtype, capability_of(q.device))

@@ -1,0 +1,73 @@
+"""Launch of the warp-specialised prefill kernel for compute capability 9.0."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from tsa_compile.kernels.common.tiles import LOG2_E, capability_of, section_heads
+
+Tensor = torch.Tensor
+HEAD_DIMS = (64, 128)
+BLOCK, STAGES = 128, 3  # queries of a tile and keys of a block, as in hopper_ring_device.py; blocks in flight
+#: Tiles a program from which they are taken from a queue, which costs a launch to clear, but keeps programs together, and so the
+#: rows they read in L2, and ends them together.
+QUEUED_FROM = 16
+
+
+def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the kernel runs this call: Hopper, half precision, head dim 64 or 128, rows of whole 16-byte pieces."""
+    return (
+        q.device.type == "cuda"
+        and capability_of(q.device) == (9, 0)
+        and q.dtype in (torch.float16, torch.bfloat16)
+        and q.shape[-1] == v.shape[-1]
+        and q.shape[-1] in HEAD_DIMS
+        and all(_aligned(x) for x in (q, k, v))
+    )
+
+
+def _aligned(x: Tensor) -> bool:
+    *outer, last = x.stride()
+    return last == 1 and x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in outer)
+
+
+def launch(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, indices: Tensor, counts: Tensor, scale: float,
+    packed: bool = False,
+) -> None:  # fmt: skip
+    """As `fused.launch_prefill`. `packed`: k and v are the kept rows of each list, [B, G, Lk, D], finite up to BLOCK rows behind
+    the last."""
+    import triton
+
+    from tsa_compile.kernels.attend.tokens.hopper_device import sparse_prefill_hopper_kernel
+
+    (batch, heads, q_len, dim), (kv_heads, k_len) = q.shape, k.shape[1:3]
+    tiles = min(triton.cdiv(k_len, BLOCK), triton.cdiv(q_len, BLOCK) + 1)
+    section = section_heads(heads, kv_heads, k_len, 2 * dim * q.element_size())
+    total = batch * heads * tiles
+    programs = min(total, _multiprocessors(q.device))
+    queued = total >= QUEUED_FROM * programs
+    queue = torch.zeros(1, dtype=torch.int32, device=q.device) if queued else counts
+    sparse_prefill_hopper_kernel[(programs,)](
+        q, *((_descriptor(k), _descriptor(v)) if packed else (k, v)), out, out if lse is None else lse, indices, counts,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *indices.stride()[:2],
+        heads, kv_heads, indices.shape[1], q_len, k_len, total, tiles, section, queue, int(queued), scale * LOG2_E,
+        D=dim, STAGES=STAGES, STRIP=lse is not None, PACKED=packed, num_warps=4,
+    )  # fmt: skip
+
+
+def _descriptor(packed: Tensor) -> Any:
+    """What the tensor memory accelerator reads the rows of [B, G, Lk, D] by."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    rows = packed.view(-1, packed.shape[-1])
+    return TensorDescriptor.from_tensor(rows, [BLOCK, rows.shape[1]], gl.NVMMASharedLayout(128, 16, 2))
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

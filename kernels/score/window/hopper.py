@@ -1,0 +1,85 @@
+"""Launch of the window scores for compute capability 9.0 (hopper_device.py)."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+Tensor = torch.Tensor
+BLOCK, MAX_SPLITS = 128, 32  # as the kernels have them
+HEAD_DIMS = (64, 128)
+_SHARED_TILES = 196_608  # bytes for tiles of queries and keys
+
+
+def takes(q: Tensor, k: Tensor, window: int) -> bool:
+    """Whether the kernels run this call: Hopper, half precision, head dim 64 or 128, one tile of queries, aligned rows."""
+    return (
+        q.device.type == "cuda"
+        and torch.cuda.get_device_capability(q.device) == (9, 0)
+        and q.dtype in (torch.float16, torch.bfloat16)
+        and q.shape[-1] in HEAD_DIMS
+        and window <= BLOCK
+        and all(_aligned(x) for x in (q, k))
+    )
+
+
+def _aligned(x: Tensor) -> bool:
+    *outer, last = x.stride()
+    return last == 1 and x.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in outer)
+
+
+def tiles(group: int, dim: int, element_size: int) -> tuple[int, int]:
+    """(heads of a group that a program scores together, stages of its ring of key tiles)."""
+    together = 2 if group % 2 == 0 else 1  # four leave too few registers for both passes in one kernel
+    return together, min(4, _SHARED_TILES // (BLOCK * dim * element_size) - together)
+
+
+def launch(
+    q: Tensor,
+    k: Tensor,
+    order: Tensor,
+    ranks: Tensor,
+    padded: bool,
+    scale_log2: float,
+    window: int,
+    mean: Tensor,
+    through: Tensor,
+) -> None:
+    """Mean attention of the last `window` queries to each key before the window, to `mean` float32 `[B, H, Lk]` by rank.
+
+    through: int32 `[B * H]`, zero.
+    """
+    import triton
+
+    from tsa_compile.kernels.score.window.hopper_device import score_hopper_kernel
+    from tsa_compile.kernels.score.window.hopper_ring_device import WARPS
+
+    (batch, heads, q_len, dim), (kv_heads, k_len) = q.shape, k.shape[1:3]
+    together, stages = tiles(heads // kv_heads, dim, q.element_size())
+    programs, processors = max(1, batch * heads // together), _multiprocessors(q.device)
+    most = max(1, min(processors // programs, MAX_SPLITS))
+    span = triton.cdiv(triton.cdiv(k_len, most), BLOCK) * BLOCK
+    splits = triton.cdiv(k_len, span)
+    part = torch.empty(2, batch, heads, splits, window, dtype=torch.float32, device=q.device)
+    operands = (q, k, part[0], part[1], through, mean, order, ranks, *q.stride()[:3], *k.stride()[:3])
+    sizes = (heads, kv_heads, q_len, k_len, window, splits, span, scale_log2)
+    shape = {"D": dim, "HEADS": together, "STAGES": stages, "PADDED": padded, "num_warps": WARPS.value}
+    grid = (programs, splits)
+    kernel = score_hopper_kernel[grid]
+    if _run_at_once(grid, processors):
+        most = triton.next_power_of_2(most)
+        kernel(*operands, *sizes, **shape, SPLITS=most, LSE=True, MEAN=True, launch_cooperative_grid=True)
+    else:
+        kernel(*operands, *sizes, **shape, SPLITS=MAX_SPLITS, LSE=True, MEAN=False)
+        kernel(*operands, *sizes, **shape, SPLITS=MAX_SPLITS, LSE=False, MEAN=True)
+
+
+def _run_at_once(grid: tuple[int, int], processors: int) -> bool:
+    """Whether all programs have a multiprocessor of their own, so that they can wait for each other."""
+    return grid[0] * grid[1] <= processors
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

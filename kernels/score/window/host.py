@@ -1,0 +1,66 @@
+"""Launches of the window scores (device.py). The contract is docs/operators.md, `select_tokens`, steps 2 and 3."""
+
+from __future__ import annotations
+
+import torch
+
+from tsa_compile.kernels.score.window import hopper
+
+Tensor = torch.Tensor
+LOG2_E = 1.4426950408889634
+_PROGRAMS = 528  # at least: four for each multiprocessor of a Hopper GPU
+_MIN_SPAN = 512  # keys a program reads, at least
+
+
+def window_scores(
+    q: Tensor, k: Tensor, order: Tensor, ranks: Tensor, padded: bool, scale: float, window: int, through: Tensor | None = None
+) -> Tensor:
+    """Mean attention of each row's last `window` queries to each key before the window, not yet pooled.
+
+    Args:
+        q, k: `[B, H, Lq, D]`, `[B, Hk, Lk, D]`; fp16, bf16 or fp32, any strides.
+        order, ranks: int32 `[B, Lk]` of `rank_order`; not read unless `padded`.
+        padded: whether the batch has padding.
+        scale: factor of the scores.
+        window: scoring queries, in tokens.
+        through: int32 `[B * H]`, zero, for programs to wait for each other; None: allocated here.
+
+    Returns:
+        float32 `[B, H, Lk]` by rank; from rank `L - window` on undefined.
+    """
+    (batch, heads, q_len, dim), (kv_heads, k_len) = q.shape, k.shape[1:3]
+    mean = torch.empty(batch, heads, k_len, dtype=torch.float32, device=q.device)
+    if hopper.takes(q, k, window):
+        through = torch.zeros(batch * heads, dtype=torch.int32, device=q.device) if through is None else through
+        hopper.launch(q, k, order, ranks, padded, scale * LOG2_E, window, mean, through)
+        return mean
+    import triton
+
+    from tsa_compile.kernels.score.window.device import score_lse_kernel, score_mean_kernel
+
+    block_d, block_m, block_n, warps, stages = _config(q, window)
+    splits = max(1, min(triton.cdiv(_PROGRAMS, batch * heads), triton.cdiv(k_len, _MIN_SPAN)))
+    span = triton.cdiv(triton.cdiv(k_len, splits), block_n) * block_n
+    splits = max(1, triton.cdiv(k_len, span))
+    part = torch.empty(2, batch, heads, splits, window, dtype=torch.float32, device=q.device)
+    strides = (*q.stride(), *k.stride())
+    sizes = (heads, kv_heads, q_len, k_len, window, splits, span, scale * LOG2_E)
+    shape = {
+        "D": dim, "BLOCK_D": block_d, "BLOCK_M": block_m, "BLOCK_N": block_n, "PADDED": padded,
+        "PRECISION": "tf32x3" if q.dtype == torch.float32 else "ieee", "num_warps": warps, "num_stages": stages,
+    }  # fmt: skip
+    row_blocks = triton.cdiv(window, block_m)
+    score_lse_kernel[(batch * heads, splits, row_blocks)](q, k, part[0], part[1], order, ranks, *strides, *sizes, **shape)
+    score_mean_kernel[(batch * heads, splits)](q, k, part[0], part[1], mean, order, ranks, *strides, *sizes, **shape)
+    return mean
+
+
+def _config(q: Tensor, window: int) -> tuple[int, int, int, int, int]:
+    """(BLOCK_D, BLOCK_M, BLOCK_N, warps, stages) by head dim, dtype and window; never by length."""
+    import triton
+
+    block_d = max(16, triton.next_power_of_2(q.shape[-1]))
+    block_m = min(128, max(16, triton.next_power_of_2(window)))
+    if q.dtype == torch.float32:
+        return block_d, min(block_m, 64), 32, 4, 2
+    return (block_d, block_m, 128, 8, 3) if block_d <= 128 else (block_d, min(block_m, 64), 64, 4, 2)

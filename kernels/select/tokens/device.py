@@ -1,0 +1,300 @@
+"""Which tokens a head keeps, on the GPU and without sorting: bins, radix search, stable compaction. Triton.
+
+A list is cut at the score of its last token. Scores are binned, those of the bin that has the cut are gathered, and the cut
+is found among them: few by comparing all, many by radix search. Up to CHUNK scores, one program does that and writes the
+list. Of longer rows, programs over chunks bin and gather, the last of them finds the cut, and all write their parts, whose
+places follow from the bins of the chunks before. Scores are >= 0, so that their float32 bits, as integers, keep their order.
+"""
+
+import triton
+import triton.language as tl
+
+from tsa_compile.kernels.score.window.device import positions_of, row_extent
+
+BINS = tl.constexpr(256)  # 8 an octave, from 2**-32 to 1
+FIRST_OCTAVE = tl.constexpr(760)  # 8 * (127 - 32)
+CHUNKS = tl.constexpr(16)  # whose bins are read at a time
+FEW = tl.constexpr(256)  # scores that are compared with each other
+MORE = tl.constexpr(512)  # scores that the radix search takes at a time; a bin has seldom more
+LENGTHS = ("heads", "q_len", "k_len", "window", "heavy")
+
+
+@triton.jit
+def score_bin(bits):
+    """The bin of a score >= 0, given as bits; a larger score has no lower bin."""
+    return tl.minimum(tl.maximum((bits >> 20) - FIRST_OCTAVE, 0), BINS - 1)
+
+
+@triton.jit
+def load_bits(scores, i, ok):
+    return tl.load(scores + i, mask=ok, other=0.0).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def bin_scores(scores, first, end, BLOCK: tl.constexpr):
+    """How many of the scores first..end-1 are in each bin."""
+    count = tl.zeros([BINS], tl.int32)
+    for start in tl.range(first, end, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        count += tl.histogram(score_bin(load_bits(scores, i, i < end)), BINS, mask=i < end)
+    return count
+
+
+@triton.jit
+def from_top(count, n, k):
+    """From the counts of the bins of n values: number of the bin with the k-th largest, how many of that bin are among the
+    k largest, how many it has."""
+    above = n - tl.cumsum(count, 0)  # how many in higher bins
+    here = (above < k) & (above + count >= k)
+    bin = tl.arange(0, BINS).to(tl.int64)
+    found = tl.sum(tl.where(here, (bin << 48) + (above.to(tl.int64) << 24) + count, 0))  # of one bin; a row has fewer than 2**24
+    return (found >> 48).to(tl.int32), k - ((found >> 24) & 0xFFFFFF).to(tl.int32), (found & 0xFFFFFF).to(tl.int32)
+
+
+@triton.jit
+def add_digits(count, values, end, prefix, shift, width):
+    """Adds, of the values whose bits above `shift + width` are `prefix`, how many have each next digit of `width` bits."""
+    for start in tl.range(0, end, MORE):
+        i = start + tl.arange(0, MORE)
+        upper = load_bits(values, i, i < end) >> shift
+        digit = upper & ((1 << width) - 1)
+        count += tl.histogram(digit, BINS, mask=(i < end) & ((upper >> width) == prefix))
+    return count
+
+
+@triton.jit
+def kth_largest(values, n, k, cut, shift, complete):
+    """(bits of the k-th largest of n values, how many equal to it are among the k largest): radix search, 8 bits at a time.
+
+    `cut` are the bits from `shift` on, which all values share. `complete`: no other score has them; the search then ends at
+    digits of which all values are among the k largest, with a cut just below those.
+    """
+    need, inside = k, n
+    while (shift > 0) & ((need < inside) | (complete == 0)):
+        width = tl.minimum(shift, 8)
+        shift -= width
+        count = add_digits(tl.zeros([BINS], tl.int32), values, n, cut, shift, width)
+        digit, need, inside = from_top(count, inside, need)
+        cut = (cut << width) | digit
+    return tl.where(shift > 0, (cut << shift) - 1, cut), tl.where(shift > 0, 0, need)
+
+
+@triton.jit
+def load_bins(bins, chunks, first):
+    """Bins [CHUNKS, BINS] of the chunks from `first` on; zero from `chunks` on."""
+    c = first + tl.arange(0, CHUNKS)[:, None]
+    return tl.load(bins + c * BINS + tl.arange(0, BINS)[None, :], mask=c < chunks, other=0)
+
+
+@triton.jit
+def count_bins(bins, chunks):
+    """The bins of all chunks together."""
+    count = tl.zeros([BINS], tl.int32)
+    for first in tl.range(0, chunks, CHUNKS):
+        count += tl.sum(load_bins(bins, chunks, first), 0)
+    return count
+
+
+@triton.jit
+def found_before(bins, chunk, at):
+    """How many scores of bin `at` the chunks before this one have."""
+    total = tl.zeros([], tl.int32)
+    for first in tl.range(0, chunk, CHUNKS):
+        c = first + tl.arange(0, CHUNKS)
+        total += tl.sum(tl.load(bins + c * BINS + at, mask=c < chunk, other=0))
+    return total
+
+
+@triton.jit
+def gather_bin(scores, first, end, at, to, BLOCK: tl.constexpr):
+    """Those of the scores first..end-1 that are in bin `at`, to `to`."""
+    found = tl.zeros([], tl.int32)
+    for start in tl.range(first, end, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        bits = load_bits(scores, i, i < end)
+        inside = ((score_bin(bits) == at) & (i < end)).to(tl.int32)
+        tl.store(to + found + tl.cumsum(inside, 0) - 1, bits.to(tl.float32, bitcast=True), mask=inside > 0)
+        if start + BLOCK < end:
+            found += tl.sum(inside)
+
+
+@triton.jit
+def kth_of_few(values, n, k):
+    """(bits of the k-th largest of n values, at most FEW, how many equal to it are among the k largest)."""
+    i, j = tl.arange(0, FEW)[:, None], tl.arange(0, FEW)[None, :]
+    above = tl.sum((load_bits(values, j, j < n) > load_bits(values, i, i < n)).to(tl.int32), 1)
+    i = tl.arange(0, FEW)
+    chosen = (above < k) & (i < n)  # those with fewer than k above them; the least of them is the k-th
+    least = tl.min(tl.where(chosen, (load_bits(values, i, i < n).to(tl.int64) << 32) + above, 0x7FFFFFFFFFFFFFFF))
+    return (least >> 32).to(tl.int32), k - least.to(tl.int32)
+
+
+@triton.jit
+def kth_of_bin(gathered, found, at, k):
+    """As `kth_largest`, of all scores of bin `at`."""
+    if found <= FEW:
+        cut, need = kth_of_few(gathered, found, k)
+    else:
+        inner = (at > 0) & (at < BINS - 1)  # the outermost bins hold more than their octave's eighth
+        prefix, shift = tl.where(inner, at + FIRST_OCTAVE, 0), tl.where(inner, 20, 31)
+        cut, need = kth_largest(gathered, found, k, prefix, shift, inner.to(tl.int32))
+    return cut, need
+
+
+@triton.jit
+def count_before(gathered, bins, chunk, at, cut, BLOCK: tl.constexpr):
+    """How many scores of the chunks before this one are above the cut, and how many equal it."""
+    above, equal = tl.zeros([], tl.int32), tl.zeros([], tl.int32)
+    for first in tl.range(0, chunk, CHUNKS):
+        higher = tl.arange(0, BINS)[None, :] > at
+        above += tl.sum(tl.where(higher, load_bins(bins, chunk, first), 0))
+    found = found_before(bins, chunk, at)
+    for start in tl.range(0, found, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        bits = load_bits(gathered, i, i < found)
+        above += tl.sum(((bits > cut) & (i < found)).to(tl.int32))
+        equal += tl.sum(((bits == cut) & (i < found)).to(tl.int32))
+    return above, equal
+
+
+@triton.jit
+def compact(
+    scores, first, end, cut, need, above_seen, equal_seen, order, b, k_len, out, BLOCK: tl.constexpr, PADDED: tl.constexpr
+):
+    """Positions of the scores first..end-1 that are above the cut, or among the first `need` equal to it, to their places."""
+    for start in tl.range(first, end, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        bits = load_bits(scores, i, i < end)
+        above = ((bits > cut) & (i < end)).to(tl.int32)
+        equal = ((bits == cut) & (i < end)).to(tl.int32)
+        both = tl.cumsum((above << 16) + equal, 0)  # a block has fewer than 2**15
+        number_above, number_equal = above_seen + (both >> 16), equal_seen + (both & 0xFFFF)
+        take = (above > 0) | ((equal > 0) & (number_equal <= need))
+        place = number_above + tl.minimum(number_equal, need) - 1
+        tl.store(out + place, positions_of(order, b, i, i < end, k_len, PADDED).to(tl.int32), mask=take)
+        if start + BLOCK < end:
+            seen = tl.sum((above << 16) + equal)
+            above_seen += seen >> 16
+            equal_seen += seen & 0xFFFF
+
+
+@triton.jit
+def list_of(counts, indices, heavy_indices, which, head_index, b, length, k_len, window, heavy):
+    """Of list `which` (0: kept, 1: heaviest): where it is, capacity, entries, how many by score, first rank after those."""
+    count = tl.load(counts + b)
+    n = length - window
+    everything = count == length
+    is_kept = which == 0
+    by_score = tl.where(everything, 0, tl.where(is_kept, count - window, tl.minimum(heavy, n)))
+    size = tl.where(is_kept, count, by_score)
+    out = tl.where(is_kept, indices + head_index * k_len, heavy_indices + head_index * heavy)
+    rest = tl.where(is_kept & everything, 0, tl.where(is_kept, n, length))  # ranks from here on follow, whatever their score
+    return out, tl.where(is_kept, k_len, heavy), size, by_score, rest
+
+
+@triton.jit
+def write_rest(
+    first, length, rest, order, b, k_len, out, capacity, size, CHUNK: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr
+):
+    """A chunk's part of what follows the chosen by score: the ranks from `rest` on, and -1 in the entries behind the last."""
+    for start in tl.range(tl.maximum(first, rest), tl.minimum(first + CHUNK, length), BLOCK):
+        r = start + tl.arange(0, BLOCK)
+        ok = r < tl.minimum(first + CHUNK, length)
+        tl.store(out + r - length + size, positions_of(order, b, r, ok, k_len, PADDED).to(tl.int32), mask=ok)
+    for start in tl.range(tl.maximum(first, size), tl.minimum(first + CHUNK, capacity), BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        tl.store(out + i, -1, mask=i < tl.minimum(first + CHUNK, capacity))
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def select_kernel(
+    scores, gathered, counts, indices, heavy_indices, order, ranks, heads, q_len, k_len, window, heavy,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """Grid (1, lists, B * H), for rows of up to CHUNK scores: positions to indices [B, H, Lk] and heavy_indices
+    [B, H, heavy], ascending, then -1. `gathered` [lists, B * H, Lk]: scores of the bins that have the cuts. Any number of rows
+    that keep everything: grid (chunks, lists, B * H)."""
+    chunk, which, head_index = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    b = head_index // heads
+    length, _ = row_extent(ranks, b, q_len, k_len, window, PADDED)
+    n = length - window
+    out, capacity, size, by_score, rest = list_of(
+        counts, indices, heavy_indices, which, head_index, b, length, k_len, window, heavy
+    )
+    scores += head_index * k_len
+    if by_score > 0:
+        gathered += (which * tl.num_programs(2) + head_index) * k_len
+        at, need, found = from_top(bin_scores(scores, 0, n, BLOCK), n, by_score)
+        gather_bin(scores, 0, n, at, gathered, BLOCK)
+        tl.debug_barrier()  # what other threads have gathered is read
+        cut, need = kth_of_bin(gathered, found, at, need)
+        none = tl.zeros([], tl.int32)
+        compact(scores, 0, n, cut, need, none, none, order, b, k_len, out, BLOCK, PADDED)
+    write_rest(chunk * CHUNK, length, rest, order, b, k_len, out, capacity, size, CHUNK, BLOCK, PADDED)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def bin_kernel(
+    scores, bins, ranks, heads, q_len, k_len, window,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """Grid (chunks, B * H). Bins of each chunk's scores, to bins [B * H, chunks, BINS]."""
+    chunk, head_index = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    length, _ = row_extent(ranks, head_index // heads, q_len, k_len, window, PADDED)
+    end = tl.minimum(chunk * CHUNK + CHUNK, length - window)
+    count = bin_scores(scores + head_index * k_len, chunk * CHUNK, end, BLOCK)
+    tl.store(bins + (head_index * tl.num_programs(0) + chunk) * BINS + tl.arange(0, BINS), count)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def cut_kernel(
+    scores, bins, gathered, cuts, counts, ranks, heads, q_len, k_len, window, heavy,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """Grid (chunks, lists, B * H). Of each list: the bin of its cut, the cut, how many equal it are chosen, and how many
+    programs are through, to cuts [B * H, 2, 4], zero before. `gathered` [lists, B * H, Lk]: that bin's scores, in their order."""
+    chunk, which, head_index = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    chunks, b = tl.num_programs(0), head_index // heads
+    length, _ = row_extent(ranks, b, q_len, k_len, window, PADDED)
+    n = length - window
+    _, _, _, k, _ = list_of(counts, cuts, cuts, which, head_index, b, length, k_len, window, heavy)
+    if k <= 0:
+        return
+    scores += head_index * k_len
+    bins += head_index * chunks * BINS
+    gathered += (which * tl.num_programs(2) + head_index) * k_len
+    cuts += (head_index * 2 + which) * 4
+    at, need, _ = from_top(count_bins(bins, chunks), n, k)
+    first = chunk * CHUNK
+    gather_bin(scores, first, tl.minimum(first + CHUNK, n), at, gathered + found_before(bins, chunk, at), BLOCK)
+    tl.debug_barrier()  # all of this program's stores come before its sign that it is through
+    if tl.atomic_add(cuts + 3, 1, sem="acq_rel") + 1 == chunks:
+        cut, need = kth_of_bin(gathered, found_before(bins, chunks, at), at, need)
+        tl.store(cuts, at)
+        tl.store(cuts + 1, cut)
+        tl.store(cuts + 2, need)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def write_kernel(
+    scores, bins, gathered, cuts, counts, indices, heavy_indices, order, ranks, heads, q_len, k_len, window, heavy,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """Grid (chunks, lists, B * H): as `select_kernel`, by the cuts of `cut_kernel`."""
+    chunk, which, head_index = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    chunks, b = tl.num_programs(0), head_index // heads
+    length, _ = row_extent(ranks, b, q_len, k_len, window, PADDED)
+    out, capacity, size, by_score, rest = list_of(
+        counts, indices, heavy_indices, which, head_index, b, length, k_len, window, heavy
+    )
+    first = chunk * CHUNK
+    if by_score > 0:
+        bins += head_index * chunks * BINS
+        gathered += (which * tl.num_programs(2) + head_index) * k_len
+        cuts += (head_index * 2 + which) * 4
+        at, cut, need = tl.load(cuts), tl.load(cuts + 1), tl.load(cuts + 2)
+        above, equal = count_before(gathered, bins, chunk, at, cut, BLOCK)
+        scores += head_index * k_len
+        end = tl.minimum(first + CHUNK, length - window)
+        compact(scores, first, end, cut, need, above, equal, order, b, k_len, out, BLOCK, PADDED)
+    write_rest(first, length, rest, order, b, k_len, out, capacity, size, CHUNK, BLOCK, PADDED)

@@ -1,0 +1,156 @@
+"""The types that meet in every kernel: which keys are kept, and where a key lies. A leaf: imports torch alone.
+
+All are NamedTuples of tensors and numbers: an operator takes them flat (`*view`, `*selection`), a graph holds nodes in them,
+eager code tensors. `T` below is a tensor, or the graph node of one.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, TypeAlias
+
+T: TypeAlias = Any
+
+
+class KvView(NamedTuple):
+    """Where the keys and values of each batch row lie: block `p` of row `b` is block `blocks[b, p]` of K and V.
+
+    Positions count from 0 within a row; position `j` lies in block `j // block`. Left padding is `start`, right padding
+    `lengths`, holes in a mask `block = 1`. Pages of a server, a pool of resident blocks, packed sequences are instances.
+
+    Args:
+        blocks: int32 `[B, P]`, or None: the tensor itself, block `p` at `[p * block, (p + 1) * block)`.
+        block: rows of a block. 1 with `blocks`: each key by its own index (gather).
+        start: int32 `[B]`, the first position that is a key; None: 0 in every row.
+        lengths: int32 `[B]`, positions from `start` on that are keys; None: all of the tensor.
+    """
+
+    blocks: T | None
+    block: int
+    start: T | None
+    lengths: T | None
+
+    @property
+    def is_identity(self) -> bool:
+        """Every row of the tensors is a key, in its own place."""
+        return self.blocks is None and self.start is None and self.lengths is None
+
+
+IDENTITY = KvView(None, 1, None, None)
+
+
+class Operands(NamedTuple):
+    """What one attention reads, in the operators' form.
+
+    Args:
+        q: `[B, H, Lq, D]`, after RoPE; the last `Lq` of the positions.
+        k: `[B, Hk, Lk, D]`, `H % Hk == 0`.
+        v: `[B, Hk, Lk, Dv]`.
+        key_mask: bool `[B, Lk]`, true: a real token; None: all.
+        view: where keys lie; made from `key_mask` once a graph.
+    """
+
+    q: T
+    k: T
+    v: T
+    key_mask: T | None = None
+    view: KvView = IDENTITY
+
+
+class Tokens(NamedTuple):
+    """Kept tokens of each list (a query head's, or a KV head's): what `tsa::select_tokens` returns.
+
+    Args:
+        indices: int32 `[B, G, Lk]`, ascending positions, -1 behind the last; `G` is `H` or `Hk`.
+        counts: int32 `[B]`, kept tokens of the row, one number for all its lists.
+        heavy: int32 `[B, G, heavy]`, the list's heaviest tokens, ascending, -1 behind the last.
+    """
+
+    indices: T
+    counts: T
+    heavy: T
+
+
+class Keys(NamedTuple):
+    """Kept keys of bidirectional attention: `Tokens` without the heaviest."""
+
+    indices: T
+    counts: T
+
+
+class Pages(NamedTuple):
+    """Kept pages of a decode step: what a page index chose for one query row.
+
+    Args:
+        indices: int32 `[B, Hk, N]`, page numbers in any order; entries behind the count are undefined.
+        counts: int32 `[B, Hk]`, kept pages of the list.
+    """
+
+    indices: T
+    counts: T
+
+
+class PageBitmap(NamedTuple):
+    """Kept key blocks of each block of query rows (prefill).
+
+    Args:
+        bits: int64 `[B, H or Hk, row blocks, ceil(key blocks / 64)]`; bit `j % 64` of word `j // 64` is key block `j`.
+    """
+
+    bits: T
+
+
+class Samples(NamedTuple):
+    """Keys whose values are read, drawn from the attention's own distribution, and how often each was drawn.
+
+    Args:
+        indices: int32 `[B, Hk, S]`, -1 behind the last.
+        weights: float32 `[B, H, S]`.
+    """
+
+    indices: T
+    weights: T
+
+
+Selection: TypeAlias = Tokens | Keys | Pages | PageBitmap | Samples
+
+
+class Strip(NamedTuple):
+    """What every row reads beside its selection: the completion strip. All 0: nothing.
+
+    Args:
+        window: the row's own and preceding tokens.
+        sinks: the first tokens of the sequence.
+    """
+
+    window: int = 0
+    sinks: int = 0
+
+
+class TokenRule(NamedTuple):
+    """How tokens are selected (arXiv 2602.03216, section 3); the numbers of `tsa::select_tokens`, in its order.
+
+    Args:
+        coverage: share of the attention mass that may be dropped, in [0, 1).
+        window: last queries that score the keys; their tokens are kept.
+        pool: width of the average pooling of scores, odd.
+        min_tokens: kept tokens beside the window, at least.
+        heavy: heaviest tokens listed besides, for the strip.
+    """
+
+    coverage: float
+    window: int
+    pool: int
+    min_tokens: int
+    heavy: int = 0
+
+
+class Attended(NamedTuple):
+    """What every attend operator returns: a partial attention that `merge` can join with others over disjoint keys.
+
+    Args:
+        out: `[B, H, Lq, Dv]`, stored as `[B, Lq, H, Dv]`; zero in a row that read no key.
+        lse: float32 `[B, H, Lq]`, natural log of the sum of exponentials; -inf in a row that read no key.
+    """
+
+    out: T
+    lse: T

@@ -1,0 +1,163 @@
+"""Pass 2: find every attention of the graph and prove what its mask says. Changes nothing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+import torch.fx as fx
+
+from tsa_compile.passes.facts.mutation import Aliases, writes_to, written_nodes
+from tsa_compile.passes.facts.names import module_path, op_name, tensor_of
+from tsa_compile.passes.facts.sizes import SizeProver
+from tsa_compile.passes.find.flex import match_flex
+from tsa_compile.passes.find.manual import match_manual
+from tsa_compile.passes.find.match import Match, Unrecognised
+from tsa_compile.passes.find.missed import missed_attention
+from tsa_compile.passes.find.obstacles import obstacle_of
+from tsa_compile.passes.find.repeat_kv import RepeatedHeads
+from tsa_compile.passes.find.sdpa import match_sdpa
+from tsa_compile.passes.prove_mask.constants import Pattern
+from tsa_compile.passes.prove_mask.prove import MaskProver
+from tsa_compile.passes.site import AttentionSite, Layouts, MaskFacts
+
+if TYPE_CHECKING:
+    from tsa_compile.passes.pipeline import Context
+
+# Attention in one operator that the passes do not read.
+_OPAQUE_ATTENTION = re.compile(
+    r"flex_attention|_scaled_dot_product_|multi_head_attention|_transformer_encoder_layer_fwd|flash_attn|memory_efficient_attention"
+)
+_FAST_PATH = "call torch.backends.mha.set_fastpath_enabled(False) and it is written out"
+
+_SCALE_UNKNOWN = "scale is not a positive constant of the graph"
+
+
+def find_attention(context: Context) -> int:
+    """Fill `context.sites`; returns how many there are. What looks like attention in no known form is a warning."""
+    finder = _Finder(context.gm.graph, context.constants)
+    unknown: list[str] = []
+    for node in context.gm.graph.nodes:
+        try:
+            match = match_sdpa(node) or match_manual(node) or match_flex(node)
+        except Unrecognised as seen:
+            unknown.append(f"{module_path(node) or 'graph'}: {seen}")
+            continue
+        if match is not None:
+            context.sites.append(finder.site(match, len(context.sites)))
+        elif _OPAQUE_ATTENTION.search(op_name(node)) and not any(match_flex(user) for user in node.users):
+            hint = f" ({_FAST_PATH})" if re.search("_native_multi|_encoder_layer_fwd", op_name(node)) else ""
+            unknown.append(f"{module_path(node) or 'graph'}: {op_name(node)}{hint}")
+    unknown += [f"{name}: inside a nested graph" for name in _nested_attention(context.gm)]
+    if not (context.sites or unknown):
+        unknown += missed_attention(context.gm.graph)
+    context.patterns = finder.patterns()
+    if unknown:
+        shown = "; ".join(unknown[:3]) + ("; ..." if len(unknown) > 3 else "")
+        context.warnings.append(f"{len(unknown)} attention-like operation(s) not recognised, left as they are: {shown}")
+    return len(context.sites)
+
+
+class _Finder:
+    """Turns matches of one graph into sites."""
+
+    def __init__(self, graph: fx.Graph, constants: Mapping[str, torch.Tensor]) -> None:
+        held = {n: constants[n.name] for n in graph.nodes if n.op == "placeholder" and n.name in constants}
+        self._sizes = SizeProver(graph)
+        self._masks = MaskProver(graph, held)
+        self._heads = RepeatedHeads(self._sizes)
+        self._written = written_nodes(graph)
+        self._order = {node: n for n, node in enumerate(graph.nodes)}
+        self._aliases = Aliases(graph)
+        self._writers = [n for n in graph.nodes if writes_to(n)]
+
+    def patterns(self) -> dict[str, Pattern]:
+        """What the proofs assume of the constants that they read, by placeholder name."""
+        return {node.name: pattern for node, pattern in self._masks.constants.patterns.items() if pattern is not None}
+
+    def site(self, match: Match, index: int) -> AttentionSite:
+        k, v, layouts = self._kv(match)
+        module = module_path(match.node)
+        layer = re.search(r"(?:^|\.)(\d+)(?=\.|$)", module)
+        site = AttentionSite(
+            node=match.node,
+            form=match.form,
+            q=match.q,
+            k=k,
+            v=v,
+            scale=1.0 if match.scale is None else match.scale,
+            mask=MaskFacts(unproven="not looked at"),
+            obstacle=None,
+            index=index,
+            module=module,
+            layer=int(layer.group(1)) if layer else index,
+            layouts=layouts,
+        )
+        return self._examined(site, match)
+
+    def _kv(self, match: Match) -> tuple[fx.Node, fx.Node, Layouts]:
+        """K and V before their repetition for grouped queries, if both were repeated from as many heads."""
+        if "h" not in match.layouts.q:
+            return match.k, match.v, match.layouts
+        k, k_layout = self._heads.source(match.k, match.layouts.k)
+        v, v_layout = self._heads.source(match.v, match.layouts.v)
+        q_heads, repeated, k_heads, v_heads = (
+            tensor_of(x).shape[layout.index("h")]  # type: ignore[union-attr]
+            for x, layout in ((match.q, match.layouts.q), (match.k, match.layouts.k), (k, k_layout), (v, v_layout))
+        )
+        if k_heads != v_heads or not repeated or q_heads % repeated:
+            return match.k, match.v, match.layouts
+        return k, v, Layouts(match.layouts.q, k_layout, v_layout, match.layouts.out)
+
+    def _examined(self, site: AttentionSite, match: Match) -> AttentionSite:
+        obstacle = match.obstacle or obstacle_of(site, self._sizes) or self._overwritten(site, match)
+        if match.scale is None:
+            obstacle = obstacle or _SCALE_UNKNOWN
+        has_heads = "h" in match.layouts.q
+        mask = self._masks.prove(match.sources, (site.batch, site.heads, site.q_len, site.k_len), has_heads)
+        return AttentionSite(**{**site.__dict__, "mask": mask, "obstacle": obstacle})
+
+    def _overwritten(self, site: AttentionSite, match: Match) -> str | None:
+        """May an operand be written after the attention first reads it, so that reading it later is wrong?"""
+        operands = (site.q, site.k, site.v)
+        if not any(x in self._written for x in operands):
+            return None
+        readers = [match.reader, *(user for x in operands for user in x.users if self._leads_to(user, match))]
+        first, last = min(self._order[r] for r in readers), self._order[match.node]
+        between = [w for w in self._writers if first < self._order[w] < last]
+        if not self._aliases.of(x for w in between for x in writes_to(w)).isdisjoint(operands):
+            return "an operand may be written in place while the attention is computed"
+        return None
+
+    def _leads_to(self, node: fx.Node, match: Match) -> bool:
+        """Is `node` between a KV tensor and its repetition?"""
+        targets = {match.k, match.v, match.node}
+        stack, seen = [node], set()
+        while stack:
+            x = stack.pop()
+            if x in targets:
+                return True
+            if x not in seen and self._order[x] < self._order[match.node]:
+                seen.add(x)
+                stack += x.users
+        return False
+
+
+def _nested_attention(gm: fx.GraphModule) -> list[str]:
+    """Attention in the bodies of higher-order operators, which the passes leave alone."""
+    return [
+        f"{name} ({op_name(node)})"
+        for name, body in gm.named_modules()
+        if name and isinstance(body, fx.GraphModule)
+        for node in body.graph.nodes
+        if op_name(node) == "scaled_dot_product_attention" or (op_name(node) == "softmax" and _attends(node))
+    ]
+
+
+def _attends(softmax: fx.Node) -> bool:
+    try:
+        return match_manual(softmax) is not None
+    except Unrecognised:
+        return True

@@ -1,0 +1,87 @@
+"""Why no policy may touch a site, whatever its mask: operands, gradients, dtypes."""
+
+from __future__ import annotations
+
+import sympy
+import torch
+import torch.fx as fx
+from torch._subclasses import FakeTensor
+
+from tsa_compile.passes.facts.names import op_name, tensor_of
+from tsa_compile.passes.facts.sizes import SizeProver, size_expr
+from tsa_compile.passes.site import AttentionSite
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter, FakeTensor)
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def obstacle_of(site: AttentionSite, sizes: SizeProver) -> str | None:
+    """The first obstacle, or None."""
+    named = {"query": site.q, "key": site.k, "value": site.v, "output": site.node}
+    return _tensors(named) or _gradients(site) or _dtypes(site) or _shapes(site, sizes)
+
+
+def _tensors(named: dict[str, fx.Node]) -> str | None:
+    for name, node in named.items():
+        tensor = tensor_of(node)
+        if tensor is None:
+            return f"{name} {node.name} has no example value"
+        if type(tensor) not in _PLAIN:
+            return f"{name} is a {type(tensor).__name__}: tensor subclasses are left alone"
+        if tensor.dtype not in _DTYPES:
+            return f"{name} is {tensor.dtype}"
+    return None
+
+
+def _gradients(site: AttentionSite) -> str | None:
+    """The output of a graph traced with gradients on requires one if any input does."""
+    if tensor_of(site.node).requires_grad:  # type: ignore[union-attr]
+        return "inputs require gradients: run under torch.no_grad() or torch.inference_mode()"
+    return None
+
+
+def _dtypes(site: AttentionSite) -> str | None:
+    dtypes = {str(tensor_of(x).dtype).removeprefix("torch.") for x in (site.q, site.k, site.v, site.node)}  # type: ignore[union-attr]
+    if len(dtypes) > 1 and not in_autocast(site.node):
+        return f"mixed dtypes {sorted(dtypes)}"
+    return None
+
+
+def in_autocast(node: fx.Node) -> bool:
+    """Is the node in an autocast region, of the graph or around its call? There operands are cast to the output's dtype.
+
+    Dynamo compiles anew where the region around a call changes.
+    """
+    if torch.is_autocast_enabled(tensor_of(node).device.type):  # type: ignore[union-attr]
+        return True
+    depth = 0
+    for other in node.graph.nodes:
+        if other is node:
+            return depth > 0
+        name = op_name(other)
+        depth += (name == "_enter_autocast") - (name == "_exit_autocast")
+    return False
+
+
+def _shapes(site: AttentionSite, sizes: SizeProver) -> str | None:
+    """[B, H, Lq, D], [B, Hk, Lk, D], [B, Hk, Lk, Dv] -> [B, H, Lq, Dv], Hk dividing H, in the site's layouts (some without H)."""
+    heads, kv_heads = site.heads, site.kv_heads
+    if not isinstance(heads, int) or not isinstance(kv_heads, int) or kv_heads == 0 or heads % kv_heads:
+        return f"{heads} query heads do not divide into {kv_heads} key heads"
+    q, k, v, out = (
+        {"h": sympy.Integer(1), **{dim: size_expr(tensor_of(x).shape[n]) for n, dim in enumerate(layout)}}  # type: ignore[union-attr]
+        for x, layout in (
+            (site.q, site.layouts.q),
+            (site.k, site.layouts.k),
+            (site.v, site.layouts.v),
+            (site.node, site.layouts.out),
+        )
+    )
+    pairs = [(q["b"], k["b"]), (q["b"], v["b"]), (q["d"], k["d"]), (k["h"], v["h"])]
+    pairs += [(out["b"], q["b"]), (out["h"], q["h"]), (out["l"], q["l"]), (out["d"], v["d"])]
+    # Caches give keys and values symbols of their own. Any attention needs them equal: ours guards on it, and checks at run time.
+    lengths_differ = sympy.expand(k["l"] - v["l"]).is_Integer and k["l"] != v["l"]  # type: ignore[operator]
+    if all(sizes.is_zero(a - b) for a, b in pairs) and not lengths_differ:  # type: ignore[operator]
+        return None
+    shapes = [list(tensor_of(x).shape) for x in (site.q, site.k, site.v, site.node)]  # type: ignore[union-attr]
+    return f"shapes do not fit: query {shapes[0]}, key {shapes[1]}, value {shapes[2]}, output {shapes[3]}"

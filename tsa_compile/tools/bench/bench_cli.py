@@ -1,0 +1,112 @@
+"""`tsa-compile bench attention|prefill|export` and `tsa-compile tune`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+bench = typer.Typer(help="Time attention or a whole prefill on the GPU, dense against sparse.", no_args_is_help=True)
+console = Console(width=None if sys.stdout.isatty() else 160)  # a table in a file has room
+Repeats = Annotated[int, typer.Option(help="timed runs; the median counts", min=1)]
+JsonFile = Annotated[str | None, typer.Option("--json", help="write the results to this file")]
+
+
+@bench.command("attention")
+def bench_attention(
+    only: Annotated[str | None, typer.Option(help="cases whose name contains this; several, in order: 'L128K,keep 0.5'")] = None,
+    seconds: Annotated[float | None, typer.Option(help="begin no case after this time")] = None,
+    peer: Annotated[list[str] | None, typer.Option(help="NAME=PATH of a file with a function attention(q, k, v)")] = None,
+    json: JsonFile = None,
+    html: Annotated[str | None, typer.Option(help="write speed-up against length to this file")] = None,
+) -> None:
+    """Each stage of token-sparse attention and the dense kernels, in one run; each result is checked before it is timed."""
+    import time
+
+    from rich.progress import track
+
+    from tsa_compile.tools.bench import attention, cases, output
+
+    found = cases.select_cases(only)
+    pairs = [p.partition("=") for p in peer or []]
+    peers = {name: attention.load_peer(path) for name, _, path in pairs}
+    gpu, versions = _gpu()
+    start, rows = time.monotonic(), list[attention.AttentionRow]()
+    for case in track(found, "timing", console=console):
+        if seconds is not None and time.monotonic() - start > seconds:
+            console.print(f"not begun after {seconds} s: {', '.join(c.name for c in found[len(rows) :])}", markup=False)
+            break
+        rows.append(attention.bench_case(case, peers))
+        if json:  # after each, so that a cut run leaves what it has
+            output.write_json(json, rows, environment=versions, ceilings=gpu)
+    console.print(output.attention_table(rows, gpu))
+    if html:
+        notes = [", ".join(f"{k} {v}" for k, v in versions.items())]
+        output.write_html(html, "Speed-up over SDPA against length", output.attention_plot(rows), notes)
+
+
+@bench.command("prefill")
+def bench_prefill(
+    lengths: Annotated[str, typer.Option(help="prompt lengths, comma separated")] = "8192,32768,131072",
+    layers: Annotated[int, typer.Option(help="layers of the random Llama-3.1-8B", min=1)] = 32,
+    coverage: Annotated[float, typer.Option(help="random attention is flat, so this drops about as large a share")] = 0.5,
+    repeats: Repeats = 3,
+    compiler: Annotated[str, typer.Option(help="of both models: inductor or eager")] = "inductor",
+    json: JsonFile = None,
+) -> None:
+    """Time to the first token of a random-weight Llama-3.1-8B, dense and transformed."""
+    from tsa_compile.plan import default_policy
+    from tsa_compile.tools.bench import output, prefill
+
+    policy = default_policy(coverage)
+    gpu, versions = _gpu()
+    rows = prefill.bench_prefill(prefill.build_llama(layers), [int(n) for n in lengths.split(",")], policy, repeats, compiler)
+    console.print(output.prefill_table(rows))
+    if json:
+        head = dict(environment=versions, ceilings=gpu, layers=layers, compiler=compiler, policy=policy.to_dict())
+        output.write_json(json, rows, **head)
+
+
+@bench.command("export")
+def bench_export(
+    json: Annotated[Path, typer.Option(help="write the results to this file")],
+    lengths: Annotated[str, typer.Option(help="prompt lengths of the attention, comma separated, or none")] = "8192,32768,131072",
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="smollm2, a folder, a Hugging Face id or none; else four layers of SmolLM2's and Llama-8B's shape"),
+    ] = None,
+) -> None:
+    """Exported files on ONNX Runtime's CUDA provider against PyTorch: results, where nodes ran, times."""
+    from tsa_compile.tools.bench import exported, exported_files
+
+    _gpu()
+    models = list(exported_files.MODELS) if model is None else [m for m in model if m]
+    if not (lengths or models):
+        raise ValueError("nothing to export: neither lengths nor a model")
+    result = exported.bench_export(json, [int(n) for n in lengths.split(",") if n], models)
+    if result["failed"]:
+        raise RuntimeError(f"failed: {result['failed']}")
+
+
+def tune(head_dims: Annotated[str, typer.Option(help="comma separated")] = "64,128") -> None:
+    """Measure on this GPU from which length on the packed engine is faster, and keep it for `engine="auto"`."""
+    from tsa_compile.kernels.attend.tokens.engines import tuned_file
+    from tsa_compile.tools.bench.tune import tune as measure
+
+    _gpu()
+    table = measure([int(d) for d in head_dims.split(",")])
+    console.print(f"packed from (tokens, by compute capability and head dim): {table}", markup=False)
+    console.print(f"written to {tuned_file()}", markup=False)
+
+
+def _gpu() -> tuple[dict[str, float], dict[str, str]]:
+    import torch
+
+    from tsa_compile.tools.bench import timing
+
+    if not torch.cuda.is_available():
+        raise ValueError("the benchmarks time a GPU, and PyTorch sees none")
+    return timing.ceilings(), timing.environment()

@@ -1,0 +1,204 @@
+"""The evaluation as a Markdown table and as one self-contained HTML page."""
+
+from __future__ import annotations
+
+import html
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from tsa_compile.tools.evaluate import svg
+from tsa_compile.tools.evaluate.cells import DEPTHS, GENERATORS, INSIDE, NEEDLE
+from tsa_compile.tools.evaluate.summary import Data, Row, cell, lengths, rows
+from tsa_compile.tools.evaluate.variants import INNER
+
+_STAGES = ("select", "sparse attention", "dense attention", "everything else")
+_STYLE = """
+:root{color-scheme:light dark;--bg:#fff;--fg:#1b1f24;--soft:#667079;--grid:#dfe3e8;--heat:#2a78d6;
+--c0:#1b1f24;--c1:#d1493f;--c2:#1f77c9;--c3:#1a8f5a;--c4:#9a6a00;--c5:#8a4fc4}
+@media(prefers-color-scheme:dark){:root{--bg:#15181c;--fg:#e6e9ec;--soft:#9aa4ae;--grid:#343a41;--heat:#4b97ee;
+--c0:#e6e9ec;--c1:#f0796f;--c2:#62adf5;--c3:#4fc28c;--c4:#d9a53a;--c5:#bb8cf0}}
+body{font:15px/1.5 system-ui,sans-serif;background:var(--bg);color:var(--fg);margin:2em auto;max-width:84em;padding:0 1em}
+h2{margin-top:2em;border-bottom:1px solid var(--grid)}h3{margin-bottom:.3em}p{max-width:60em}.soft{color:var(--soft)}
+.plots{display:flex;flex-wrap:wrap;gap:1em}.wide{overflow-x:auto}svg text{font:12px system-ui,sans-serif;fill:var(--fg)}
+.grid{stroke:var(--grid)}.line{fill:none;stroke-width:2}.heat{fill:var(--heat)}
+table{font-size:13px;border-collapse:collapse;font-variant-numeric:tabular-nums}
+td,th{padding:.25em .5em;border-bottom:1px solid var(--grid);text-align:right}
+td:first-child,th:first-child{text-align:left;white-space:nowrap}th{font-weight:600;vertical-align:bottom}
+.legend{display:flex;flex-wrap:wrap;gap:.3em 1.4em;list-style:none;padding:0}
+.key{display:inline-block;width:.8em;height:.8em;margin-right:.4em;border-radius:2px}
+""" + "".join(
+    f".c{n}.line{{stroke:var(--c{n})}}.c{n}.dot,.fill.k{n}{{fill:var(--c{n})}}.key.k{n}{{background:var(--c{n})}}"
+    for n in range(6)
+)
+_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
+    ("tokens dropped", lambda r: _percent(r.sparsity)),
+    ("KL", lambda r: "" if r.kl is None else f"{r.kl:.2g}"),
+    ("same top token", lambda r: _percent(r.top1)),
+    ("perplexity, all", lambda r: _number(r.perplexity, 2)),
+    ("perplexity, last 128", lambda r: _number(r.perplexity_last, 2)),
+    *((t.replace("_", " "), lambda r, t=t: _percent(r.scores.get(t))) for t in (NEEDLE, *GENERATORS)),
+    ("first turn", lambda r: _percent(r.first_turn)),
+    ("answer loss", lambda r: _number(r.answer_nll, 3)),
+    ("ms a prefill", lambda r: _number(None if r.seconds is None else 1000 * r.seconds, 1)),
+    ("speed-up", lambda r: "" if r.speedup is None else f"{r.speedup:.2f}x"),
+)
+
+
+def title(data: Data) -> str:
+    return f"{data['setting']['model']}: what sparse attention costs"
+
+
+def setting_line(data: Data) -> str:
+    """Where and with what it was measured."""
+    s = data["setting"]
+    machine = f"{s['device']}, {s['dtype']}, torch {s['torch']}, transformers {s['transformers']}, Python {s['python']}"
+    return f"{machine}; {s['samples']} samples a cell"
+
+
+def markdown(data: Data) -> str:
+    """A table for each length."""
+    found = rows(data)
+    parts = [f"# {title(data)}", setting_line(data)]
+    for length in lengths(data):
+        head, *body = _cells([r for r in found if r.length == length])
+        lines = [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *body)]
+        parts += [f"## {length:,} tokens", "\n".join(lines)]
+    return "\n\n".join(parts) + "\n"
+
+
+def page(data: Data) -> str:
+    """The whole report; loads nothing."""
+    body = [f"<h1>{html.escape(title(data))}</h1><p class=soft>{html.escape(setting_line(data))}</p>", _about(data)]
+    found = rows(data)
+    for length in lengths(data):
+        own = [r for r in found if r.length == length]
+        body += [
+            f"<h2>{length:,} tokens</h2>",
+            _table(own),
+            _frontier(own),
+            _needles(data, own),
+            _layers(data, own),
+            _inside(data, own),
+        ]
+    head = "<meta charset=utf-8><meta name=viewport content='width=device-width'>"
+    head += f"<title>{html.escape(title(data))}</title><style>{_STYLE}</style>"
+    return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(body)}</body></html>\n"
+
+
+def _about(data: Data) -> str:
+    model = data["model"]
+    sentences = (
+        f"{len(model['layers'])} of {model['depth']} layers can be sparse ({_spans(model['layers'])}). "
+        f"The paper's half, by drift: {_spans(model['low_drift'])}. "
+        "Tokens dropped: the share that a layer does not keep, averaged over "
+        "all layers that can be sparse. KL: divergence of the last 128 predictions from dense, in nats. Scores: share of the "
+        "right answers named. Multi turn: a second question about another part of the same cached prompt."
+    )
+    return f"<p>{html.escape(sentences)}</p>"
+
+
+def _cells(found: Sequence[Row]) -> list[list[str]]:
+    """The table's lines, the head first, without columns that are empty."""
+    columns = [(name, [f(r) for r in found]) for name, f in (("variant", lambda r: r.variant), *_COLUMNS)]
+    columns = [(name, values) for name, values in columns if any(values)]
+    return [[name for name, _ in columns], *map(list, zip(*[values for _, values in columns], strict=True))]
+
+
+def _table(found: Sequence[Row]) -> str:
+    head, *body = ([html.escape(cell) for cell in line] for line in _cells(found))
+    lines = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in line)}</tr>" for line in body)
+    heading = "".join(f"<th>{cell}</th>" for cell in head)
+    return f"<div class=wide><table><thead><tr>{heading}</tr></thead><tbody>{lines}</tbody></table></div>"
+
+
+def _frontier(found: Sequence[Row]) -> str:
+    families = list(dict.fromkeys(r.family for r in found))
+    plots = []
+    for label, log, value in (
+        ("KL from dense, nats", True, lambda r: r.kl),
+        ("perplexity, all tokens", False, lambda r: r.perplexity),
+        ("needle found", False, lambda r: r.scores.get(NEEDLE)),
+        ("loss of the right answers, nats a token", False, lambda r: r.answer_nll),
+        ("ms a prefill", False, lambda r: None if r.seconds is None else 1000 * r.seconds),
+    ):
+        series = {f: _points(found, f, value) for f in families}
+        plots.append(svg.curves(series, "tokens dropped", label, log))
+    return f"<h3>Loss against sparsity</h3>{svg.legend(families)}<div class=plots>{''.join(plots)}</div>"
+
+
+def _points(found: Sequence[Row], family: str, value: Callable[[Row], float | None]) -> list[svg.Point]:
+    out = []
+    for r in found:
+        y = value(r)
+        if r.family == family and y is not None and r.sparsity is not None:
+            out.append((r.sparsity, y, f"{r.variant}: {y:.4g}"))
+    return out
+
+
+def _needles(data: Data, found: Sequence[Row]) -> str:
+    cells = [cell(data, r.length, NEEDLE, r.variant) for r in found]
+    values: list[list[float | None]] = [c["groups"] if c else [None] * len(DEPTHS) for c in cells]
+    depths = [f"{d:.0%}" for d in DEPTHS]
+    plot = svg.heat_map([r.variant for r in found], depths, values, "found, % of the samples")
+    return f"<h3>Needle by depth</h3><div class=wide>{plot}</div>"
+
+
+def _layers(data: Data, found: Sequence[Row]) -> str:
+    layers, sparse = data["model"]["layers"], [r for r in found if r.sparsity]
+    values = [[_kept(data, r, layer) for layer in layers] for r in sparse]
+    kept = svg.heat_map([r.variant for r in sparse], list(map(str, layers)), values, "tokens kept, % by layer; empty: dense")
+    overlap = _overlap(data, sparse)
+    return f"<h3>Kept tokens by layer and head</h3><div class=wide>{kept}</div>{overlap}"
+
+
+def _kept(data: Data, row: Row, layer: int) -> float | None:
+    shares = [
+        c["kept"].get(str(layer))
+        for c in data["cells"]
+        if (c["length"], c["variant"]) == (row.length, row.variant) and "kept" in c
+    ]
+    known = [s for s in shares if s is not None]
+    return statistics.fmean(known) if known else None
+
+
+def _overlap(data: Data, sparse: Sequence[Row]) -> str:
+    """Of one variant: the middle one of the completed family."""
+    chosen = [r for r in sparse if r.family == INNER]
+    found = cell(data, chosen[len(chosen) // 2].length, INSIDE, chosen[len(chosen) // 2].variant) if chosen else None
+    if not found or not found.get("overlap"):
+        return ""
+    table: Mapping[str, list[float]] = found["overlap"]
+    heads = [str(i) for i in range(max(map(len, table.values())))]
+    label = "kept by another head of the layer too, %"
+    plot = svg.heat_map([f"layer {n}" for n in table], heads, list(table.values()), label)
+    text = "All heads of a layer keep equally many tokens, but not the same ones. Of one head's kept tokens, the share that"
+    return f"<p>{text} another head keeps too, on average ({html.escape(found['variant'])}):</p><div class=wide>{plot}</div>"
+
+
+def _inside(data: Data, found: Sequence[Row]) -> str:
+    cells = [(r, cell(data, r.length, INSIDE, r.variant)) for r in found]
+    known = [(r.variant, c["time"]) for r, c in cells if c]
+    splits = [{k: 1000 * v for k, v in time.items()} for _, time in known]
+    plot = svg.bars([name for name, _ in known], splits, _STAGES, "ms")
+    note = "device time of one sample's prefill" if data["setting"]["device"] != "CPU" else "CPU time of one sample's prefill"
+    return f"<h3>Where the time goes</h3><p class=soft>{note}</p>{svg.legend(_STAGES)}<div class=wide>{plot}</div>"
+
+
+def _spans(numbers: Sequence[int]) -> str:
+    """[0, 1, 2, 5] -> "0-2, 5"."""
+    out: list[list[int]] = []
+    for n in numbers:
+        if out and n == out[-1][-1] + 1:
+            out[-1].append(n)
+        else:
+            out.append([n])
+    return ", ".join(str(s[0]) if len(s) == 1 else f"{s[0]}-{s[-1]}" for s in out)
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.0%}"
+
+
+def _number(value: Any, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"

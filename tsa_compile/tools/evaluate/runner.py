@@ -1,0 +1,111 @@
+"""Runs a causal language model of transformers: prefill under a plan, decode dense, logits only where they are needed."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import time
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from tsa_compile.api import isolated, with_room
+from tsa_compile.plan import Plan, default_policy
+from tsa_compile.recorder import record_kept
+from tsa_compile.tools.evaluate.plan_switch import PlanSwitch
+
+Tensor = torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Prefill:
+    """What a prefill of ids [B, L] left: hidden states [B, L, D], the cache, its time, and kept shares by layer."""
+
+    hidden: Tensor
+    cache: Any
+    seconds: float
+    kept: dict[int, float]
+
+
+class Runner:
+    """One model under many plans.
+
+    Raises:
+        TypeError: the model has no `get_decoder` and no output embeddings: not a causal language model of transformers.
+    """
+
+    def __init__(self, model: Any) -> None:
+        if not hasattr(model, "get_decoder") or model.get_output_embeddings() is None:
+            raise TypeError(f"eval takes a causal language model of transformers, got {type(model).__name__}")
+        self.model = model
+        self.decoder = model.get_decoder()
+        self.device = next(model.parameters()).device
+        self.widest = Plan(default_policy())
+        self.switch = PlanSwitch(self.widest)
+        self._head = model.get_output_embeddings()
+        self._softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+        self._compiled = with_room(isolated(self.decoder), self.switch)
+
+    @torch.no_grad()
+    def prefill(self, ids: Tensor, plan: Plan | None, cache: Any = None) -> Prefill:
+        """Run `plan` on ids [B, L]; with a cache (which grows), they come after what it holds. None: the model, not traced."""
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=self.decoder.config) if cache is None else cache
+        self.switch.executed.clear()
+        call = self.decoder
+        if plan is not None:
+            _mark_lengths(ids, cache)
+            self.switch.plan, call = plan, self._compiled
+        self._wait()
+        start = time.perf_counter()
+        with record_kept() as kept:
+            hidden = call(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
+        self._wait()
+        seconds = time.perf_counter() - start
+        shares = kept.shares()
+        if len(shares) != len(self.switch.executed):
+            raise RuntimeError(
+                f"{len(shares)} selections ran in {len(self.switch.executed)} sparse layers: part of it is untraced"
+            )
+        return Prefill(hidden, cache, seconds, dict(zip(self.switch.executed, shares, strict=True)))
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states [..., D] -> logits [..., vocabulary]."""
+        logits = self._head(hidden)
+        return logits if self._softcap is None else self._softcap * torch.tanh(logits / self._softcap)
+
+    @torch.no_grad()
+    def decode(self, prefill: Prefill, new_tokens: int) -> list[list[int]]:
+        """Greedy continuation, dense; the prefill's cache grows."""
+        hidden, out = prefill.hidden, []
+        for step in range(new_tokens):
+            out.append(self.logits(hidden[:, -1:]).argmax(-1))
+            if step + 1 < new_tokens:
+                hidden = self.decoder(input_ids=out[-1], past_key_values=prefill.cache, use_cache=True).last_hidden_state
+        return torch.cat(out, 1).tolist()  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def answer_losses(self, prefill: Prefill, answers: list[list[int]]) -> list[float]:
+        """Mean negative log-likelihood in nats of each answer's tokens after the prefill, dense; the cache stays as it is."""
+        longest = max(map(len, answers))
+        ids = torch.tensor([a + [0] * (longest - len(a)) for a in answers], device=self.device)
+        cache = copy.deepcopy(prefill.cache)
+        after = self.decoder(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True).last_hidden_state
+        logits = self.logits(torch.cat((prefill.hidden[:, -1:], after), 1)).float()
+        losses = F.cross_entropy(logits.transpose(1, 2), ids, reduction="none").tolist()
+        return [sum(row[: len(a)]) / len(a) for row, a in zip(losses, answers, strict=True)]
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def _mark_lengths(ids: Tensor, cache: Any) -> None:
+    """One graph for all batches and lengths, rather than one for the first and another for the others."""
+    torch._dynamo.maybe_mark_dynamic(ids, [0, 1])
+    for layer in cache.layers:
+        for states in (layer.keys, layer.values) if layer.is_initialized else ():
+            torch._dynamo.maybe_mark_dynamic(states, [0, 2])

@@ -1,0 +1,222 @@
+"""One model, one attention implementation, one scenario: dense, keeping every token, and sparse against the reference."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from tsa_compile.api import isolated
+from tsa_compile.backend import Backend
+from tsa_compile.plan import Plan
+from tsa_compile.policies.token_sparse import Completion, TokenSparse
+from tsa_compile.report import Report
+from tsa_compile.tools.zoo.entries import FLEX, NO_FAST_PATH, Entry, NotOffered
+from tsa_compile.tools.zoo.reference import SdpaReference
+from tsa_compile.tools.zoo.scenarios import Scenario
+
+KEEP_ALL = TokenSparse(coverage=0.0, window=1, pool=1, min_tokens=1)
+SPARSE = TokenSparse(coverage=0.4, window=4, pool=3, min_tokens=4, completion=Completion(3, 2, 3))
+TOLERANCE = 2e-4  # of the largest output, fp32
+NOT_RUN = "not run"
+GraphBackend = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
+
+
+@dataclasses.dataclass
+class Result:
+    """What happened; errors are the largest difference over the largest output.
+
+    Args:
+        status: "ok", "failed", "not offered" (the model has not this implementation or call) or `NOT_RUN`.
+        detail: why it is not "ok".
+        calls: how often the model was called.
+        sites, replaced: attentions found and replaced, over all graphs.
+        reasons: reason -> how many sites stay dense for it.
+        graphs, breaks: traced graphs and graph breaks, the model's own.
+        error: at coverage 0, against dense.
+        sparse_error: at coverage > 0, against the eager reference; None: not compared.
+    """
+
+    model: str
+    library: str
+    implementation: str
+    scenario: str
+    status: str = "ok"
+    detail: str = ""
+    calls: int = 0
+    sites: int = 0
+    replaced: int = 0
+    reasons: dict[str, int] = dataclasses.field(default_factory=dict)
+    graphs: int = 0
+    breaks: int = 0
+    error: float | None = None
+    sparse_error: float | None = None
+    warnings: list[str] = dataclasses.field(default_factory=list)
+
+
+class CheckFailed(Exception):
+    """A model does not do what it should; the message says what."""
+
+
+def check(entry: Entry, implementation: str, scenario: Scenario) -> Result:
+    """Run a scenario; failures are in the result, not raised."""
+    result = Result(entry.name, entry.library, implementation, scenario.name)
+    try:
+        with torch.no_grad(), _fast_path(implementation != NO_FAST_PATH):
+            _check(entry, implementation, scenario, result)
+    except NotOffered as why:
+        result.status, result.detail = "not offered", str(why)
+    except CheckFailed as why:
+        result.status, result.detail = "failed", str(why)
+    except Exception as error:  # of any library
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{Path(at.filename).name}:{at.lineno}"
+        result.status, result.detail = "failed", f"{type(error).__name__} at {place}: {str(error)[:500]}"
+    finally:
+        torch._dynamo.reset()
+    return result
+
+
+def _check(entry: Entry, implementation: str, scenario: Scenario, result: Result) -> None:
+    model = _build(entry, implementation)
+    dense = _dense(entry, implementation, scenario)
+    result.calls = len(dense)
+    own = _own_graphs(model, scenario, entry) if scenario.counted else None
+    variants = Variants()
+    with _compiled(model, variants) as breaks:
+        kept = scenario.run(model, entry)
+        variants.current = "sparse"
+        sparse = scenario.run(model, entry) if scenario.sparse else []
+        result.breaks = breaks()
+    _describe(result, variants.report)
+    result.error = difference(kept, dense)
+    if own is not None and (result.graphs > own[0] or result.breaks > own[1]):
+        seen = f"{result.graphs} graphs and {result.breaks} graph breaks"
+        raise CheckFailed(f"{seen}, where the model alone gives {own[0]} and {own[1]}")
+    _check_sites(result, 0 if implementation == FLEX else entry.causal * scenario.prefills)
+    if result.error > TOLERANCE:
+        raise CheckFailed(f"at coverage 0 the output differs from dense by {result.error:.1e} of its size")
+    if scenario.sparse:
+        expected = _reference(entry, scenario, variants.report) if result.replaced else dense
+        result.sparse_error = difference(sparse, expected)
+        _check_sparse(result, difference(sparse, dense))
+
+
+def _dense(entry: Entry, implementation: str, scenario: Scenario) -> list[Tensor]:
+    """What the model gives uncompiled. Flex attention would compile itself, for minutes on a CPU: SDPA says the same."""
+    model = _build(entry, "sdpa" if implementation == FLEX else implementation)
+    try:
+        return scenario.run(model, entry)
+    except NotOffered:
+        raise
+    except Exception as error:  # of any library
+        raise NotOffered(f"the model itself fails: {type(error).__name__}: {str(error)[:200]}") from error
+
+
+def _build(entry: Entry, implementation: str) -> nn.Module:
+    torch.manual_seed(0)
+    return entry.build(implementation)
+
+
+def _describe(result: Result, report: Report) -> None:
+    result.sites, result.replaced, result.graphs = len(report.sites), len(report.replaced), report.graphs
+    result.reasons = dict(Counter(s.reason for s in report.dense))
+    result.warnings = sorted(set(report.warnings))
+
+
+def _own_graphs(model: nn.Module, scenario: Scenario, entry: Entry) -> tuple[int, int]:
+    """Graphs and graph breaks of the model compiled without us."""
+    graphs = []
+    with _compiled(model, lambda gm, inputs: graphs.append(gm) or gm.forward) as breaks:  # type: ignore[func-returns-value]
+        scenario.run(model, entry)
+        return len(graphs), breaks()
+
+
+def _check_sites(result: Result, expected: int) -> None:
+    if not (result.sites or result.warnings):
+        raise CheckFailed("no attention found, and no warning")
+    if result.replaced != expected:
+        raise CheckFailed(f"{result.replaced} of {result.sites} sites replaced, expected {expected}: {result.reasons}")
+
+
+def _check_sparse(result: Result, moved: float) -> None:
+    assert result.sparse_error is not None
+    if result.sparse_error > TOLERANCE:
+        raise CheckFailed(f"at coverage > 0 the output differs from the reference by {result.sparse_error:.1e} of its size")
+    if result.replaced and moved < 5 * TOLERANCE:
+        raise CheckFailed(f"at coverage > 0 the output is dense: {moved:.1e}")
+
+
+def _reference(entry: Entry, scenario: Scenario, report: Report) -> list[Tensor]:
+    """The scenario, uncompiled, with the reference algorithm where a site was replaced."""
+    model = _build(entry, "sdpa")
+    with SdpaReference(SPARSE, lambda call, causal: False) as dense:
+        scenario.run(model, entry)
+    replaced = [s.replaced for s in report.sites]
+    in_order = dense.calls == len(replaced)  # else a graph served several calls; their masks then say which
+    with SdpaReference(SPARSE, lambda call, causal: replaced[call] if in_order else causal) as reference:
+        outputs = scenario.run(model, entry)
+    if reference.taken != len(report.replaced):
+        raise CheckFailed(
+            f"{len(report.replaced)} sites replaced, but {reference.taken} of {reference.calls} calls of SDPA are causal"
+        )
+    return outputs
+
+
+@contextlib.contextmanager
+def _fast_path(enabled: bool) -> Iterator[None]:
+    """May `nn.MultiheadAttention` take its fused operator, in which no attention can be seen?"""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(enabled)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def difference(a: list[Tensor], b: list[Tensor]) -> float:
+    """Largest absolute difference over the largest value (at least 1); infinite where shapes differ or numbers are not finite."""
+    if [x.shape for x in a] != [x.shape for x in b]:
+        return float("inf")
+    worst = [((x - y).abs().max() / y.abs().max().clamp(min=1)).item() for x, y in zip(a, b, strict=True) if x.numel()]
+    return max((x if x == x else float("inf") for x in worst), default=0.0)
+
+
+class Variants:
+    """A backend that rewrites each graph twice, keeping all tokens and sparse; `current` says which one runs."""
+
+    def __init__(self) -> None:
+        self.backends = {"keep": Backend(Plan(KEEP_ALL), "eager"), "sparse": Backend(Plan(SPARSE), "eager")}
+        self.current = "keep"
+
+    @property
+    def report(self) -> Report:
+        return self.backends["keep"].report
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        compiled = {name: backend(copy.deepcopy(gm), example_inputs) for name, backend in self.backends.items()}
+        return lambda *args: compiled[self.current](*args)
+
+
+def _breaks() -> int:
+    return sum(torch._dynamo.utils.counters["graph_break"].values())
+
+
+@contextlib.contextmanager
+def _compiled(model: nn.Module, backend: GraphBackend) -> Iterator[Callable[[], int]]:
+    """Calls of `model` go through torch.compile, from a fresh start; yields a count of graph breaks."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model._compiled_call_impl = torch.compile(isolated(model), backend=backend)
+    try:
+        yield _breaks
+    finally:
+        model._compiled_call_impl = None

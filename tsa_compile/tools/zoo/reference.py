@@ -1,0 +1,117 @@
+"""The eager reference: the same model, uncompiled, whose `scaled_dot_product_attention` runs the reference algorithm.
+
+Nothing here reads a graph. What a mask says is found by comparing its numbers with those of a causal mask with padding, so
+this says independently what a replaced site has to compute.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tsa_compile.kernels.attend.tokens.definition import sparse_attention_oracle
+from tsa_compile.kernels.select.tokens.reference import select_tokens_reference
+from tsa_compile.policies.token_sparse import TokenSparse
+
+HIDDEN_BELOW = -1e4
+
+
+class SdpaReference:
+    """`with SdpaReference(...)`: calls of SDPA that `takes` chooses run the reference algorithm.
+
+    Args:
+        policy: what they run.
+        takes: (number of the call, is its mask causal with padding and are there two queries or more) -> is it chosen?
+    """
+
+    def __init__(self, policy: TokenSparse, takes: Callable[[int, bool], bool]) -> None:
+        self.policy, self.takes = policy, takes
+        self.calls = self.taken = 0
+        self._dense = F.scaled_dot_product_attention
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        chosen = self.takes(self.calls, query.shape[2] > 1 and _is_causal(query, key, *args, **kwargs))
+        self.calls += 1
+        self.taken += chosen
+        run = partial(attention_reference, self.policy) if chosen else self._dense
+        return run(query, key, value, *args, **kwargs)
+
+    def __enter__(self) -> SdpaReference:
+        F.scaled_dot_product_attention = self
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        F.scaled_dot_product_attention = self._dense
+
+
+def _is_causal(
+    query: Tensor, key: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False, **kwargs: Any
+) -> bool:
+    try:
+        causal_with_padding(_visible(query, key, attn_mask, is_causal))
+    except ValueError:
+        return False
+    return True
+
+
+def attention_reference(
+    policy: TokenSparse,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Token-sparse attention with SDPA's arguments; `[B, H, Lq, Dv]`."""
+    visible = _visible(query, key, attn_mask, is_causal)
+    used, key_mask = causal_with_padding(visible)
+    k, v = key[:, :, :used], value[:, :, :used]
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    c = policy.completion
+    numbers = (policy.coverage, policy.window, policy.pool, policy.min_tokens, c.heavy if c else 0)
+    kept = select_tokens_reference(query, k, key_mask, scale, *numbers)
+    strip = (c.window, c.sinks) if c else (0, 0)
+    return sparse_attention_oracle(query, k, v, *kept, key_mask, scale, *strip, policy.min_tokens + policy.window)
+
+
+def _visible(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+    """[B, Lq, Lk]: does query i see key j?"""
+    shape = (query.shape[0], query.shape[2], key.shape[2])
+    seen = torch.ones(shape, dtype=torch.bool, device=query.device)
+    if is_causal:
+        seen = seen.tril()
+    if mask is None:
+        return seen
+    mask = mask if mask.dtype == torch.bool else mask > HIDDEN_BELOW
+    mask = mask.expand(query.shape[0], query.shape[1], *shape[1:])
+    if not bool((mask == mask[:, :1]).all()):
+        raise ValueError("the mask differs between heads")
+    return seen & mask[:, 0]
+
+
+def causal_with_padding(visible: Tensor) -> tuple[int, Tensor | None]:
+    """(keys in use, [B, keys] bool or None if all are real) of a mask `[B, Lq, Lk]` that is causal with padding.
+
+    Queries that are padding themselves may see anything.
+
+    Raises:
+        ValueError: it is not.
+    """
+    _, q_len, k_len = visible.shape
+    real = visible.any(1)
+    for used in range(q_len, k_len + 1):
+        causal = torch.ones(q_len, used, dtype=torch.bool, device=visible.device).tril(used - q_len)
+        rows = real[:, used - q_len : used, None].expand(-1, -1, used)
+        as_causal = visible[..., :used] == (causal & real[:, None, :used])
+        if not bool(real[:, used:].any()) and bool(as_causal[rows].all()):
+            return used, None if bool(real[:, :used].all()) else real[:, :used]
+    raise ValueError("a site was replaced whose mask is not causal with padding")
