@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from tests.frontends.test_cli import command
 
+from tests.frontends.test_cli import command
 from tsa_compile.tools.bench import models
 
 

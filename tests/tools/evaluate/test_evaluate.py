@@ -8,9 +8,9 @@ import math
 import pytest
 import torch
 from rich.console import Console
-from tests.eval.tiny_lm import byte_tokenizer, tiny_lm
 
 import tsa_compile as tsa
+from tests.tools.evaluate.tiny_lm import byte_tokenizer, tiny_lm
 from tsa_compile.tools.evaluate import pages, summary, svg
 from tsa_compile.tools.evaluate.anatomy import _overlap
 from tsa_compile.tools.evaluate.job import Options, run

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 
 import pytest
-from tests.eval.tiny_lm import byte_tokenizer
 
+from tests.tools.evaluate.tiny_lm import byte_tokenizer
 from tsa_compile.tools.evaluate import tasks
 from tsa_compile.tools.evaluate.cells import DEPTHS, GENERATORS
 from tsa_compile.tools.evaluate.prompts import Prompter
