@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 Tensor = torch.Tensor
@@ -104,3 +106,79 @@ def check_blocks(name: str, q: Tensor, k: Tensor, blocks: Tensor, block_counts: 
         raise ValueError(f"{name}: blocks must be int16 {(*expected, expected[2])}, got {blocks.dtype} {tuple(blocks.shape)}")
     if block_counts.dtype != torch.int32 or tuple(block_counts.shape) != expected or block_counts.device != q.device:
         raise ValueError(f"{name}: block_counts must be int32 {expected}, got {block_counts.dtype} {tuple(block_counts.shape)}")
+
+
+# ---- one check for each operator, of all its arguments in the order of its schema
+
+
+def select_tokens(q: Tensor, k: Tensor, key_mask: Tensor | None, scale: float, *numbers: Any, share: str = "head") -> None:
+    check_attention("tsa::select_tokens", q, k, None, key_mask)
+    check_selection_arguments("tsa::select_tokens", *numbers, share=share)
+
+
+def sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, heavy: Tensor, key_mask: Tensor | None, *numbers: Any
+) -> None:
+    name = "tsa::sparse_attention"
+    check_attention(name, q, k, v, key_mask)
+    check_selection(name, q, k, indices, counts, heavy)
+    check_engine(name, numbers[-1], ("auto", "fused", "packed", "reference"))
+
+
+def token_sparse_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, *numbers: Any) -> None:
+    check_attention("tsa::token_sparse_attention", q, k, v, key_mask)
+
+
+def select_keys(q: Tensor, k: Tensor, key_mask: Tensor | None, scale: float, coverage: float, probes: int, min_keys: int) -> None:
+    name = "tsa::select_keys"
+    check_attention(name, q, k, None, key_mask, causal=False)
+    if not 0 <= coverage < 1:
+        raise ValueError(f"{name}: coverage must be in [0, 1), got {coverage}")
+    if probes < 1 or min_keys < 1:
+        raise ValueError(f"{name}: probes and min_keys must be at least 1, got {probes} and {min_keys}")
+
+
+def key_attention(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, scale: float) -> None:
+    check_attention("tsa::key_attention", q, k, v, None, causal=False)
+    check_lists("tsa::key_attention", q, k, indices, counts)
+
+
+def select_blocks(q: Tensor, k: Tensor, indices: Tensor, counts: Tensor, scale: float, *numbers: Any) -> None:
+    check_attention("tsa::select_blocks", q, k, None, None)
+    check_selection("tsa::select_blocks", q, k, indices, counts, indices[..., :0])
+    check_block_arguments("tsa::select_blocks", *numbers[:5])
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    heavy: Tensor,
+    blocks: Tensor,
+    block_counts: Tensor,
+    key_mask: Tensor | None,
+    scale: float,
+    strip_window: int,
+    strip_sinks: int,
+    block: int,
+    engine: str,
+) -> None:
+    name = "tsa::block_sparse_attention"
+    check_attention(name, q, k, v, key_mask)
+    check_selection(name, q, k, indices, counts, heavy)
+    check_blocks(name, q, k, blocks, block_counts, block)
+    check_engine(name, engine, ("auto", "fused", "reference"))
+
+
+def check_engine(name: str, engine: str, allowed: tuple[str, ...]) -> None:
+    """Raise a ValueError naming operator `name`, unless `engine` is one of `allowed`."""
+    if engine not in allowed:
+        raise ValueError(f"{name}: unknown engine {engine!r}; expected one of {', '.join(allowed)}")
+
+
+def check_reference_engine(name: str, engine: str) -> None:
+    """Raise a RuntimeError naming operator `name` if `engine`, asked for tensors on CPU, needs a GPU."""
+    if engine not in ("auto", "reference"):
+        raise RuntimeError(f"{name}: engine {engine!r} needs CUDA tensors; on CPU use auto or reference")

@@ -26,10 +26,8 @@ class KeptTokens:
 
 @contextlib.contextmanager
 def record_kept() -> Iterator[KeptTokens]:
-    """`with record_kept() as kept: model(ids)`, then `kept.shares()`. Replays of CUDA graphs are not seen."""
+    """`with record_kept() as kept: model(ids)`, then `kept.shares()`. Selections of other threads and
+    replays of CUDA graphs are not seen."""
     kept = KeptTokens()
-    ops.OBSERVERS.append(kept._observe)
-    try:
+    with ops.observing(kept._observe):
         yield kept
-    finally:
-        ops.OBSERVERS.remove(kept._observe)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tsa_compile.kernels import key_ops  # noqa: F401
+from tsa_compile.kernels import ops  # noqa: F401
 from tsa_compile.kernels.attend.keys.reference import key_attention_reference
 from tsa_compile.kernels.select.keys.reference import probe_ranks, probe_scores_reference, select_keys_reference
 

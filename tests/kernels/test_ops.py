@@ -1,9 +1,14 @@
 """The registered operators: opcheck, dispatch, errors, no gradient."""
 
+import contextlib
+import inspect
+import threading
+import unittest.mock
+
 import pytest
 import torch
 
-from tsa_compile.kernels import ops
+from tsa_compile.kernels import ops, registry
 
 SELECT = (0.3, 0.05, 8, 3, 16, 4)  # scale, coverage, window, pool, min_tokens, heavy
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -103,3 +108,74 @@ def test_dynamic_shapes_trace_to_one_graph():
 
 def test_source_tag_names_this_source():
     assert len(ops.source_tag()) == 16
+
+
+@pytest.mark.parametrize("operator", ops.OPERATORS, ids=lambda o: o.name)
+def test_every_row_names_functions_that_exist_and_take_its_arguments(operator):
+    pytest.importorskip("triton")
+    arguments = getattr(torch.ops.tsa, operator.name).default._schema.arguments
+    for where in (operator.reference, operator.host):
+        takes = inspect.signature(registry.resolve(where)).parameters
+        assert len(takes) >= len(arguments), where
+        assert takes[arguments[0].name].default is inspect.Parameter.empty
+
+
+def test_a_recorder_sees_its_own_thread_alone():
+    seen, other = [], []
+    call = lambda: torch.ops.tsa.select_tokens(*qkv()[:2], None, *SELECT)  # noqa: E731
+    with ops.observing(lambda counts, k_len: seen.append(k_len)):
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+        assert not seen
+        with ops.observing(lambda counts, k_len: other.append(k_len)):
+            call()
+    call()
+    assert seen == other == [64]
+
+
+def test_an_operator_is_one_row_and_may_write_its_argument():
+    row = ops.Operator(
+        "test_add_(Tensor(a!) x, Tensor y, float by=2.0) -> ()",
+        check=lambda x, y, by=2.0: None,
+        fake=lambda x, y, by=2.0: None,
+        reference="checks:check_engine",  # replaced below
+        host="checks:check_engine",
+    )
+    ops.add(row)
+    with unittest.mock.patch.object(registry, "resolve", lambda where: lambda x, y, by=2.0: (x.data.add_(y * by), None)[1]):
+        x = torch.zeros(3)
+        torch.ops.tsa.test_add_(x, torch.ones(3))
+        assert x.tolist() == [2, 2, 2]
+        assert x._version == 1  # counted, though only its storage was written
+
+        def f(x, y):
+            torch.ops.tsa.test_add_(x, y, 3.0)
+            return x * 2
+
+        assert torch.compile(f, backend="aot_eager", fullgraph=True)(x, torch.ones(3)).tolist() == [10, 10, 10]
+        with pytest.raises(NotImplementedError, match="tsa::test_add_ is forward only"):
+            torch.ops.tsa.test_add_(torch.zeros(3), torch.ones(3, requires_grad=True))
+
+
+@pytest.mark.parametrize("current", [0, 1])
+def test_the_device_of_the_operands_is_made_the_current_one(monkeypatch, current):
+    entered = []
+    guard = lambda device: (entered.append(device.index), contextlib.nullcontext())[1]  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(torch.cuda, "device", guard)
+    q = unittest.mock.Mock(device=torch.device("cuda", 1))
+    assert registry.on_its_device(lambda q, n: n)(q, 7) == 7
+    assert entered == ([] if current == 1 else [1])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_tensors_on_a_gpu_that_is_not_the_current_one():
+    q, k, v = qkv(device="cuda:1")
+    args = (*SELECT[:5], 8, 2, 4, "auto")
+    with torch.cuda.device(0):
+        out = torch.ops.tsa.token_sparse_attention(q, k, v, None, *args)
+        assert torch.cuda.current_device() == 0
+    expected = torch.ops.tsa.token_sparse_attention(q.cpu(), k.cpu(), v.cpu(), None, *args)
+    torch.testing.assert_close(out.cpu(), expected, rtol=1e-3, atol=1e-4)

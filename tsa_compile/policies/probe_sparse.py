@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from tsa_compile.kernels import key_ops  # noqa: F401 - registers torch.ops.tsa
+from tsa_compile.kernels import ops  # noqa: F401 - registers torch.ops.tsa
 from tsa_compile.policies.base import Policy, check_int, check_share
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tsa_compile.kernels import block_ops, ops  # noqa: F401 - registers torch.ops.tsa
+from tsa_compile.kernels import ops  # noqa: F401 - registers torch.ops.tsa
 from tsa_compile.kernels.checks import SHARES
 from tsa_compile.policies.base import Policy, build, check_int, check_share
 from tsa_compile.policies.block_sparse import BlockSparse

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from tsa_compile.kernels.attend.tokens.reference import Strip, by_row, merge_strip
+from tsa_compile.kernels.checks import check_reference_engine
 
 Tensor = torch.Tensor
 
@@ -108,6 +109,7 @@ def block_sparse_attention_reference(
 
     Shapes, dtypes and meaning: docs/operators.md.
     """
+    check_reference_engine("tsa::block_sparse_attention", engine)
 
     def attend(b: int, q_b: Tensor, k_b: Tensor, v_b: Tensor, kept: Tensor, strip: Strip) -> Tensor:
         out = q_b.new_zeros(*q_b.shape[:2], v_b.shape[-1])

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from tsa_compile.kernels.attend.tokens.definition import members
+from tsa_compile.kernels.checks import check_reference_engine
 
 Tensor = torch.Tensor
 _BLOCK_ROWS = 256
@@ -50,6 +51,7 @@ def sparse_attention_reference(
 
     Shapes, dtypes and meaning: docs/operators.md. Source: arXiv 2602.03216, section 3.
     """
+    check_reference_engine("tsa::sparse_attention", engine)
 
     def attend(b: int, *row: Any) -> Tensor:
         return _attend_row(*row, scale)

@@ -85,20 +85,23 @@ def test_the_check_tells_right_from_wrong(entry, detail):
 
 
 def test_the_check_sees_a_wrong_kernel(monkeypatch):
-    from tsa_compile.kernels import ops
+    from tsa_compile.kernels import registry
 
-    real = ops.sparse_attention_reference
-    monkeypatch.setattr(ops, "sparse_attention_reference", lambda *a: real(*a) * 1.001)
+    real = registry.resolve
+    wrong = lambda *a: real("attend.tokens.reference:sparse_attention_reference")(*a) * 1.001  # noqa: E731
+    monkeypatch.setattr(registry, "resolve", lambda w: wrong if w.endswith(":sparse_attention_reference") else real(w))
     result = check(made("sdpa"), "sdpa", SCENARIOS["plain"][0])
     assert result.status == "failed"
     assert "at coverage 0" in result.detail
 
 
 def test_the_check_sees_a_wrong_selection(monkeypatch):
-    from tsa_compile.kernels import ops
+    from tsa_compile.kernels import registry
 
-    real = ops.select_tokens_reference
-    monkeypatch.setattr(ops, "select_tokens_reference", lambda q, k, *rest: real(q.flip(2), k, *rest))
+    real = registry.resolve
+    select = real("select.tokens.reference:select_tokens_reference")
+    wrong = lambda q, *rest, **share: select(q.flip(2), *rest, **share)  # noqa: E731
+    monkeypatch.setattr(registry, "resolve", lambda w: wrong if w.endswith(":select_tokens_reference") else real(w))
     result = check(made("sdpa"), "sdpa", SCENARIOS["plain"][0])
     assert result.status == "failed"
     assert "differs from the reference" in result.detail

@@ -1,0 +1,146 @@
+"""How a row of the table in ops.py becomes `torch.ops.tsa.<name>`: schema, fake, dispatch by device, no gradient.
+
+Every operator is registered here and nowhere else, so that what all share is said once: arguments are checked before anything
+runs; CPU tensors go to the plain-PyTorch reference; CUDA tensors go to the host function, under a guard that makes their GPU
+the current one (Triton launches on the current device, whatever its operands say); and asking for a gradient is an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+Tensor = torch.Tensor
+Observer = Callable[[Tensor, int], None]
+LIBRARY = torch.library.Library("tsa", "DEF")
+
+
+class Operator(NamedTuple):
+    """One row of the table. Its first argument is a tensor. All functions take the arguments of the schema, in its order.
+
+    Args:
+        schema: as `torch.library` reads it: `name(Tensor q, ...) -> Tensor`.
+        check: raises a ValueError that names the operator, the argument, its value and what is allowed. Reads shapes, never data.
+        fake: uninitialised results of the real shapes, dtypes and strides.
+        reference: "module:function" below `tsa_compile.kernels`, in plain PyTorch: what runs on CPU tensors.
+        host: "module:function" that launches the kernels: what runs on CUDA tensors. Both are imported at the first call.
+        selects: whether recorders see its calls: its second result are the kept counts `[B]`, its second argument the keys.
+    """
+
+    schema: str
+    check: Callable[..., None]
+    fake: Callable[..., Any]
+    reference: str
+    host: str
+    selects: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.schema.partition("(")[0]
+
+
+def add(operator: Operator) -> None:
+    """Define and register one operator."""
+    LIBRARY.define(operator.schema)
+
+    def fake(*args: Any, **kwargs: Any) -> Any:
+        operator.check(*args, **kwargs)
+        return operator.fake(*args, **kwargs)
+
+    def run(where: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            operator.check(*args, **kwargs)
+            result = resolve(where)(*args, **kwargs)
+            if operator.selects:
+                _observe(result[1], args[1].shape[2])
+            return result
+
+        return call
+
+    register(operator.name, fake, run(operator.reference), run(operator.host))
+
+
+def register(name: str, fake: Callable[..., Any], cpu: Callable[..., Any], cuda: Callable[..., Any]) -> None:
+    """Register functions for operator `name`, whose schema is defined: `add` does both from one row."""
+    torch.library.register_fake(f"tsa::{name}", fake, lib=LIBRARY)
+    LIBRARY.impl(name, cpu, "CPU")
+    LIBRARY.impl(name, on_its_device(cuda), "CUDA")
+    if getattr(torch.ops.tsa, name).default._schema.is_mutable:
+        _register_writer(getattr(torch.ops.tsa, name).default)
+    else:
+        torch.library.register_autograd(f"tsa::{name}", _forward_only(f"tsa::{name}"), lib=LIBRARY)
+
+
+@functools.cache
+def resolve(where: str) -> Callable[..., Any]:
+    """The function at "module:function" below `tsa_compile.kernels`."""
+    module, _, function = where.partition(":")
+    return getattr(importlib.import_module(f"tsa_compile.kernels.{module}"), function)
+
+
+def on_its_device(host: Callable[..., Any]) -> Callable[..., Any]:
+    """`host`, called with the GPU of its first argument as the current one."""
+
+    def call(first: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if first.device.index == torch.cuda.current_device():
+            return host(first, *args, **kwargs)
+        with torch.cuda.device(first.device):
+            return host(first, *args, **kwargs)
+
+    return call
+
+
+def _forward_only(name: str) -> Callable[..., Any]:
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(
+            f"{name} is forward only: it has no gradient. Train the dense model (tsa_compile.restore), "
+            "or run under torch.no_grad()."
+        )
+
+    return backward
+
+
+def _register_writer(op: Any) -> None:
+    """What torch does not do by itself for an operator that writes its arguments: refuse gradients at once, count versions."""
+    written = [i for i, a in enumerate(op._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+    refuse = _forward_only(op._schema.name)
+
+    def autograd(keys: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            refuse(None)
+        return op.redispatch(keys & torch._C._after_autograd_keyset, *args, **kwargs)
+
+    def count_versions(keys: Any, *args: Any, **kwargs: Any) -> Any:
+        for i in written:
+            torch.autograd.graph.increment_version(args[i])
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return op.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, *args, **kwargs)
+
+    LIBRARY.impl(op._opname, autograd, "Autograd", with_keyset=True)
+    LIBRARY.impl(op._opname, count_versions, "ADInplaceOrView", with_keyset=True)
+
+
+# ---- recorders
+
+_observers: contextvars.ContextVar[tuple[Observer, ...]] = contextvars.ContextVar("tsa_observers", default=())
+
+
+@contextlib.contextmanager
+def observing(observer: Observer) -> Iterator[None]:
+    """Inside, `observer(counts [B], k_len)` is called for each selection of this thread (or asyncio task), and of no other."""
+    token = _observers.set((*_observers.get(), observer))
+    try:
+        yield
+    finally:
+        _observers.reset(token)
+
+
+def _observe(counts: Tensor, k_len: int) -> None:
+    for observer in _observers.get():
+        observer(counts, k_len)
