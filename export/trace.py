@@ -47,7 +47,7 @@ def trace(
     Args:
         model: a module, exported with `torch.export` without gradients; or an ExportedProgram, rewritten in place.
         args, kwargs: example inputs (not read for an ExportedProgram).
-        policy: a policy, a plan, either as a dict, or None for `TokenSparse()`.
+        policy: a policy, a plan, either as a dict, or None for the default plan, `TokenSparse()`.
         dynamic_shapes: as for `torch.export.export`.
         require_sites: raise if no site takes the policy.
 

@@ -10,6 +10,8 @@ import torch.fx as fx
 
 Size: TypeAlias = int | torch.SymInt
 
+PHASES = ("prefill", "decode", "verify", "draft", "denoise_first", "denoise")
+
 
 @dataclasses.dataclass(frozen=True)
 class KeyTerm:

@@ -41,13 +41,14 @@ def transform(
 
     Args:
         model: any module; attention is found in its traced graphs, not by its class.
-        policy_or_plan: a policy for all layers, a plan, either as a dict, or None for `plan.default_policy()`.
+        policy_or_plan: a policy for all layers, a plan, either as a dict, or None for the default: prefill by `TokenSparse()`.
         compiler: "eager" runs the rewritten graphs as they are (starts fastest); "inductor" compiles them.
         fullgraph: raise if the model's forward does not trace to one graph.
         inductor_options: Inductor configuration for `compiler="inductor"`.
 
     Raises:
         TypeError: `model` is not a module, or `policy_or_plan` is none of the above.
+        ValueError: a rule of the plan matches no module, or names a layer by a number that several stacks of layers have.
         RuntimeError: the model is transformed or compiled already; `restore` it first.
     """
     if not isinstance(model, nn.Module):
@@ -55,7 +56,7 @@ def transform(
     called = _called(model)
     if called._compiled_call_impl is not None:
         raise RuntimeError("the model is compiled already; call tsa_compile.restore(model) before transforming it again")
-    backend = Backend(as_plan(policy_or_plan), compiler, inductor_options, called)
+    backend = Backend(as_plan(policy_or_plan).bind(called), compiler, inductor_options, called)
     prefill = with_room(isolated(called), backend, fullgraph)
     # Inductor is asked for all steps; the eager graph of a decode step would be the model itself, behind guards.
     called._compiled_call_impl = _entry(prefill, called._call_impl if compiler == "eager" else prefill)
@@ -95,7 +96,7 @@ def explain(
 
     The model is left as it was. `explain(model, **tokenizer(text, return_tensors="pt"))` is the usual call.
     """
-    backend = Backend(as_plan(policy), "eager", model=model)
+    backend = Backend(as_plan(policy).bind(model), "eager", model=model)
     compiled = with_room(isolated(model), backend)
     with torch.no_grad():
         compiled(*args, **kwargs)

@@ -1,91 +1,194 @@
-"""A plan says which policy each layer gets; it is what `calibrate` writes, `transform` applies and exports embed."""
+"""A plan says which policy each attention gets in each phase; `calibrate` writes it, `transform` applies it, exports embed it."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
+from tsa_compile import plan_format
+from tsa_compile.passes.site import PHASES
 from tsa_compile.policies.base import Policy, from_dict
-from tsa_compile.policies.token_sparse import Completion, TokenSparse
+from tsa_compile.policies.dense import Dense
+from tsa_compile.policies.token_sparse import TokenSparse
+from tsa_compile.rules import Rule, bind
 
 if TYPE_CHECKING:
     from tsa_compile.passes.site import AttentionSite
 
-FORMAT_VERSION = 1
-DEFAULT_COVERAGE = 0.05
+WHERE = ("always", "pays")
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Layer -> policy.
+    """(attention module, phase) -> policy.
+
+    `Plan(default, {layer: policy})`, the form of the first release, is read as a prefill policy and its exceptions.
 
     Args:
-        default: the policy of every layer that `layers` does not name.
-        layers: exceptions, by layer number (`AttentionSite.layer`).
+        prefill: a prompt, or a long part of one.
+        decode: one token over a cache.
+        verify: a few drafted tokens over a cache, judged at once.
+        draft: one token that verification will judge.
+        denoise_first: the first denoising step of a block, in block diffusion.
+        denoise: the further ones.
+        rules: exceptions, `(modules, phase, policy)`, see `Rule`; the first that matches decides.
+        reuse: None. One selection for several layers is not built yet.
+        where: "always": each policy runs wherever it is defined; "pays": not at lengths where it was measured to be slower.
         notes: what is known about the plan, such as the loss it was accepted at; JSON values only.
+
+    A phase that is None has the default plan's policy.
+
+    Raises:
+        ValueError, TypeError: a policy that is not for its phase, or a wrong argument; the message names it.
     """
 
-    default: Policy
-    layers: Mapping[int, Policy] = dataclasses.field(default_factory=dict)
+    prefill: Policy | None = None
+    decode: Policy | None = None
+    verify: Policy | None = None
+    draft: Policy | None = None
+    denoise_first: Policy | None = None
+    denoise: Policy | None = None
+    rules: tuple[Rule, ...] = ()
+    reuse: None = None
+    where: str = "always"
     notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
-    def policy_for(self, site: AttentionSite) -> Policy:
-        return self.policy_for_layer(site.layer)
+    def __post_init__(self) -> None:
+        if isinstance(self.decode, Mapping):
+            self._read_layers(self.decode)
+        for phase in PHASES:
+            policy = getattr(self, phase)
+            if policy is not None:
+                _check_policy(f"Plan.{phase}", phase, policy)
+        object.__setattr__(self, "rules", tuple(_rule(f"Plan.rules[{n}]", r) for n, r in enumerate(_listed(self.rules))))
+        if self.reuse is not None:
+            raise ValueError(f"Plan.reuse must be None (sharing a selection between layers is not built yet), got {self.reuse!r}")
+        if self.where not in WHERE:
+            raise ValueError(f"Plan.where must be one of {WHERE}, got {self.where!r}")
+        if not isinstance(self.notes, Mapping):
+            raise TypeError(f"Plan.notes must be a mapping, got {type(self.notes).__name__}")
 
-    def policy_for_layer(self, layer: int) -> Policy:
-        return self.layers.get(layer, self.default)
+    def _read_layers(self, layers: Mapping[int, Policy]) -> None:
+        """`Plan(default, {layer: policy}, notes)`."""
+        warnings.warn(
+            "Plan(default, {layer: policy}) is Plan(prefill=default, rules=[(modules, 'prefill', policy)])",
+            DeprecationWarning,
+            stacklevel=4,
+        )
+        notes: Any = self.verify
+        rules = tuple(Rule(layer, "prefill", policy) for layer, policy in sorted(layers.items()))
+        for field, value in (("decode", None), ("verify", None), ("rules", rules), ("notes", notes or {})):
+            object.__setattr__(self, field, value)
+
+    def policy_at(self, module: str, phase: str, index: int | None = None) -> Policy:
+        """The policy of an attention module in a phase.
+
+        Args:
+            module: the module's path.
+            phase: one of `PHASES`.
+            index: the layer's number where the path has none.
+        """
+        for rule in self.rules:
+            if rule.phase == phase and rule.matches(module, index):
+                return rule.policy
+        own: Policy | None = getattr(self, phase)
+        return own or DEFAULTS[phase]
+
+    def policy_for(self, site: AttentionSite) -> Policy:
+        return self.policy_at(site.module, getattr(site, "phase", "prefill"), site.index)
+
+    def bind(self, model: nn.Module) -> Plan:
+        """The plan for this model: layer numbers become paths, and every rule matches some module.
+
+        Raises:
+            ValueError: a rule matches no module, or a layer's number is found in several stacks of layers.
+        """
+        return self.bind_to(name for name, _ in model.named_modules())
+
+    def bind_to(self, modules: Iterable[str]) -> Plan:
+        """The same, by the paths of a model's modules."""
+        return dataclasses.replace(self, rules=tuple(bind(self.rules, modules))) if self.rules else self
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "format": "tsa_compile.plan",
-            "version": FORMAT_VERSION,
-            "default": self.default.to_dict(),
-            "layers": {str(i): p.to_dict() for i, p in sorted(self.layers.items())},
-            "notes": dict(self.notes),
-        }
+        return plan_format.write(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
-        """The plan that `to_dict` wrote.
+        """The plan that `to_dict` wrote, in this release or the first.
 
         Raises:
-            ValueError: not a plan, a newer format, or a policy that does not validate.
+            ValueError, TypeError: not a plan, a newer format, or a field that does not validate; the message names it.
         """
-        if data.get("format") != "tsa_compile.plan":
-            raise ValueError('not a tsa_compile plan: no "format": "tsa_compile.plan"')
-        if data.get("version") != FORMAT_VERSION:
-            raise ValueError(f"plan format version {data.get('version')!r}; this release reads {FORMAT_VERSION}")
-        layers = {int(i): from_dict(p) for i, p in data.get("layers", {}).items()}
-        return cls(from_dict(data["default"]), layers, data.get("notes", {}))
+        return cls(**plan_format.read(data))
 
     def save(self, path: str | Path) -> None:
         Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
-        return cls.from_dict(json.loads(Path(path).read_text()))
+        """Raises ValueError, naming the file, if it holds no plan."""
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+DEFAULTS: Mapping[str, Policy] = {phase: Dense() for phase in PHASES} | {"prefill": TokenSparse()}
 
 
 def as_plan(policy_or_plan: Policy | Plan | Mapping[str, Any] | None) -> Plan:
-    """A plan from what users pass: None (`default_policy()`), a policy, a plan, or either as a dict.
+    """A plan from what users pass: None (the default plan), a policy (in the phases that it is for), a plan, or either as a dict.
 
     Raises:
         TypeError: anything else.
+        ValueError: a dict that is no policy and no plan; the message names the field.
     """
     if policy_or_plan is None:
-        return Plan(default_policy())
+        return Plan(prefill=DEFAULTS["prefill"], where="pays")
     if isinstance(policy_or_plan, Plan):
         return policy_or_plan
-    if isinstance(policy_or_plan, Policy):
-        return Plan(policy_or_plan)
     if isinstance(policy_or_plan, Mapping):
-        return Plan.from_dict(policy_or_plan) if "format" in policy_or_plan else Plan(from_dict(dict(policy_or_plan)))
+        if "policy" not in policy_or_plan:
+            return Plan.from_dict(policy_or_plan)
+        policy_or_plan = from_dict(dict(policy_or_plan))
+    if isinstance(policy_or_plan, Policy):
+        phases: dict[str, Any] = {phase: policy_or_plan for phase in PHASES if phase in policy_or_plan.phases}
+        return Plan(**phases)
     raise TypeError(f"expected a policy, a plan, a dict of either, or None; got {type(policy_or_plan).__name__}")
 
 
 def default_policy(coverage: float | None = None) -> TokenSparse:
-    """The policy of `transform(model)`: token-sparse, with a completion strip for the rows that are not selected."""
-    return TokenSparse(coverage=DEFAULT_COVERAGE if coverage is None else coverage, completion=Completion())
+    """The prefill policy of `transform(model)`, or the same with another coverage."""
+    return TokenSparse() if coverage is None else TokenSparse(coverage=coverage)
+
+
+def _check_policy(field: str, phase: str, policy: object) -> None:
+    if not isinstance(policy, Policy):
+        raise TypeError(f"{field} must be a policy, got {type(policy).__name__}")
+    if phase not in policy.phases:
+        raise ValueError(f"{field}: {policy.name} is for {' and '.join(sorted(policy.phases))}, not for {phase}")
+
+
+def _listed(rules: Any) -> list[Any]:
+    if not isinstance(rules, (list, tuple)):
+        raise TypeError(f"Plan.rules must be a list of (modules, phase, policy), got {type(rules).__name__}")
+    return list(rules)
+
+
+def _rule(field: str, given: Any) -> Rule:
+    if not isinstance(given, (tuple, list)) or len(given) != 3:
+        raise TypeError(f"{field} must be (modules, phase, policy), got {given!r}")
+    modules, phase, policy = given
+    is_number = type(modules) is int and modules >= 0
+    if not is_number and not (isinstance(modules, str) and modules):
+        raise ValueError(f"{field}.modules must be a pattern or a layer's number, got {modules!r}")
+    if phase not in PHASES:
+        raise ValueError(f"{field}.phase must be one of {PHASES}, got {phase!r}")
+    _check_policy(f"{field}.policy", phase, policy)
+    return Rule(modules, phase, policy)

@@ -1,8 +1,8 @@
 """Every public name, with its signature: the one table to look names up in.
 
 A signature is its parameters with their defaults, without types. `...` at its end: more may follow.
-A name in `COMING` is decided and not built yet. Who builds it takes it out of `COMING`; the test fails until then, and also when a
-signature here and in the code differ.
+A name in `COMING` is decided and not built yet. Who builds it takes it out of `COMING`; the test fails until then, and
+also when a signature here and in the code differ.
 """
 
 from __future__ import annotations
@@ -24,14 +24,17 @@ NAMES = {
     # Plans and policies: what to do. A policy is a frozen dataclass, and JSON.
     "Plan": PLAN,
     "Plan.bind": "self, model",  # names checked against the model's modules
-    "Plan.policy_at": "self, module, phase",  # of one attention module, by its path
+    "Plan.policy_at": "self, module, phase, index=None",  # of one attention module, by its path
     "Plan.to_dict": "self",
     "Plan.from_dict": "data",
     "Plan.save": "self, path",
     "Plan.load": "path",
     "Dense": "",
     "Exact": "...",
-    "TokenSparse": "coverage=0.05, window=128, pool=7, min_tokens=1024, completion=Completion(window=256, sinks=4, heavy=256), ...",
+    "TokenSparse": (
+        "coverage=0.05, window=128, pool=7, min_tokens=1024, completion=Completion(window=256, sinks=4, heavy=256), "
+        "share='head', inner=None, engine='auto'"
+    ),
     "TokenSparse.paper": "coverage=0.005, **fields",  # as the paper has it: without completion
     "Completion": "window=256, sinks=4, heavy=256",
     "BlockSparse": "alpha, ...",
@@ -71,11 +74,6 @@ NAMES = {
     "kernels.types.Attended": "out, lse",
 }
 COMING = {
-    "Plan": "plan format 2",
-    "Plan.bind": "plan format 2",
-    "Plan.policy_at": "plan format 2",
-    "TokenSparse": "completed by default",
-    "TokenSparse.paper": "completed by default",
     "Exact": "decode",
     "BlockSparse": "prefill by key blocks; today an option of TokenSparse",
     "Bridge": "prefill with bridge edges",

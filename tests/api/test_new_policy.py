@@ -68,5 +68,5 @@ def test_it_runs_in_a_model(compiler):
 def test_it_validates_and_round_trips():
     with pytest.raises(ValueError, match=r"LastTokens\.width must be an int >= 1, got 0"):
         LastTokens(0)
-    plan = tsa.Plan(LastTokens(7), {1: tsa.Dense()})
+    plan = tsa.Plan(LastTokens(7), rules=[(1, "prefill", tsa.Dense())])
     assert as_plan(plan.to_dict()) == plan

@@ -22,8 +22,6 @@ from tsa_compile.policies.base import from_dict
         ({"window": 1.5}, "TokenSparse.window must be an int >= 1, got 1.5"),
         ({"pool": 4}, "TokenSparse.pool must be odd, got 4"),
         ({"min_tokens": 0}, "TokenSparse.min_tokens must be an int >= 1, got 0"),
-        ({"layers": (1, -2)}, "TokenSparse.layers must be None or ints >= 0"),
-        ({"layers": "all"}, "TokenSparse.layers must be None or ints >= 0, got 'all'"),
         ({"engine": "fast"}, "TokenSparse.engine must be one of .* got 'fast'"),
         ({"completion": 3}, "TokenSparse.completion must be a Completion or None, got 3"),
         ({"completion": tsa.Completion(heavy=64), "min_tokens": 32}, "Completion.heavy must be <= .*32.*, got 64"),
@@ -43,7 +41,7 @@ def test_a_bad_completion_is_named(field):
 POLICIES = [
     tsa.Dense(),
     tsa.TokenSparse(),
-    tsa.TokenSparse(coverage=0.1, layers=(2, 5), completion=tsa.Completion(window=64)),
+    tsa.TokenSparse(coverage=0.1, completion=tsa.Completion(window=64)),
 ]
 
 
@@ -56,7 +54,7 @@ def test_dict_and_pickle_round_trip(policy):
 
 
 def test_plan_round_trip_through_json(tmp_path):
-    plan = tsa.Plan(tsa.Dense(), {3: POLICIES[2], 1: POLICIES[1]}, {"kl": 0.01})
+    plan = tsa.Plan(tsa.Dense(), rules=[(3, "prefill", POLICIES[2]), ("*.1.*", "prefill", POLICIES[1])], notes={"kl": 0.01})
     plan.save(tmp_path / "plan.json")
     assert tsa.Plan.load(tmp_path / "plan.json").to_dict() == plan.to_dict()
 

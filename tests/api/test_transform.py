@@ -156,7 +156,7 @@ def test_two_models_of_one_class_do_not_share_graphs():
 
 
 def test_a_plan_chooses_layers(model):
-    tsa.transform(model, tsa.Plan(tsa.Dense(), {1: SPARSE}))
+    tsa.transform(model, tsa.Plan(tsa.Dense(), rules=[("model.layers.1.*", "prefill", SPARSE)]))
     logits(model, token_ids(60))
     assert [s.replaced for s in tsa.report(model).sites] == [False, True]
 
@@ -239,7 +239,7 @@ def test_layers_keep_their_numbers_in_graphs_of_their_own(model):
     hooks = pytest.importorskip("accelerate.hooks")
     for layer in model.model.layers:
         hooks.add_hook_to_module(layer, hooks.AlignDevicesHook(execution_device="cpu", io_same_device=True))
-    tsa.transform(model, tsa.Plan(tsa.Dense(), {1: KEEP_ALL}))
+    tsa.transform(model, tsa.Plan(tsa.Dense(), rules=[(1, "prefill", KEEP_ALL)]))
     logits(model, token_ids(40))
     sites = tsa.report(model).sites
     assert [(s.layer, s.module, s.policy) for s in sites] == [

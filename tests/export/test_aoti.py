@@ -9,7 +9,7 @@ import tsa_compile as tsa
 from tsa_compile import export
 from tsa_compile.export.trace import trace
 
-PAPER = tsa.TokenSparse(coverage=0.3, window=16, min_tokens=32)
+PAPER = tsa.TokenSparse.paper(coverage=0.3, window=16, min_tokens=32)
 SHAPES = ({0: torch.export.Dim("batch", max=8), 1: torch.export.Dim("length", max=4096)},)
 
 

@@ -19,7 +19,7 @@ from tsa_compile.export.session import make_session  # noqa: E402
 
 logging.getLogger("torch.onnx").setLevel(logging.ERROR)
 DYNAMIC = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
-PAPER = tsa.TokenSparse(coverage=0.3, window=16, min_tokens=32)
+PAPER = tsa.TokenSparse.paper(coverage=0.3, window=16, min_tokens=32)
 COMPLETED = tsa.TokenSparse(coverage=0.3, window=16, min_tokens=32, completion=tsa.Completion(24, 4, 20))
 UNSEEN = [(1, 7), (2, 64), (3, 300)]  # batch, length
 
@@ -83,7 +83,7 @@ def test_other_architectures(tmp_path, make):
 
 
 def test_a_plan_mixes_dense_and_both_forms(tmp_path):
-    plan = tsa.Plan(PAPER, layers={0: tsa.Dense(), 2: COMPLETED}, notes={"made by": "this test"})
+    plan = tsa.Plan(PAPER, rules=[(0, "prefill", tsa.Dense()), (2, "prefill", COMPLETED)], notes={"made by": "this test"})
     model, path = llama(layers=3), tmp_path / "m.onnx"
     made = export.onnx(model, (ids(2, 100),), path, policy=plan, dynamic_shapes=(DYNAMIC,))
     assert made.plan == plan

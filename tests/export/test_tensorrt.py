@@ -20,7 +20,7 @@ except ImportError as error:
     pytest.skip(str(error), allow_module_level=True)
 
 DYNAMIC = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
-PAPER = tsa.TokenSparse(coverage=0.3, window=16, min_tokens=32)
+PAPER = tsa.TokenSparse.paper(coverage=0.3, window=16, min_tokens=32)
 COMPLETED = tsa.TokenSparse(coverage=0.3, window=16, min_tokens=32, completion=tsa.Completion(24, 4, 20))
 LENGTH = 509  # prime: no other size of the network equals it
 PROFILE = {"input_ids": ((1, 2), (1, 512), (2, 8192))}
@@ -54,7 +54,7 @@ def llama(layers=2):
 def graph(tmp_path_factory):
     """A small Llama with the paper's form in one layer and the completed one in the other."""
     path = tmp_path_factory.mktemp("rtx") / "llama.onnx"
-    plan = tsa.Plan(PAPER, layers={1: COMPLETED})
+    plan = tsa.Plan(PAPER, rules=[(1, "prefill", COMPLETED)])
     export.onnx(llama(), (torch.randint(0, 128, (2, 100)),), path, policy=plan, target="tensorrt", dynamic_shapes=(DYNAMIC,))
     return path
 

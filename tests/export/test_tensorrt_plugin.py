@@ -107,7 +107,7 @@ def test_tensorrt_rtx_has_no_plugins(tmp_path):
     except ImportError as error:
         pytest.skip(str(error))
     path = tmp_path / "m.onnx"
-    policy = tsa.TokenSparse(coverage=0.3, window=16, min_tokens=32)
+    policy = tsa.TokenSparse.paper(coverage=0.3, window=16, min_tokens=32)
     export.onnx(Block(), (torch.randn(2, 60, 64),), path, policy=policy, dynamic_shapes=SHAPES, target="tensorrt_plugin")
     nodes = [n for n in onnx.load(path).graph.node if n.domain == "tsa"]
     assert [n.op_type for n in nodes] == ["sparse_prefill"]

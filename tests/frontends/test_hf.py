@@ -196,7 +196,7 @@ def test_training_stays_dense(caplog, calls):
 
 
 def test_a_plan_is_read_by_layer(calls):
-    hf.register(tsa.Plan(tsa.Dense(), {1: SPARSE}), "tsa-plan")
+    hf.register(tsa.Plan(tsa.Dense(), rules=[(1, "prefill", SPARSE)]), "tsa-plan")
     logits(model("llama")[0].eval(), "tsa-plan", batch("none"))
     assert calls == [1]
 

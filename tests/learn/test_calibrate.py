@@ -94,11 +94,11 @@ def test_the_plan_meets_its_target_when_it_is_applied(model, prompts, target, me
     assert plan.notes["measured"]["kl"] == pytest.approx(kl, rel=1e-4)
     assert plan.notes["measured"]["sparsity"] == pytest.approx(sparsity)
     assert plan.notes["prompt tokens"] == [120, 90, 100]
-    assert plan.default == tsa.Dense()
-    for policy in plan.layers.values():
+    assert plan.prefill == tsa.Dense()
+    for _, _, policy in plan.rules:
         assert dataclasses.replace(policy, coverage=BASE.coverage) == BASE
     greediest = tsa.Plan(dataclasses.replace(BASE, coverage=0.6))
-    assert plan.layers  # neither nothing
+    assert plan.rules  # neither nothing
     if method == "loss":
         assert applied(model, greediest, prompts)[1] > sparsity  # nor everything
 
@@ -199,7 +199,6 @@ def test_a_layer_without_a_number_has_no_drift(prompts):
         ({"prompts": [torch.ones(2, 40, dtype=torch.long)]}, "prompt 0 must be one row"),
         ({"prompts": [{"ids": [1]}]}, "prompt 0 has no input_ids"),
         ({"policy": tsa.Dense()}, "policy must be a TokenSparse"),
-        ({"policy": dataclasses.replace(BASE, layers=(99,))}, "no attention site takes the policy .*not among"),
         ({"coverages": (0.0, 0.1)}, r"coverages must be numbers in \(0, 1\)"),
         ({"method": "luck"}, "method must be one of .* got 'luck'"),
         ({"last": 0}, "last must be at least 1"),

@@ -153,7 +153,9 @@ def _sparse(
     if not q.dtype == k.dtype == v.dtype:
         return None, f"mixed dtypes {q.dtype}, {k.dtype}, {v.dtype}"
     shape = (q.shape[1], k.shape[1], q.shape[3], v.shape[3])
-    graph = _site_graph(plan.policy_for_layer(layer), layer, shape, q.dtype, key_mask is not None, causal, scale)
+    graph = _site_graph(
+        plan.policy_at(f"layers.{layer}.self_attn", "prefill"), layer, shape, q.dtype, key_mask is not None, causal, scale
+    )
     return (None, graph.reason) if graph.reason is not None else (graph(q, k, v, key_mask), None)
 
 

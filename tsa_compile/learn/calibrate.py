@@ -26,6 +26,7 @@ from tsa_compile.learn.target import Target
 from tsa_compile.plan import Plan, default_policy
 from tsa_compile.policies.dense import Dense
 from tsa_compile.policies.token_sparse import TokenSparse
+from tsa_compile.rules import Rule
 
 METHODS = ("loss", "drift")
 COVERAGES = (0.02, 0.1, 0.2)
@@ -146,7 +147,8 @@ def _impossible(run: Run, goal: Target, steps: list[Step], advance: Advance) -> 
 
 def _bare_plan(base: TokenSparse, steps: list[Step]) -> Plan:
     coverage = search.coverage_of(steps)
-    return Plan(Dense(), {layer: dataclasses.replace(base, coverage=c) for layer, c in sorted(coverage.items())})
+    rules = [Rule(layer, "prefill", dataclasses.replace(base, coverage=c)) for layer, c in sorted(coverage.items())]
+    return Plan(prefill=Dense(), rules=tuple(rules))
 
 
 def _plan(run: Run, goal: Target, steps: list[Step], sample: Sample, method: str, layers: Mapping[int, str]) -> Plan:

@@ -22,6 +22,7 @@ class Policy:
 
     name: ClassVar[str]
     masks: ClassVar[frozenset[str]] = frozenset({"causal"})  # the kinds (`MaskFacts.kind`) that it takes
+    phases: ClassVar[frozenset[str]] = frozenset({"prefill"})  # those of `site.PHASES` that it is for
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -53,7 +54,7 @@ def from_dict(data: dict[str, Any]) -> Policy:
     """
     fields = dict(data)
     name = fields.pop("policy", None)
-    if name not in _REGISTRY:
+    if not isinstance(name, str) or name not in _REGISTRY:
         raise ValueError(f"unknown policy {name!r}; known: {sorted(_REGISTRY)}")
     return _REGISTRY[name]._from_fields(fields)
 

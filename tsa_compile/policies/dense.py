@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
+from tsa_compile.passes.site import PHASES
 from tsa_compile.policies.base import Policy
 
 if TYPE_CHECKING:
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 @dataclasses.dataclass(frozen=True)
 class Dense(Policy):
     """Attention as the model has it; where its mask was proven to be plainly causal, without the mask tensor."""
+
+    phases: ClassVar[frozenset[str]] = frozenset(PHASES)
 
     def refuse(self, site: AttentionSite) -> str | None:
         return "policy is Dense"

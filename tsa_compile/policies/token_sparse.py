@@ -50,16 +50,15 @@ class Completion:
 
 @dataclasses.dataclass(frozen=True)
 class TokenSparse(Policy):
-    """Token Sparse Attention for prefill; decode steps stay dense.
+    """Token Sparse Attention for prefill, with a completion strip; `TokenSparse.paper()` is the paper's, without.
 
     Args:
-        coverage: share of the attention mass that may be dropped, in [0, 1) (the paper's tau; 0.005 for Llama-3.1-8B).
-            0 keeps every token.
+        coverage: share of the attention mass that may be dropped, in [0, 1), the paper's tau; 0 keeps every token.
         window: last queries that score the keys; their tokens are always kept.
         pool: width of the average pooling of the scores, odd, in tokens.
         min_tokens: kept tokens beside the window, at least; rows of up to `min_tokens + window` tokens run dense.
-        layers: layers that become sparse; None: all of them. The paper takes the half with the lowest drift.
-        completion: what rows that are not kept read; None: nothing, their attention output is zero, as in the paper.
+        completion: what rows that are not kept read; None: nothing, their attention output is zero, as in the paper. The default
+            lists at most `min_tokens` heaviest tokens.
         share: "head": each query head keeps tokens of its own, as in the paper; "group": the query heads of a KV head keep the
             same ones, by the sum of their scores.
         inner: attention among the kept tokens: None for all of them, or `BlockSparse`.
@@ -69,12 +68,11 @@ class TokenSparse(Policy):
         ValueError: a field is outside its range; the message names it.
     """
 
-    coverage: float = 0.005
+    coverage: float = 0.05
     window: int = 128
     pool: int = 7
     min_tokens: int = 1024
-    layers: tuple[int, ...] | None = None
-    completion: Completion | None = None
+    completion: Completion | None = Completion()
     share: str = "head"
     inner: BlockSparse | None = None
     engine: str = "auto"
@@ -90,14 +88,7 @@ class TokenSparse(Policy):
             raise ValueError(f"TokenSparse.share must be one of {SHARES}, got {self.share!r}")
         if self.engine not in ENGINES:
             raise ValueError(f"TokenSparse.engine must be one of {ENGINES}, got {self.engine!r}")
-        self._check_layers()
-        if self.completion is not None and not isinstance(self.completion, Completion):
-            raise ValueError(f"TokenSparse.completion must be a Completion or None, got {self.completion!r}")
-        if self.completion is not None and self.completion.heavy > self.min_tokens:
-            raise ValueError(
-                f"Completion.heavy must be <= TokenSparse.min_tokens ({self.min_tokens}), got {self.completion.heavy}"
-            )
-
+        self._check_completion()
         self._check_inner()
 
     def _check_inner(self) -> None:
@@ -108,18 +99,27 @@ class TokenSparse(Policy):
         if self.engine == "packed":
             raise ValueError("TokenSparse.engine 'packed' runs dense attention among the kept tokens; with inner use 'auto'")
 
-    def _check_layers(self) -> None:
-        if self.layers is None:
+    def _check_completion(self) -> None:
+        c = self.completion
+        if c is None:
             return
-        if isinstance(self.layers, (list, range)):
-            object.__setattr__(self, "layers", tuple(self.layers))
-        ok = isinstance(self.layers, tuple) and all(type(i) is int and i >= 0 for i in self.layers)
-        if not ok:
-            raise ValueError(f"TokenSparse.layers must be None or ints >= 0, got {self.layers!r}")
+        if not isinstance(c, Completion):
+            raise ValueError(f"TokenSparse.completion must be a Completion or None, got {c!r}")
+        if c == Completion() and c.heavy > self.min_tokens:
+            object.__setattr__(self, "completion", dataclasses.replace(c, heavy=self.min_tokens))
+        elif c.heavy > self.min_tokens:
+            raise ValueError(f"Completion.heavy must be <= TokenSparse.min_tokens ({self.min_tokens}), got {c.heavy}")
+
+    @classmethod
+    def paper(cls, coverage: float = 0.005, **fields: Any) -> TokenSparse:
+        """The paper's setting: no completion, tau 0.005 as for Llama-3.1-8B. It makes half of the layers sparse."""
+        return cls(coverage=coverage, **{"completion": None, **fields})
 
     @classmethod
     def _from_fields(cls, fields: dict[str, Any]) -> Policy:
         fields = dict(fields)
+        if fields.pop("layers", None) is not None:  # null in files of plan format 1
+            raise ValueError("TokenSparse has no field 'layers': a plan's rules say which layers a policy is for")
         if isinstance(fields.get("completion"), dict):
             fields["completion"] = build(Completion, fields["completion"])
         if isinstance(fields.get("inner"), dict):
@@ -127,8 +127,6 @@ class TokenSparse(Policy):
         return super()._from_fields(fields)
 
     def refuse(self, site: AttentionSite) -> str | None:
-        if self.layers is not None and site.layer not in self.layers:
-            return f"layer {site.layer} is not among the policy's layers"
         if site.head_dim > MAX_HEAD_DIM:
             return f"head dim {site.head_dim} is above {MAX_HEAD_DIM}"
         return None

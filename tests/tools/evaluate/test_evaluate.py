@@ -21,8 +21,8 @@ from tsa_compile.tools.evaluate.store import Store
 from tsa_compile.tools.evaluate.variants import own_variant, standard_variants
 
 SPARSE = tsa.TokenSparse(coverage=0.3, window=8, pool=3, min_tokens=8, completion=tsa.Completion(4, 2, 4))
-KEEP_ALL = tsa.Plan(tsa.TokenSparse(coverage=0.0, window=1, pool=1, min_tokens=1))
-PLANS = (None, tsa.Plan(SPARSE), tsa.Plan(tsa.Dense(), {1: SPARSE}))
+KEEP_ALL = tsa.Plan(tsa.TokenSparse.paper(coverage=0.0, window=1, pool=1, min_tokens=1))
+PLANS = (None, tsa.Plan(SPARSE), tsa.Plan(tsa.Dense(), rules=[(1, "prefill", SPARSE)]))
 
 
 @pytest.fixture(autouse=True)
@@ -134,9 +134,9 @@ def test_overlap_of_lists():
 def test_variants():
     variants = standard_variants([2, 3], range(6), 6, [0.05, 0.1])
     assert len({v.name for v in variants}) == len(variants) == 8
-    layers = {v.family: v.plan.default.layers for v in variants[1:-1]}
+    layers = {v.family: tuple(r.modules for r in v.plan.rules) for v in variants[1:-1]}
     assert list(layers.values()) == [(2, 3), (0, 1, 2, 3, 4, 5), (2, 3, 4)]
-    assert [v.plan.default.completion is None for v in variants[1:3]] == [True, True]
+    assert [v.plan.rules[0].policy.completion is None for v in variants[1:3]] == [True, True]
     assert {v.family for v in standard_variants([0], [0, 1], 2, [0.1])}.isdisjoint({"completed, inner layers"})
     few = standard_variants([2, 3], range(6), 6, [0.05], ("all", "floor"))
     assert [v.family for v in few] == ["dense", "completed, all layers", "window and sinks only"]
@@ -146,7 +146,7 @@ def test_a_policy_file(tmp_path):
     good, bad = tmp_path / "mine.json", tmp_path / "bad.json"
     good.write_text(json.dumps(SPARSE.to_dict()))
     bad.write_text('{"policy": "Nonsense"}')
-    assert own_variant(good).plan.default == SPARSE
+    assert own_variant(good).plan.prefill == SPARSE
     with pytest.raises(ValueError, match=r"bad.json: unknown policy 'Nonsense'"):
         own_variant(bad)
 

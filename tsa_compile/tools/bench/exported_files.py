@@ -27,7 +27,7 @@ MODELS: dict[str, dict[str, Any]] = {
 DTYPES = {"SmolLM2-135M shape": ("float32", "float16")}  # of the others: both half types
 LAYERS = 4
 POLICIES = {  # random weights attend flatly, so `coverage` drops about as large a share of the tokens
-    "paper": TokenSparse(coverage=0.5, engine="fused"),
+    "paper": TokenSparse.paper(coverage=0.5, engine="fused"),
     "completed": dataclasses.replace(default_policy(0.5), engine="fused"),
 }
 

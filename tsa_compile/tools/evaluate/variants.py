@@ -11,7 +11,9 @@ import torch
 
 from tsa_compile.learn.drift import decoder_layer, record_drift
 from tsa_compile.plan import Plan, as_plan
+from tsa_compile.policies.dense import Dense
 from tsa_compile.policies.token_sparse import Completion, TokenSparse
+from tsa_compile.rules import Rule
 from tsa_compile.tools.evaluate.runner import Runner
 
 COVERAGES = (0.005, 0.02, 0.05, 0.1, 0.2)
@@ -55,8 +57,9 @@ def standard_variants(
         if not chosen or family not in wanted:
             continue
         for c in coverages:
-            policy = TokenSparse(coverage=c, layers=chosen, completion=completion)
-            out.append(Variant(f"{family}, tau {c:g}", family, Plan(policy), c))
+            policy = TokenSparse(coverage=c, completion=completion)
+            plan = Plan(prefill=Dense(), rules=tuple(Rule(n, "prefill", policy) for n in chosen))
+            out.append(Variant(f"{family}, tau {c:g}", family, plan, c))
     # One token a head and the last window are kept; the window lies within the strip.
     floor = TokenSparse(coverage=0.999999, min_tokens=1, completion=Completion(strip.window, strip.sinks, 0))
     return [*out, *([Variant(FLOOR, FLOOR, Plan(floor))] if FLOOR in wanted else [])]

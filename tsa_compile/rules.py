@@ -1,0 +1,83 @@
+"""Rules of a plan: which attention modules a policy is for, by their paths."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from tsa_compile.policies.base import Policy
+
+
+class Rule(NamedTuple):
+    """One policy for some attention modules in one phase; the first rule of a plan that matches decides.
+
+    Args:
+        modules: a pattern (`fnmatch`: `*`, `?`, `[0-3]`) of the module's path, such as "model.layers.[0-3].*", or the number of a
+            layer, as plans of format 1 have it: the modules whose path has it as its first number.
+        phase: one of `PHASES`.
+        policy: what they get.
+    """
+
+    modules: str | int
+    phase: str
+    policy: Policy
+
+    def matches(self, module: str, index: int | None = None) -> bool:
+        """Is it for the module of this path? `index` stands for the layer's number where the path has none."""
+        if isinstance(self.modules, str):
+            return fnmatch.fnmatchcase(module, self.modules)
+        number = layer_number(module)
+        return self.modules == (index if number is None else number)
+
+
+def layer_number(module: str) -> int | None:
+    """The first number of a path: 3 of "model.layers.3.self_attn"; None if it has none."""
+    found = re.search(r"(?:^|\.)(\d+)(?=\.|$)", module)
+    return int(found[1]) if found else None
+
+
+def bind(rules: Iterable[Rule], modules: Iterable[str]) -> Iterator[Rule]:
+    """The rules with patterns in place of layer numbers.
+
+    Args:
+        rules: of a plan.
+        modules: the paths of all modules of the model.
+
+    Raises:
+        ValueError: a rule matches none of them, or a layer's number is found in several stacks of layers.
+    """
+    paths = list(modules)
+    numbered = any(layer_number(path) is not None for path in paths)
+    for n, rule in enumerate(rules):
+        if isinstance(rule.modules, int) and numbered:
+            layer = _layer_path(rule.modules, paths)
+            yield from (rule._replace(modules=pattern) for pattern in (layer, f"{layer}.*"))
+            continue
+        if isinstance(rule.modules, str) and not any(rule.matches(path) for path in paths):
+            raise ValueError(f"plan rule {n}: no module of the model matches {rule.modules!r}; it has {_some(paths)}")
+        yield rule
+
+
+def _layer_path(number: int, paths: list[str]) -> str:
+    """Path of layer `number`: "model.layers.3"."""
+    under = [path for path in paths if layer_number(path) == number]
+    attention = [path for path in under if "attn" in path.lower() or "attention" in path.lower()]
+    layers = sorted({_up_to_number(path) for path in attention or under})
+    if not layers:
+        raise ValueError(f"plan: the model has no layer {number}; it has {_some(paths)}")
+    if len(layers) > 1:
+        raise ValueError(f"plan: layer {number} is in several stacks: {', '.join(layers)}; name the modules by a pattern")
+    return layers[0]
+
+
+def _up_to_number(path: str) -> str:
+    parts = path.split(".")
+    return ".".join(parts[: next(i for i, part in enumerate(parts) if part.isdigit()) + 1])
+
+
+def _some(paths: list[str]) -> str:
+    """A few paths for a message, attention first."""
+    shown = [p for p in paths if "attn" in p.lower() or "attention" in p.lower()] or [p for p in paths if p]
+    return ", ".join(shown[:3]) + (", ..." if len(shown) > 3 else "") if shown else "no modules"
