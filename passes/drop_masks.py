@@ -6,17 +6,14 @@ tokens the mask alone has 17 GB. What was proven of the mask allows the short fo
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.fx as fx
 
+from tsa_compile.passes.context import Context, GraphSite
 from tsa_compile.passes.facts.dead_code import erase_dead
 from tsa_compile.passes.facts.names import arg
 from tsa_compile.passes.facts.sizes import SizeProver, size_expr
-from tsa_compile.passes.site import AttentionSite
-
-if TYPE_CHECKING:
-    from tsa_compile.passes.pipeline import Context
 
 _MASK, _IS_CAUSAL = (3, "attn_mask"), (5, "is_causal")  # positions in SDPA's signature
 
@@ -26,14 +23,14 @@ def drop_masks(context: Context) -> int:
     sizes = SizeProver(context.gm.graph)
     masks = []
     for decision in context.decisions:
-        site = decision.site
-        mask = arg(site.node, *_MASK) if site.form == "sdpa" else None
-        if decision.reason is None or site.obstacle is not None or not isinstance(mask, fx.Node):
+        at, node = decision.at, decision.at.node
+        mask = arg(node, *_MASK) if at.site.form == "sdpa" else None
+        if decision.reason is None or at.site.obstacle is not None or not isinstance(mask, fx.Node):
             continue
-        is_causal = _short_form(site, sizes)
+        is_causal = _short_form(at, sizes)
         if is_causal is not None:
-            _set(site.node, *_MASK, None)
-            _set(site.node, *_IS_CAUSAL, is_causal)
+            _set(node, *_MASK, None)
+            _set(node, *_IS_CAUSAL, is_causal)
             masks.append(mask)
     if masks:
         erase_dead(context.gm.graph, unused=masks)
@@ -41,9 +38,9 @@ def drop_masks(context: Context) -> int:
     return len(masks)
 
 
-def _short_form(site: AttentionSite, sizes: SizeProver) -> bool | None:
+def _short_form(at: GraphSite, sizes: SizeProver) -> bool | None:
     """The `is_causal` that stands for the whole mask, or None if it takes more than that."""
-    mask = site.mask
+    mask, site = at.mask, at.site
     if mask.unproven is not None or mask.key_mask or mask.window is not None or mask.keys_used is not None:
         return None
     if not mask.causal or (isinstance(site.q_len, int) and site.q_len == 1):  # a last query sees all keys

@@ -11,17 +11,15 @@ import inspect
 import math
 import operator
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.fx as fx
 import torch.nn.functional as F
 
+from tsa_compile.passes.context import Context
+from tsa_compile.passes.emit import describe_new
 from tsa_compile.passes.facts.names import is_getitem, op_name, tensor_of
-from tsa_compile.passes.rewrite import describe_new
-
-if TYPE_CHECKING:
-    from tsa_compile.passes.pipeline import Context
 
 _FRESH = ("zeros", "zeros_like", "new_zeros", "full", "full_like", "new_full")
 _UNUSUAL = ("bias_k", "bias_v", "add_zero_attn", "static_k", "static_v")

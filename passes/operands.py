@@ -1,4 +1,4 @@
-"""What a policy's `lower` needs of a site: operands in the operators' form, emitted at the insertion point."""
+"""What a site reads, in the operators' form, emitted at the graph's insertion point."""
 
 from __future__ import annotations
 
@@ -8,29 +8,31 @@ import operator
 import torch
 import torch.fx as fx
 
+from tsa_compile.kernels.types import Operands
+from tsa_compile.passes.context import GraphSite
 from tsa_compile.passes.facts.names import tensor_of
-from tsa_compile.passes.site import AttentionSite, KeyTerm
+from tsa_compile.passes.prove_mask.proven import KeyTerm
 
 aten = torch.ops.aten
 LAYOUT = "bhld"
 
 
-def attention_operands(graph: fx.Graph, site: AttentionSite) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node | None]:
-    """(q `[B, H, Lq, D]`, k `[B, Hk, K, D]`, v `[B, Hk, K, Dv]`, key_mask `[B, K]` bool or None).
+def operands_of(graph: fx.Graph, at: GraphSite) -> Operands:
+    """Nodes of q `[B, H, Lq, D]`, k `[B, Hk, K, D]`, v `[B, Hk, K, Dv]`, key_mask `[B, K]` bool or None.
 
     The queries are the last `Lq` of the `K` keys; `K` is `Lk`, or the part of it that any query sees. All have the
     output's dtype.
     """
-    used = _keys_used(graph, site)
-    q = _operand(graph, site, site.q, site.layouts.q)
-    k, v = (_operand(graph, site, x, layout) for x, layout in ((site.k, site.layouts.k), (site.v, site.layouts.v)))
+    match, layouts = at.match, at.match.layouts
+    used = _keys_used(graph, at)
+    pairs = ((match.q, layouts.q), (match.k, layouts.k), (match.v, layouts.v))
+    q, k, v = (_operand(graph, at.site.dtype, x, layout) for x, layout in pairs)
     if used is not None:
         k, v = (graph.call_function(aten.slice.Tensor, (x, 2, 0, used)) for x in (k, v))
-    return q, k, v, _key_mask(graph, site, used)
+    return Operands(q, k, v, _key_mask(graph, at, used))
 
 
-def _operand(graph: fx.Graph, site: AttentionSite, x: fx.Node, layout: str) -> fx.Node:
-    dtype = tensor_of(site.node).dtype  # type: ignore[union-attr]
+def _operand(graph: fx.Graph, dtype: torch.dtype, x: fx.Node, layout: str) -> fx.Node:
     if tensor_of(x).dtype != dtype:  # type: ignore[union-attr]
         x = graph.call_function(aten.to.dtype, (x, dtype))  # as autocast does
     order = [layout.index(d) for d in LAYOUT if d in layout]
@@ -39,11 +41,11 @@ def _operand(graph: fx.Graph, site: AttentionSite, x: fx.Node, layout: str) -> f
     return x if "h" in layout else graph.call_function(aten.unsqueeze.default, (x, LAYOUT.index("h")))
 
 
-def _keys_used(graph: fx.Graph, site: AttentionSite) -> fx.Node | int | None:
-    used = site.mask.keys_used
+def _keys_used(graph: fx.Graph, at: GraphSite) -> fx.Node | int | None:
+    used = at.mask.keys_used
     if used is None or isinstance(used, int):
         return used
-    return _size(graph, site.q, site.layouts.q.index("l"))  # a symbolic number of keys is the number of queries
+    return _size(graph, at.match.q, at.match.layouts.q.index("l"))  # a symbolic number of keys is the number of queries
 
 
 def _size(graph: fx.Graph, x: fx.Node, dim: int) -> fx.Node | int:
@@ -51,13 +53,14 @@ def _size(graph: fx.Graph, x: fx.Node, dim: int) -> fx.Node | int:
     return size if isinstance(size, int) else graph.call_function(aten.sym_size.int, (x, dim))
 
 
-def _key_mask(graph: fx.Graph, site: AttentionSite, used: fx.Node | int | None) -> fx.Node | None:
+def _key_mask(graph: fx.Graph, at: GraphSite, used: fx.Node | int | None) -> fx.Node | None:
     """All terms and-ed."""
-    if not site.mask.key_mask:
+    if not at.mask.key_mask:
         return None
-    batch = _size(graph, site.q, site.layouts.q.index("b"))
-    keys = used if used is not None else _size(graph, site.k, site.layouts.k.index("l"))
-    terms = [_term(graph, term, batch, keys) for term in site.mask.key_mask]
+    match, layouts = at.match, at.match.layouts
+    batch = _size(graph, match.q, layouts.q.index("b"))
+    keys = used if used is not None else _size(graph, match.k, layouts.k.index("l"))
+    terms = [_term(graph, term, batch, keys) for term in at.mask.key_mask]
     return functools.reduce(lambda a, b: graph.call_function(aten.logical_and.default, (a, b)), terms)
 
 

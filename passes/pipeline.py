@@ -5,7 +5,6 @@ Works alike on Dynamo graphs (before AOTAutograd) and on the graph module of an 
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import itertools
 import json
@@ -20,45 +19,15 @@ import torch.fx as fx
 
 import tsa_compile.policies
 from tsa_compile.kernels import ops
-from tsa_compile.passes.decide import Decision, decide_policy
+from tsa_compile.passes.context import Context, PipelineResult
+from tsa_compile.passes.decide import decide_policy
 from tsa_compile.passes.drop_masks import drop_masks
 from tsa_compile.passes.expand import expand_attention
 from tsa_compile.passes.find.attention import find_attention
-from tsa_compile.passes.prove_mask.constants import Pattern
 from tsa_compile.passes.rewrite import rewrite_attention
 from tsa_compile.passes.site import AttentionSite
 from tsa_compile.passes.verify import verify_graph
 from tsa_compile.policies.base import Policy
-
-
-@dataclasses.dataclass
-class Context:
-    """The graph and what each pass leaves for the next."""
-
-    gm: fx.GraphModule
-    policy_for: Callable[[AttentionSite], Policy]
-    constants: Mapping[str, torch.Tensor]
-    sites: list[AttentionSite] = dataclasses.field(default_factory=list)
-    patterns: dict[str, Pattern] = dataclasses.field(default_factory=dict)
-    decisions: list[Decision] = dataclasses.field(default_factory=list)
-    replacements: list[tuple[Decision, fx.Node, list[fx.Node]]] = dataclasses.field(default_factory=list)
-    warnings: list[str] = dataclasses.field(default_factory=list)
-
-
-@dataclasses.dataclass(frozen=True)
-class PipelineResult:
-    """What the passes did: a decision for each site, and a count and a time for each pass.
-
-    Args:
-        patterns: what the result assumes of the constants that were read, by placeholder name.
-    """
-
-    decisions: list[Decision]
-    patterns: dict[str, Pattern]
-    warnings: list[str]
-    counts: dict[str, int]
-    seconds: dict[str, float]
-
 
 PASSES: tuple[Callable[[Context], int], ...] = (
     expand_attention,

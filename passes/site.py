@@ -1,4 +1,4 @@
-"""What the passes know about one attention: where it is, what it reads, what its mask was proven to be."""
+"""What a policy knows about one attention: its sizes, what its mask was proven to be, and what it reads. A leaf: no graph."""
 
 from __future__ import annotations
 
@@ -6,27 +6,13 @@ import dataclasses
 from typing import TypeAlias
 
 import torch
-import torch.fx as fx
+
+from tsa_compile.kernels.types import Operands
 
 Size: TypeAlias = int | torch.SymInt
 
 PHASES = ("prefill", "decode", "verify", "draft", "denoise_first", "denoise")
-
-
-@dataclasses.dataclass(frozen=True)
-class KeyTerm:
-    """A bool tensor of the graph that hides keys, and where its entry for batch row `b` and key `j` is found.
-
-    Args:
-        node: the bool tensor; true means visible, unless `negated`.
-        axes: where to look along each of its dimensions: `("batch", c)` at `b + c`, `("key", c)` at `j + c`,
-            `("fixed", c)` at `c`.
-        negated: true means hidden.
-    """
-
-    node: fx.Node
-    axes: tuple[tuple[str, int], ...]
-    negated: bool = False
+NOT_EMITTED = Operands(None, None, None)  # in a graph, while policies are asked whether they take a site
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,19 +20,15 @@ class MaskFacts:
     """What was proven about a mask: query `i` sees key `j` if and only if all of the facts allow it.
 
     Args:
-        causal: only keys up to the query's own position, the queries being the last `Lq` of the keys in use:
-            `j <= i + K - Lq`, where `K` is `keys_used` or else `Lk`.
+        causal: only keys up to the query's own position, the queries being the last `Lq` of the `K` keys: `j <= i + K - Lq`.
         window: with `causal`, only the last `window` of these keys, the own position included.
-        key_mask: terms that hide keys from all queries and heads of a batch row alike; all must allow a key.
-        keys_used: how many leading keys any query sees, where fewer than `Lk` (a mask aligned to the top left, such as
-            `is_causal` with `Lq < Lk`); None: all.
+        padded: some keys may be hidden from all queries and heads of a batch row alike: `Operands.key_mask` says which.
         unproven: why the mask is none of this; the other fields then say nothing.
     """
 
     causal: bool = False
     window: int | None = None
-    key_mask: tuple[KeyTerm, ...] = ()
-    keys_used: Size | None = None
+    padded: bool = False
     unproven: str | None = None
 
     @property
@@ -57,79 +39,82 @@ class MaskFacts:
         return "causal" if self.window is None else "sliding window"
 
 
-@dataclasses.dataclass(frozen=True)
-class Layouts:
-    """The order of dimensions of a site's tensors: b batch, h heads, l length, d head dim.
-
-    Where none has an "h" (rank 3), each entry of the batch is one head, or batch and heads are one dimension.
-    """
-
-    q: str = "bhld"
-    k: str = "bhld"
-    v: str = "bhld"
-    out: str = "bhld"
-
-
-BHLD = Layouts()
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class AttentionSite:
-    """One attention of a traced graph: `node = softmax(scale * q k^T + mask) v`.
+    """One attention, `softmax(scale * q k^T + mask) v`, in a graph or of tensors at hand (`AttentionSite.of`).
 
     Args:
-        node: the output; a rewrite replaces it.
-        form: "sdpa", "manual" or "flex".
-        q, k, v: the tensors read. K and V have their own head count: repetition for grouped queries is seen through.
+        module: path of the module that computes it, such as "model.layers.3.self_attn"; "" if unknown.
+        index: its place among the sites of the graph.
+        layer: the first number in `module`, or else `index`.
+        phase: one of `PHASES`.
+        form: how it was written: "sdpa", "manual" or "flex".
+        batch, heads, kv_heads, q_len, head_dim, v_head_dim: sizes; a symbol where they vary between runs.
+        k_len: keys that any query may see, the length of `operands.k`.
+        dtype: of the output, and of the operands.
+        device: of the operands.
         scale: factor of the scores.
         mask: what was proven about the mask.
         obstacle: why no policy may touch this site, or None.
-        index: its place among the sites of the graph.
-        module: path of the module that computes it, such as "model.layers.3.self_attn"; "" if unknown.
-        layer: the first number in `module`, or else `index`.
-        layouts: the order of dimensions of q, k, v and the output.
+        operands: graph nodes or tensors; `NOT_EMITTED` while policies are asked whether they take the site.
     """
 
-    node: fx.Node
+    module: str
+    index: int
+    layer: int
+    phase: str
     form: str
-    q: fx.Node
-    k: fx.Node
-    v: fx.Node
+    batch: Size
+    heads: Size
+    kv_heads: Size
+    q_len: Size
+    k_len: Size
+    head_dim: Size
+    v_head_dim: Size
+    dtype: torch.dtype
+    device: torch.device
     scale: float
     mask: MaskFacts
-    obstacle: str | None
-    index: int
-    module: str
-    layer: int
-    layouts: Layouts = BHLD
+    obstacle: str | None = None
+    operands: Operands = NOT_EMITTED
 
-    @property
-    def batch(self) -> Size:
-        return self._size(self.q, self.layouts.q, "b")
+    @classmethod
+    def of(
+        cls,
+        operands: Operands,
+        mask: MaskFacts,
+        scale: float | None = None,
+        *,
+        phase: str = "prefill",
+        module: str = "",
+        layer: int = 0,
+    ) -> AttentionSite:
+        """The site of tensors at hand.
 
-    @property
-    def heads(self) -> Size:
-        return self._size(self.q, self.layouts.q, "h")
-
-    @property
-    def q_len(self) -> Size:
-        return self._size(self.q, self.layouts.q, "l")
-
-    @property
-    def head_dim(self) -> Size:
-        return self._size(self.q, self.layouts.q, "d")
-
-    @property
-    def kv_heads(self) -> Size:
-        return self._size(self.k, self.layouts.k, "h")
-
-    @property
-    def k_len(self) -> Size:
-        return self._size(self.k, self.layouts.k, "l")
-
-    @staticmethod
-    def _size(node: fx.Node, layout: str, dim: str) -> Size:
-        if dim not in layout:
-            return 1
-        value = node.meta.get("val", node.meta.get("example_value"))
-        return value.shape[layout.index(dim)]  # type: ignore[union-attr]
+        Args:
+            operands: the tensors.
+            mask: what holds of the mask.
+            scale: factor of the scores; None: 1 / sqrt(head dim).
+            phase, module, layer: as above.
+        """
+        q, k, v = operands.q, operands.k, operands.v
+        batch, heads, q_len, head_dim = q.shape
+        return cls(
+            module=module,
+            index=layer,
+            layer=layer,
+            phase=phase,
+            form="sdpa",
+            batch=batch,
+            heads=heads,
+            kv_heads=k.shape[1],
+            q_len=q_len,
+            k_len=k.shape[2],
+            head_dim=head_dim,
+            v_head_dim=v.shape[3],
+            dtype=q.dtype,
+            device=q.device,
+            scale=head_dim**-0.5 if scale is None else scale,
+            mask=mask,
+            operands=operands,
+        )

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING
 
 import torch
 import torch.fx as fx
 
-from tsa_compile.passes.decide import Decision
+from tsa_compile.passes.context import Context, Decision, GraphSite
 from tsa_compile.passes.facts.mutation import writes_to
 from tsa_compile.passes.facts.names import arg, tensor_of
 from tsa_compile.passes.facts.sizes import SizeProver, size_expr
-from tsa_compile.passes.site import AttentionSite
-
-if TYPE_CHECKING:
-    from tsa_compile.passes.pipeline import Context
 
 
 class VerificationError(RuntimeError):
@@ -33,53 +28,49 @@ def verify_graph(context: Context) -> int:
     present, sizes = set(graph.nodes), SizeProver(graph)
     for decision in context.decisions:
         _check_presence(decision, present)
-    for decision, new, created in context.replacements:
-        _check_result(decision.site, new, sizes)
-        emitted = [n for n in created if n in present and _is_ours(n)]
+    for r in context.replacements:
+        _check_result(r.at, r.new, sizes)
+        emitted = [n for n in r.created if n in present and _is_ours(n)]
         if not emitted:
-            raise VerificationError(f"{_where(decision.site)}: its policy emitted no tsa operator")
-        for node in created:
-            _check_operator(decision.site, node)
+            raise VerificationError(f"{r.at}: its policy emitted no tsa operator")
+        for node in r.created:
+            _check_operator(r.at, node)
     return sum(_is_ours(n) for n in graph.nodes)
 
 
 def _check_presence(decision: Decision, present: set[fx.Node]) -> None:
-    if (decision.site.node in present) == (decision.reason is None):
+    if (decision.at.node in present) == (decision.reason is None):
         happened = "is still there" if decision.reason is None else "is gone, but was to stay"
-        raise VerificationError(f"{_where(decision.site)} {happened}")
+        raise VerificationError(f"{decision.at} {happened}")
 
 
-def _check_result(site: AttentionSite, new: fx.Node, sizes: SizeProver) -> None:
+def _check_result(at: GraphSite, new: fx.Node, sizes: SizeProver) -> None:
     """The replacement has the shape and dtype of what it replaces."""
-    a, b = tensor_of(site.node), tensor_of(new)
+    a, b = tensor_of(at.node), tensor_of(new)
     same = a is not None and b is not None and a.dtype == b.dtype and a.device == b.device and a.dim() == b.dim()
     if not same or not all(sizes.is_zero(size_expr(x) - size_expr(y)) for x, y in zip(a.shape, b.shape, strict=True)):  # type: ignore[union-attr,operator]
         was, now = (None if t is None else (t.dtype, list(t.shape)) for t in (a, b))
-        raise VerificationError(f"{_where(site)}: the output was {was} and is {now}")
+        raise VerificationError(f"{at}: the output was {was} and is {now}")
 
 
-def _check_operator(site: AttentionSite, node: fx.Node) -> None:
+def _check_operator(at: GraphSite, node: fx.Node) -> None:
     """Only functional operators are emitted, and those that take a key mask get one if the site has one."""
     target = node.target
     if node.op != "call_function" or writes_to(node):
-        raise VerificationError(f"{_where(site)}: {node.name} is not a functional operator")
+        raise VerificationError(f"{at}: {node.name} is not a functional operator")
     if not isinstance(target, torch._ops.OpOverload):
         if target not in (operator.getitem, operator.add):
-            raise VerificationError(f"{_where(site)}: {node.name} calls {target}, which is no registered operator")
+            raise VerificationError(f"{at}: {node.name} calls {target}, which is no registered operator")
         return
     if target.namespace not in ("tsa", "aten"):
-        raise VerificationError(f"{_where(site)}: {node.name} calls {target}, outside tsa and aten")
+        raise VerificationError(f"{at}: {node.name} calls {target}, outside tsa and aten")
     names = [a.name for a in target._schema.arguments]
     if _is_ours(node) and "key_mask" in names:
         given = arg(node, names.index("key_mask"), "key_mask")
-        if (given is None) == bool(site.mask.key_mask):
+        if (given is None) == at.site.mask.padded:
             happened = "lost the key mask" if given is None else "got a key mask that was not proven"
-            raise VerificationError(f"{_where(site)}: {node.name} {happened}")
+            raise VerificationError(f"{at}: {node.name} {happened}")
 
 
 def _is_ours(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "tsa"
-
-
-def _where(site: AttentionSite) -> str:
-    return f"site {site.index} ({site.module or site.node.name})"

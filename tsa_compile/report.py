@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from tsa_compile.passes.pipeline import PipelineResult
+    from tsa_compile.passes.context import PipelineResult
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 import torch.fx as fx
 
+from tsa_compile.passes.context import Context, GraphSite
 from tsa_compile.passes.facts.mutation import Aliases, writes_to, written_nodes
 from tsa_compile.passes.facts.names import module_path, op_name, tensor_of
 from tsa_compile.passes.facts.sizes import SizeProver
@@ -21,10 +22,7 @@ from tsa_compile.passes.find.repeat_kv import RepeatedHeads
 from tsa_compile.passes.find.sdpa import match_sdpa
 from tsa_compile.passes.prove_mask.constants import Pattern
 from tsa_compile.passes.prove_mask.prove import MaskProver
-from tsa_compile.passes.site import AttentionSite, Layouts, MaskFacts
-
-if TYPE_CHECKING:
-    from tsa_compile.passes.pipeline import Context
+from tsa_compile.passes.site import AttentionSite
 
 # Attention in one operator that the passes do not read.
 _OPAQUE_ATTENTION = re.compile(
@@ -77,30 +75,42 @@ class _Finder:
         """What the proofs assume of the constants that they read, by placeholder name."""
         return {node.name: pattern for node, pattern in self._masks.constants.patterns.items() if pattern is not None}
 
-    def site(self, match: Match, index: int) -> AttentionSite:
-        k, v, layouts = self._kv(match)
+    def site(self, found: Match, index: int) -> GraphSite:
+        match = self._without_repetition(found)
+        obstacle = match.obstacle or obstacle_of(match, self._sizes) or self._overwritten(match, found)
+        if match.scale is None:
+            obstacle = obstacle or _SCALE_UNKNOWN
+        batch, heads, q_len, head_dim = (match.size("q", dim) for dim in "bhld")
+        k_len = match.size("k", "l")
+        mask = self._masks.prove(match.sources, (batch, heads, q_len, k_len), "h" in match.layouts.q)
         module = module_path(match.node)
-        layer = re.search(r"(?:^|\.)(\d+)(?=\.|$)", module)
+        number = re.search(r"(?:^|\.)(\d+)(?=\.|$)", module)
+        output = tensor_of(match.node)
         site = AttentionSite(
-            node=match.node,
-            form=match.form,
-            q=match.q,
-            k=k,
-            v=v,
-            scale=1.0 if match.scale is None else match.scale,
-            mask=MaskFacts(unproven="not looked at"),
-            obstacle=None,
-            index=index,
             module=module,
-            layer=int(layer.group(1)) if layer else index,
-            layouts=layouts,
+            index=index,
+            layer=int(number.group(1)) if number else index,
+            phase="decode" if isinstance(q_len, int) and q_len == 1 else "prefill",
+            form=match.form,
+            batch=batch,
+            heads=heads,
+            kv_heads=match.size("k", "h"),
+            q_len=q_len,
+            k_len=k_len if mask.keys_used is None else mask.keys_used,
+            head_dim=head_dim,
+            v_head_dim=match.size("v", "d"),
+            dtype=torch.float32 if output is None else output.dtype,  # without an output there is an obstacle
+            device=tensor_of(match.q).device,  # type: ignore[union-attr]
+            scale=1.0 if match.scale is None else match.scale,
+            mask=mask.facts,
+            obstacle=obstacle,
         )
-        return self._examined(site, match)
+        return GraphSite(match, mask, site)
 
-    def _kv(self, match: Match) -> tuple[fx.Node, fx.Node, Layouts]:
-        """K and V before their repetition for grouped queries, if both were repeated from as many heads."""
+    def _without_repetition(self, match: Match) -> Match:
+        """With K and V as they were before their repetition for grouped queries, if both were repeated from as many heads."""
         if "h" not in match.layouts.q:
-            return match.k, match.v, match.layouts
+            return match
         k, k_layout = self._heads.source(match.k, match.layouts.k)
         v, v_layout = self._heads.source(match.v, match.layouts.v)
         q_heads, repeated, k_heads, v_heads = (
@@ -108,23 +118,20 @@ class _Finder:
             for x, layout in ((match.q, match.layouts.q), (match.k, match.layouts.k), (k, k_layout), (v, v_layout))
         )
         if k_heads != v_heads or not repeated or q_heads % repeated:
-            return match.k, match.v, match.layouts
-        return k, v, Layouts(match.layouts.q, k_layout, v_layout, match.layouts.out)
+            return match
+        return dataclasses.replace(match, k=k, v=v, layouts=dataclasses.replace(match.layouts, k=k_layout, v=v_layout))
 
-    def _examined(self, site: AttentionSite, match: Match) -> AttentionSite:
-        obstacle = match.obstacle or obstacle_of(site, self._sizes) or self._overwritten(site, match)
-        if match.scale is None:
-            obstacle = obstacle or _SCALE_UNKNOWN
-        has_heads = "h" in match.layouts.q
-        mask = self._masks.prove(match.sources, (site.batch, site.heads, site.q_len, site.k_len), has_heads)
-        return AttentionSite(**{**site.__dict__, "mask": mask, "obstacle": obstacle})
+    def _overwritten(self, match: Match, found: Match) -> str | None:
+        """May an operand be written after the attention first reads it, so that reading it later is wrong?
 
-    def _overwritten(self, site: AttentionSite, match: Match) -> str | None:
-        """May an operand be written after the attention first reads it, so that reading it later is wrong?"""
-        operands = (site.q, site.k, site.v)
+        Args:
+            match: what the rewritten site will read.
+            found: what the attention reads now, K and V repeated.
+        """
+        operands = (match.q, match.k, match.v)
         if not any(x in self._written for x in operands):
             return None
-        readers = [match.reader, *(user for x in operands for user in x.users if self._leads_to(user, match))]
+        readers = [match.reader, *(user for x in operands for user in x.users if self._leads_to(user, found))]
         first, last = min(self._order[r] for r in readers), self._order[match.node]
         between = [w for w in self._writers if first < self._order[w] < last]
         if not self._aliases.of(x for w in between for x in writes_to(w)).isdisjoint(operands):

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch.fx as fx
 
 from tsa_compile.passes.facts.names import SHAPE_READERS, arg, op_name, tensor_of
-from tsa_compile.passes.find.match import Match, Unrecognised
+from tsa_compile.passes.find.match import Layouts, Match, Unrecognised
 from tsa_compile.passes.find.products import score_product, weighted_sum
 from tsa_compile.passes.find.score_steps import MAX_STEPS, PRODUCTS, SINKS, Scores, comes_from, walk_to_product
-from tsa_compile.passes.site import Layouts
 
 _RESHAPES = frozenset(
     {"view", "getitem", "slice", "narrow", "flatten", "unflatten", "transpose", "permute", "squeeze", "unsqueeze"}

@@ -6,8 +6,25 @@ import dataclasses
 
 import torch.fx as fx
 
+from tsa_compile.passes.facts.names import tensor_of
 from tsa_compile.passes.prove_mask.prove import MaskSource
-from tsa_compile.passes.site import BHLD, Layouts
+from tsa_compile.passes.site import Size
+
+
+@dataclasses.dataclass(frozen=True)
+class Layouts:
+    """The order of dimensions of an attention's tensors: b batch, h heads, l length, d head dim.
+
+    Where none has an "h" (rank 3), each entry of the batch is one head, or batch and heads are one dimension.
+    """
+
+    q: str = "bhld"
+    k: str = "bhld"
+    v: str = "bhld"
+    out: str = "bhld"
+
+
+BHLD = Layouts()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +52,13 @@ class Match:
     reader: fx.Node
     layouts: Layouts = BHLD
     obstacle: str | None = None
+
+    def size(self, operand: str, dim: str) -> Size:
+        """Length of a dimension ("b", "h", "l" or "d") of "q", "k" or "v"; 1 where the operand does not have it."""
+        layout: str = getattr(self.layouts, operand)
+        if dim not in layout:
+            return 1
+        return tensor_of(getattr(self, operand)).shape[layout.index(dim)]  # type: ignore[union-attr]
 
 
 class Unrecognised(Exception):

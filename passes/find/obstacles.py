@@ -9,16 +9,16 @@ from torch._subclasses import FakeTensor
 
 from tsa_compile.passes.facts.names import op_name, tensor_of
 from tsa_compile.passes.facts.sizes import SizeProver, size_expr
-from tsa_compile.passes.site import AttentionSite
+from tsa_compile.passes.find.match import Match
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter, FakeTensor)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def obstacle_of(site: AttentionSite, sizes: SizeProver) -> str | None:
+def obstacle_of(match: Match, sizes: SizeProver) -> str | None:
     """The first obstacle, or None."""
-    named = {"query": site.q, "key": site.k, "value": site.v, "output": site.node}
-    return _tensors(named) or _gradients(site) or _dtypes(site) or _shapes(site, sizes)
+    named = {"query": match.q, "key": match.k, "value": match.v, "output": match.node}
+    return _tensors(named) or _gradients(match) or _dtypes(match) or _shapes(match, sizes)
 
 
 def _tensors(named: dict[str, fx.Node]) -> str | None:
@@ -33,16 +33,16 @@ def _tensors(named: dict[str, fx.Node]) -> str | None:
     return None
 
 
-def _gradients(site: AttentionSite) -> str | None:
+def _gradients(match: Match) -> str | None:
     """The output of a graph traced with gradients on requires one if any input does."""
-    if tensor_of(site.node).requires_grad:  # type: ignore[union-attr]
+    if tensor_of(match.node).requires_grad:  # type: ignore[union-attr]
         return "inputs require gradients: run under torch.no_grad() or torch.inference_mode()"
     return None
 
 
-def _dtypes(site: AttentionSite) -> str | None:
-    dtypes = {str(tensor_of(x).dtype).removeprefix("torch.") for x in (site.q, site.k, site.v, site.node)}  # type: ignore[union-attr]
-    if len(dtypes) > 1 and not in_autocast(site.node):
+def _dtypes(match: Match) -> str | None:
+    dtypes = {str(tensor_of(x).dtype).removeprefix("torch.") for x in (match.q, match.k, match.v, match.node)}  # type: ignore[union-attr]
+    if len(dtypes) > 1 and not in_autocast(match.node):
         return f"mixed dtypes {sorted(dtypes)}"
     return None
 
@@ -63,18 +63,18 @@ def in_autocast(node: fx.Node) -> bool:
     return False
 
 
-def _shapes(site: AttentionSite, sizes: SizeProver) -> str | None:
+def _shapes(match: Match, sizes: SizeProver) -> str | None:
     """[B, H, Lq, D], [B, Hk, Lk, D], [B, Hk, Lk, Dv] -> [B, H, Lq, Dv], Hk dividing H, in the site's layouts (some without H)."""
-    heads, kv_heads = site.heads, site.kv_heads
+    heads, kv_heads = match.size("q", "h"), match.size("k", "h")
     if not isinstance(heads, int) or not isinstance(kv_heads, int) or kv_heads == 0 or heads % kv_heads:
         return f"{heads} query heads do not divide into {kv_heads} key heads"
     q, k, v, out = (
         {"h": sympy.Integer(1), **{dim: size_expr(tensor_of(x).shape[n]) for n, dim in enumerate(layout)}}  # type: ignore[union-attr]
         for x, layout in (
-            (site.q, site.layouts.q),
-            (site.k, site.layouts.k),
-            (site.v, site.layouts.v),
-            (site.node, site.layouts.out),
+            (match.q, match.layouts.q),
+            (match.k, match.layouts.k),
+            (match.v, match.layouts.v),
+            (match.node, match.layouts.out),
         )
     )
     pairs = [(q["b"], k["b"]), (q["b"], v["b"]), (q["d"], k["d"]), (k["h"], v["h"])]
@@ -83,5 +83,5 @@ def _shapes(site: AttentionSite, sizes: SizeProver) -> str | None:
     lengths_differ = sympy.expand(k["l"] - v["l"]).is_Integer and k["l"] != v["l"]  # type: ignore[operator]
     if all(sizes.is_zero(a - b) for a, b in pairs) and not lengths_differ:  # type: ignore[operator]
         return None
-    shapes = [list(tensor_of(x).shape) for x in (site.q, site.k, site.v, site.node)]  # type: ignore[union-attr]
+    shapes = [list(tensor_of(x).shape) for x in (match.q, match.k, match.v, match.node)]  # type: ignore[union-attr]
     return f"shapes do not fit: query {shapes[0]}, key {shapes[1]}, value {shapes[2]}, output {shapes[3]}"

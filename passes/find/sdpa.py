@@ -8,9 +8,8 @@ from typing import Any
 import torch.fx as fx
 
 from tsa_compile.passes.facts.names import arg, number_of, op_name, tensor_of
-from tsa_compile.passes.find.match import Match, Unrecognised
+from tsa_compile.passes.find.match import Layouts, Match, Unrecognised
 from tsa_compile.passes.prove_mask.prove import MaskSource
-from tsa_compile.passes.site import Layouts
 
 
 def match_sdpa(node: fx.Node) -> Match | None:

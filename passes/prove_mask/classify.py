@@ -11,7 +11,8 @@ import torch.fx as fx
 from tsa_compile.passes.facts.names import SHAPE_READERS, describe, op_name, tensor_of
 from tsa_compile.passes.facts.sizes import SizeProver, linear_in, size_expr
 from tsa_compile.passes.prove_mask.formula import BATCH, HEAD, KEY, QUERY, AtMostZero, Data, Formula, conjuncts
-from tsa_compile.passes.site import KeyTerm, MaskFacts, Size
+from tsa_compile.passes.prove_mask.proven import KeyTerm, ProvenMask
+from tsa_compile.passes.site import Size
 
 INDICES = (BATCH, HEAD, QUERY, KEY)
 
@@ -29,7 +30,7 @@ class Lengths:
     q_size: Size
 
 
-def classify(formula: Formula, lengths: Lengths, sizes: SizeProver, written: frozenset[fx.Node]) -> MaskFacts:
+def classify(formula: Formula, lengths: Lengths, sizes: SizeProver, written: frozenset[fx.Node]) -> ProvenMask:
     """The facts that `formula`, true where query `QUERY` sees key `KEY`, amounts to.
 
     Raises:
@@ -79,18 +80,18 @@ def _tightest(bounds: list[sympy.Expr], sizes: SizeProver) -> sympy.Expr | None:
     return best
 
 
-def _band(upper: sympy.Expr | None, minus_lower: sympy.Expr | None, lengths: Lengths, sizes: SizeProver) -> MaskFacts:
+def _band(upper: sympy.Expr | None, minus_lower: sympy.Expr | None, lengths: Lengths, sizes: SizeProver) -> ProvenMask:
     if upper is None:
         if minus_lower is not None:
             raise UnprovenMask(f"mask hides earlier keys but not later ones (key >= query - {minus_lower})")
-        return MaskFacts()
+        return ProvenMask()
     keys_used = _keys_used(upper, lengths, sizes)
     if minus_lower is None:
-        return MaskFacts(causal=True, keys_used=keys_used)
+        return ProvenMask(causal=True, keys_used=keys_used)
     window = sympy.expand(upper + minus_lower + 1)
     if not window.is_Integer or window < 1:
         raise UnprovenMask(f"sliding window of unknown width {window}")
-    return MaskFacts(causal=True, window=int(window), keys_used=keys_used)
+    return ProvenMask(causal=True, window=int(window), keys_used=keys_used)
 
 
 def _keys_used(offset: sympy.Expr, lengths: Lengths, sizes: SizeProver) -> Size | None:
@@ -107,7 +108,7 @@ def _keys_used(offset: sympy.Expr, lengths: Lengths, sizes: SizeProver) -> Size 
     raise UnprovenMask(f"causal with offset {offset}, where the last queries need {sympy.expand(past)}")
 
 
-def _check_ends(ends: list[sympy.Expr], facts: MaskFacts, lengths: Lengths, sizes: SizeProver) -> None:
+def _check_ends(ends: list[sympy.Expr], facts: ProvenMask, lengths: Lengths, sizes: SizeProver) -> None:
     """`key <= end` is fine where causality says it already."""
     last = lengths.k - 1
     if facts.keys_used is not None:

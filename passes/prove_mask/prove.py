@@ -18,8 +18,9 @@ from tsa_compile.passes.prove_mask.classify import Lengths, UnprovenMask, classi
 from tsa_compile.passes.prove_mask.constants import Constants
 from tsa_compile.passes.prove_mask.element import Elements, Index
 from tsa_compile.passes.prove_mask.formula import BATCH, HEAD, KEY, QUERY, AtMostZero, Data, Formula, both, opposite
+from tsa_compile.passes.prove_mask.proven import ProvenMask
 from tsa_compile.passes.prove_mask.values import HIDDEN_BELOW, Value, Where, is_formula, visible
-from tsa_compile.passes.site import MaskFacts, Size
+from tsa_compile.passes.site import Size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +54,9 @@ class MaskProver:
         self._written = written_nodes(graph)
         self.constants = Constants(constants or {})
         self._elements: dict[tuple[sympy.Expr, ...], Elements] = {}
-        self._proven: dict[tuple[Any, ...], MaskFacts] = {}
+        self._proven: dict[tuple[Any, ...], ProvenMask] = {}
 
-    def prove(self, sources: tuple[MaskSource, ...], shape: tuple[Size, Size, Size, Size], has_heads: bool = True) -> MaskFacts:
+    def prove(self, sources: tuple[MaskSource, ...], shape: tuple[Size, Size, Size, Size], has_heads: bool = True) -> ProvenMask:
         """The facts about the conjunction of `sources`.
 
         Args:
@@ -70,7 +71,7 @@ class MaskProver:
 
     def _prove(
         self, sources: tuple[MaskSource, ...], shape: tuple[Size, ...], sizes: tuple[sympy.Expr, ...], has_heads: bool
-    ) -> MaskFacts:
+    ) -> ProvenMask:
         index = (BATCH, HEAD, QUERY, KEY) if has_heads else (BATCH, QUERY, KEY)
         if sizes not in self._elements:
             bounds = dict(zip((BATCH, HEAD, QUERY, KEY), sizes, strict=True))
@@ -81,7 +82,7 @@ class MaskProver:
                 formula = both(formula, _visible_entry(self._elements[sizes], source, index))
             return classify(formula, Lengths(sizes[2], sizes[3], shape[2]), self._sizes, self._written)
         except UnprovenMask as why:
-            return MaskFacts(unproven=str(why))
+            return ProvenMask(unproven=str(why))
 
 
 def _visible_entry(elements: Elements, source: MaskSource, index: Index) -> Formula:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
-import torch.fx as fx
 import torch.nn.functional as F
 
 import tsa_compile as tsa
 from tests.api.tiny import LAYERS, tiny_llama, token_ids
-from tsa_compile.passes.operands import attention_operands
 from tsa_compile.passes.site import AttentionSite
 from tsa_compile.plan import as_plan
-from tsa_compile.policies.base import Policy, check_int
+from tsa_compile.policies.base import Emit, Policy, check_int
 
 
 @torch.library.custom_op("tsa::test_last_tokens", mutates_args=())
@@ -46,9 +45,9 @@ class LastTokens(Policy):
     def refuse(self, site: AttentionSite) -> str | None:
         return None if site.head_dim <= 256 else f"head dim {site.head_dim} is above 256"
 
-    def lower(self, graph: fx.Graph, site: AttentionSite) -> fx.Node:
-        q, k, v, key_mask = attention_operands(graph, site)
-        return graph.call_function(torch.ops.tsa.test_last_tokens.default, (q, k, v, key_mask, site.scale, self.width))
+    def attend(self, emit: Emit, site: AttentionSite, selection: None) -> Any:
+        x = site.operands
+        return emit(torch.ops.tsa.test_last_tokens.default, x.q, x.k, x.v, x.key_mask, site.scale, self.width)
 
 
 @pytest.mark.parametrize("compiler", ["eager", "inductor"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +13,9 @@ from torch import fx
 import tsa_compile as tsa
 from tests.passes.graphs import KEEP_ALL, by_dynamo
 from tsa_compile.passes import pipeline
-from tsa_compile.passes.operands import attention_operands
 from tsa_compile.passes.site import AttentionSite
 from tsa_compile.plan import Plan
-from tsa_compile.policies.base import Policy
+from tsa_compile.policies.base import Emit, Policy
 
 
 def attention(q, k, v, pad=None):
@@ -92,17 +92,17 @@ class Broken(Policy):
     def refuse(self, site: AttentionSite) -> str | None:
         return None
 
-    def lower(self, graph: fx.Graph, site: AttentionSite) -> fx.Node:
-        q, k, v, _ = attention_operands(graph, site)
+    def attend(self, emit: Emit, site: AttentionSite, selection: None) -> Any:
+        q, k, v = site.operands[:3]
         if self.how == "no operator":
-            return graph.call_function(torch.ops.aten.clone.default, (q,))
+            return emit(torch.ops.aten.clone.default, q)
         if self.how == "in place":
-            return graph.call_function(torch.ops.aten.add_.Tensor, (q, q))
+            return emit(torch.ops.aten.add_.Tensor, q, q)
         width = 8 if self.how == "shape" else 16
-        v = graph.call_function(torch.ops.aten.slice.Tensor, (v, 3, 0, width))
+        v = emit(torch.ops.aten.slice.Tensor, v, 3, 0, width)
         # everything is right but that the key mask is forgotten
-        args = (q, k, v, None, site.scale, 0.0, 1, 1, 1, 0, 0, 0, "auto")
-        return graph.call_function(torch.ops.tsa.token_sparse_attention.default, args)
+        rule = (0.0, 1, 1, 1, 0, 0, 0, "auto")
+        return emit(torch.ops.tsa.token_sparse_attention.default, q, k, v, None, site.scale, *rule)
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,10 @@ from typing import Any, cast
 
 import torch
 
-from tsa_compile.frontends.hf_site import SiteGraph
+from tsa_compile.kernels.types import Operands
+from tsa_compile.passes.site import AttentionSite, MaskFacts
 from tsa_compile.plan import Plan, as_plan
-from tsa_compile.policies.base import Policy
+from tsa_compile.policies.base import Policy, call, why_dense
 
 log = logging.getLogger("tsa_compile")
 Tensor = torch.Tensor
@@ -152,18 +153,12 @@ def _sparse(
     """(the result, None), or (None, why the layer's policy refuses)."""
     if not q.dtype == k.dtype == v.dtype:
         return None, f"mixed dtypes {q.dtype}, {k.dtype}, {v.dtype}"
-    shape = (q.shape[1], k.shape[1], q.shape[3], v.shape[3])
-    graph = _site_graph(
-        plan.policy_at(f"layers.{layer}.self_attn", "prefill"), layer, shape, q.dtype, key_mask is not None, causal, scale
-    )
-    return (None, graph.reason) if graph.reason is not None else (graph(q, k, v, key_mask), None)
-
-
-@functools.lru_cache(maxsize=1024)
-def _site_graph(
-    policy: Policy, layer: int, shape: tuple[int, int, int, int], dtype: torch.dtype, padded: bool, causal: bool, scale: float
-) -> SiteGraph:
-    return SiteGraph(policy, layer, shape, dtype, padded, causal, scale)
+    mask = MaskFacts(causal, padded=key_mask is not None)
+    path = f"layers.{layer}.self_attn"
+    site = AttentionSite.of(Operands(q, k, v, key_mask), mask, scale, module=path, layer=layer)
+    policy = plan.policy_for(site)
+    reason = why_dense(policy, site)
+    return (None, reason) if reason is not None else (policy.attend(call, site, policy.select(call, site, None)), None)
 
 
 def _dense(

@@ -1,23 +1,29 @@
-"""What a policy is: a frozen, validated dataclass that says which tokens a site reads, and lowers itself to operators."""
+"""What a policy is: a frozen, validated dataclass that says which keys a site reads, and by which operators it attends."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+import importlib.util
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
-if TYPE_CHECKING:
-    import torch.fx as fx
+import torch
 
-    from tsa_compile.passes.site import AttentionSite
+from tsa_compile.kernels.checks import MAX_HEAD_DIM
+from tsa_compile.kernels.types import Selection
+from tsa_compile.passes.site import AttentionSite
 
 T = TypeVar("T")
+Emit: TypeAlias = Callable[..., Any]  # emit(operator, *args, **kwargs): a node of a graph, or the operator's result
 _REGISTRY: dict[str, type[Policy]] = {}
 
 
 class Policy:
     """Base of all policies. A subclass is a frozen dataclass in a file of its own under `tsa_compile/policies/`.
 
-    The passes know only `masks` and the three methods below; a new policy changes no pass and no other policy.
+    The passes know only what stands here; a new policy changes no pass and no other policy. `select` and `attend` run in a graph
+    and outside of one alike: they call registered operators through `emit`, and nothing else, on the tensors or nodes of
+    `site.operands`. `emit` returns what the operator does: one result, or a tuple of as many as its schema has.
     """
 
     name: ClassVar[str]
@@ -30,11 +36,21 @@ class Policy:
         _REGISTRY[cls.name] = cls
 
     def refuse(self, site: AttentionSite) -> str | None:
-        """Why this policy leaves `site` as it is, or None if it takes it."""
+        """Why this policy leaves `site` as it is, or None if it takes it. Reads facts only: there are no operands yet."""
         raise NotImplementedError
 
-    def lower(self, graph: fx.Graph, site: AttentionSite) -> fx.Node:
-        """Emit the site's replacement at the graph's insertion point; returns the node of its `[B, H, Lq, Dv]` result."""
+    def select(self, emit: Emit, site: AttentionSite, state: Any = None) -> Selection | None:
+        """Which keys each query reads; None: all, or `attend` chooses as it goes.
+
+        Args:
+            emit: how operators are called.
+            site: what is attended.
+            state: what the policy keeps between calls, where it keeps something.
+        """
+        return None
+
+    def attend(self, emit: Emit, site: AttentionSite, selection: Selection | None) -> Any:
+        """The attention `[B, H, Lq, Dv]` to the keys of `selection`, which may be another site's of the same sizes."""
         raise NotImplementedError
 
     def to_dict(self) -> dict[str, Any]:
@@ -44,6 +60,58 @@ class Policy:
     @classmethod
     def _from_fields(cls, fields: dict[str, Any]) -> Policy:
         return build(cls, fields)
+
+
+def call(operator: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The `emit` of eager code: calls the operator."""
+    return operator(*args, **kwargs)
+
+
+_PHASES = {"decode": "decode step: one query"}
+_KINDS = {
+    "causal": "causal mask: {policy} is for {masks} attention",
+    "bidirectional": "bidirectional: no causal mask",
+    "sliding window": "sliding window of {window}: already local",
+}
+
+
+def why_dense(policy: Policy, site: AttentionSite) -> str | None:
+    """Why `site` stays as it is under `policy`; None: it is replaced. The one question that graphs and eager code ask."""
+    if site.phase not in policy.phases:
+        return _PHASES.get(site.phase, f"{site.phase}: {policy.name} is for {' and '.join(sorted(policy.phases))}")
+    if site.obstacle is not None:
+        return site.obstacle
+    mask = site.mask
+    if mask.unproven is not None:
+        return mask.unproven
+    if mask.kind not in policy.masks:
+        return _KINDS[mask.kind].format(policy=policy.name, masks=" or ".join(sorted(policy.masks)), window=mask.window)
+    return policy.refuse(site) or cannot_run(site)
+
+
+def cannot_run(site: AttentionSite) -> str | None:
+    """What no kernel of ours computes, on the site's device: dtype, head dims, the device itself. None: nothing."""
+    for name, size in (("head dim", site.head_dim), ("value head dim", site.v_head_dim)):
+        if not isinstance(size, int):
+            return f"{name} {size} varies between runs"
+        if size > MAX_HEAD_DIM:
+            return f"{name} {size} is above {MAX_HEAD_DIM}"
+    device = site.device
+    if device.type in ("cpu", "meta"):
+        return None
+    if device.type != "cuda":
+        return f"device {device.type}: the operators run on cpu and cuda"
+    if site.dtype == torch.float64:
+        return "float64 on cuda: the kernels compute in float16, bfloat16 and float32"
+    if torch.version.hip is not None:
+        return "ROCm: the kernels are for NVIDIA GPUs"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: the kernels need it on cuda"
+    if torch.cuda.is_available():  # fake tensors of a traced graph may name a device that is not there
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            return f"compute capability {major}.{minor}: the kernels need 8.0"
+    return None
 
 
 def from_dict(data: dict[str, Any]) -> Policy:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from tsa_compile.passes.site import PHASES
+from tsa_compile.passes.site import PHASES, AttentionSite
 from tsa_compile.policies.base import Policy
-
-if TYPE_CHECKING:
-    from tsa_compile.passes.site import AttentionSite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,4 +16,4 @@ class Dense(Policy):
     phases: ClassVar[frozenset[str]] = frozenset(PHASES)
 
     def refuse(self, site: AttentionSite) -> str | None:
-        return "policy is Dense"
+        return "decode step: one query" if site.phase == "decode" else "policy is Dense"

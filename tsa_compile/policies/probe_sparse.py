@@ -7,20 +7,14 @@ row loses its output; only keys are dropped.
 from __future__ import annotations
 
 import dataclasses
-import operator
-from typing import TYPE_CHECKING, ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from tsa_compile.kernels import ops  # noqa: F401 - registers torch.ops.tsa
-from tsa_compile.policies.base import Policy, check_int, check_share
-
-if TYPE_CHECKING:
-    import torch.fx as fx
-
-    from tsa_compile.passes.site import AttentionSite
-
-MAX_HEAD_DIM = 256
+from tsa_compile.kernels.types import Keys, Selection
+from tsa_compile.passes.site import AttentionSite
+from tsa_compile.policies.base import Emit, Policy, check_int, check_share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,13 +42,13 @@ class ProbeSparse(Policy):
         check_int(self, "min_keys", 1)
 
     def refuse(self, site: AttentionSite) -> str | None:
-        return f"head dim {site.head_dim} is above {MAX_HEAD_DIM}" if site.head_dim > MAX_HEAD_DIM else None
+        return None
 
-    def lower(self, graph: fx.Graph, site: AttentionSite) -> fx.Node:
-        from tsa_compile.passes.operands import attention_operands
+    def select(self, emit: Emit, site: AttentionSite, state: Any = None) -> Keys:
+        x, rule = site.operands, (float(self.coverage), self.probes, self.min_keys)
+        return Keys(*emit(torch.ops.tsa.select_keys.default, x.q, x.k, x.key_mask, site.scale, *rule))
 
-        q, k, v, key_mask = attention_operands(graph, site)
-        numbers = (site.scale, float(self.coverage), self.probes, self.min_keys)
-        selection = graph.call_function(torch.ops.tsa.select_keys.default, (q, k, key_mask, *numbers))
-        indices, counts = (graph.call_function(operator.getitem, (selection, i)) for i in range(2))
-        return graph.call_function(torch.ops.tsa.key_attention.default, (q, k, v, indices, counts, site.scale))
+    def attend(self, emit: Emit, site: AttentionSite, selection: Selection | None) -> Any:
+        assert isinstance(selection, Keys)
+        x = site.operands
+        return emit(torch.ops.tsa.key_attention.default, x.q, x.k, x.v, *selection, site.scale)

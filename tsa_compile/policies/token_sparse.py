@@ -7,23 +7,18 @@ Per layer, the last `window` queries score all keys; per head the heaviest token
 from __future__ import annotations
 
 import dataclasses
-import operator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from tsa_compile.kernels import ops  # noqa: F401 - registers torch.ops.tsa
 from tsa_compile.kernels.checks import SHARES
-from tsa_compile.policies.base import Policy, build, check_int, check_share
+from tsa_compile.kernels.types import Selection, Strip, TokenRule, Tokens
+from tsa_compile.passes.site import AttentionSite
+from tsa_compile.policies.base import Emit, Policy, build, check_int, check_share
 from tsa_compile.policies.block_sparse import BlockSparse
 
-if TYPE_CHECKING:
-    import torch.fx as fx
-
-    from tsa_compile.passes.site import AttentionSite
-
 ENGINES = ("auto", "fused", "packed", "reference")
-MAX_HEAD_DIM = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,34 +122,34 @@ class TokenSparse(Policy):
         return super()._from_fields(fields)
 
     def refuse(self, site: AttentionSite) -> str | None:
-        if site.head_dim > MAX_HEAD_DIM:
-            return f"head dim {site.head_dim} is above {MAX_HEAD_DIM}"
         return None
 
-    def lower(self, graph: fx.Graph, site: AttentionSite) -> fx.Node:
-        from tsa_compile.passes.operands import attention_operands
+    @property
+    def _dense_below(self) -> int:
+        """Rows of up to so many tokens keep all of them."""
+        return self.min_tokens + self.window
 
-        q, k, v, key_mask = attention_operands(graph, site)
-        c = self.completion
-        strip_window, strip_sinks, strip_heavy = (c.window, c.sinks, c.heavy) if c else (0, 0, 0)
-        selection = graph.call_function(
-            torch.ops.tsa.select_tokens.default,
-            (q, k, key_mask, site.scale, float(self.coverage), self.window, self.pool, self.min_tokens, strip_heavy),
-            {"share": self.share},
-        )
-        indices, counts, heavy = (graph.call_function(operator.getitem, (selection, i)) for i in range(3))
-        kept = (q, k, v, indices, counts, heavy)
-        strip, dense_below = (strip_window, strip_sinks), self.min_tokens + self.window
-        if self.inner is None:
-            operands = (*kept, key_mask, site.scale, *strip, dense_below, self.engine)
-            return graph.call_function(torch.ops.tsa.sparse_attention.default, operands)
-        i = self.inner
-        chosen = graph.call_function(
-            torch.ops.tsa.select_blocks.default,
-            (q, k, indices, counts, site.scale, i.block, i.pool, float(i.mass), i.sinks, i.local, dense_below),
-        )
-        blocks, block_counts = (graph.call_function(operator.getitem, (chosen, n)) for n in range(2))
-        return graph.call_function(
-            torch.ops.tsa.block_sparse_attention.default,
-            (*kept, blocks, block_counts, key_mask, site.scale, *strip, i.block, self.engine),
-        )
+    @property
+    def _strip(self) -> Strip:
+        return Strip(self.completion.window, self.completion.sinks) if self.completion else Strip()
+
+    def select(self, emit: Emit, site: AttentionSite, state: Any = None) -> Tokens:
+        x = site.operands
+        heavy = self.completion.heavy if self.completion else 0
+        rule = TokenRule(float(self.coverage), self.window, self.pool, self.min_tokens, heavy)
+        return Tokens(*emit(torch.ops.tsa.select_tokens.default, x.q, x.k, x.key_mask, site.scale, *rule, share=self.share))
+
+    def attend(self, emit: Emit, site: AttentionSite, selection: Selection | None) -> Any:
+        assert isinstance(selection, Tokens)
+        if self.inner is not None:
+            return self._attend_blocks(emit, site, selection, self.inner)
+        x = site.operands
+        numbers = (site.scale, *self._strip, self._dense_below, self.engine)
+        return emit(torch.ops.tsa.sparse_attention.default, x.q, x.k, x.v, *selection, x.key_mask, *numbers)
+
+    def _attend_blocks(self, emit: Emit, site: AttentionSite, kept: Tokens, inner: BlockSparse) -> Any:
+        x, i = site.operands, inner
+        rule = (i.block, i.pool, float(i.mass), i.sinks, i.local, self._dense_below)
+        blocks = emit(torch.ops.tsa.select_blocks.default, x.q, x.k, kept.indices, kept.counts, site.scale, *rule)
+        numbers = (site.scale, *self._strip, i.block, self.engine)
+        return emit(torch.ops.tsa.block_sparse_attention.default, x.q, x.k, x.v, *kept, *blocks, x.key_mask, *numbers)

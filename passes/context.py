@@ -1,0 +1,89 @@
+"""What passes hand on to each other, and what they leave in the end."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.fx as fx
+
+from tsa_compile.passes.find.match import Match
+from tsa_compile.passes.prove_mask.constants import Pattern
+from tsa_compile.passes.prove_mask.proven import ProvenMask
+from tsa_compile.passes.site import AttentionSite
+from tsa_compile.policies.base import Policy
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class GraphSite:
+    """An attention site with what only its graph needs.
+
+    Args:
+        match: the nodes; K and V before their repetition for grouped queries.
+        mask: what was proven about the mask, with the nodes that hide keys.
+        site: what policies, plans and reports know.
+    """
+
+    match: Match
+    mask: ProvenMask
+    site: AttentionSite
+
+    @property
+    def node(self) -> fx.Node:
+        """The output; a rewrite replaces it."""
+        return self.match.node
+
+    def __str__(self) -> str:
+        return f"site {self.site.index} ({self.site.module or self.node.name})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """A site, its policy, and the reason why it stays dense; None: it is replaced."""
+
+    at: GraphSite
+    policy: Policy
+    reason: str | None
+
+    @property
+    def site(self) -> AttentionSite:
+        return self.at.site
+
+
+@dataclasses.dataclass(frozen=True)
+class Replacement:
+    """What a site became: the node that took its place, and all new nodes."""
+
+    at: GraphSite
+    new: fx.Node
+    created: list[fx.Node]
+
+
+@dataclasses.dataclass
+class Context:
+    """The graph and what each pass leaves for the next."""
+
+    gm: fx.GraphModule
+    policy_for: Callable[[AttentionSite], Policy]
+    constants: Mapping[str, torch.Tensor]
+    sites: list[GraphSite] = dataclasses.field(default_factory=list)
+    patterns: dict[str, Pattern] = dataclasses.field(default_factory=dict)
+    decisions: list[Decision] = dataclasses.field(default_factory=list)
+    replacements: list[Replacement] = dataclasses.field(default_factory=list)
+    warnings: list[str] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineResult:
+    """What the passes did: a decision for each site, and a count and a time for each pass.
+
+    Args:
+        patterns: what the result assumes of the constants that were read, by placeholder name.
+    """
+
+    decisions: list[Decision]
+    patterns: dict[str, Pattern]
+    warnings: list[str]
+    counts: dict[str, int]
+    seconds: dict[str, float]
