@@ -101,7 +101,7 @@ class Plan:
         return own or DEFAULTS[phase]
 
     def policy_for(self, site: AttentionSite) -> Policy:
-        return self.policy_at(site.module, getattr(site, "phase", "prefill"), site.index)
+        return self.policy_at(site.module, site.phase, site.index)
 
     def bind(self, model: nn.Module) -> Plan:
         """The plan for this model: layer numbers become paths, and every rule matches some module.

@@ -64,7 +64,9 @@ def part_of(module: str) -> str:
     names = module.split(".")
     if len(names) == 1 or names[1].startswith("__") or names[-1].endswith("cli"):
         return "top"
-    return "site" if names[1:3] == ["passes", "site"] else names[1]
+    if names[1:3] == ["passes", "site"]:
+        return "site"
+    return "plan" if names[1] in ("rules", "plan_format") else names[1]
 
 
 def module_of(path: Path) -> str:
