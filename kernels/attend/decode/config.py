@@ -1,0 +1,80 @@
+"""How decode attention is cut into programs: tiles by head dim, dtype and GPU, parts of the keys by what fills the GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import torch
+
+STAGE_BYTES = 32 << 10  # of keys and values that one step of a program's loop copies
+QUERY_BYTES = 16 << 10  # of a tile's query rows
+MAX_SPLITS = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeConfig:
+    """Args:
+    block_m: query rows of a tile: rows of the step times query heads of a KV head, padded to a power of two from 16 on.
+    block_n: keys of a tile.
+    num_warps, num_stages: of a program.
+    resident: programs that a multiprocessor holds at a time.
+    swap: tiles of scores are [keys, queries].
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    resident: int
+    swap: bool = False
+
+
+def decode_config(
+    queries: int, block_d: int, block_dv: int, dtype: torch.dtype, capability: tuple[int, int]
+) -> DecodeConfig:
+    """Never by length, so no length compiles anything.
+
+    Args:
+        queries: rows of the step times query heads of a KV head.
+        block_d, block_dv: head dims of keys and values, padded to powers of two.
+    """
+    row_bytes = (block_d + block_dv) * dtype.itemsize
+    block_n = min(128, max(16, _floor_power_of_2(STAGE_BYTES // row_bytes)))
+    most = min(64, max(16, QUERY_BYTES // (block_d * dtype.itemsize)))
+    block_m = min(most, max(16, 1 << (queries - 1).bit_length()))
+    large = capability in ((8, 0), (8, 7)) or capability[0] in (9, 10)  # 160 KB of shared memory and more, not 99
+    wide = block_n * row_bytes > STAGE_BYTES or dtype == torch.float32
+    return DecodeConfig(block_m, block_n, 4, 3 if large and not wide else 2, 2 if large else 1)
+
+
+@functools.lru_cache(maxsize=4096)
+def split_count(programs: int, tiles: int, slots: int) -> int:
+    """Parts of the keys of each KV head, so that all programs together fill whole waves of the GPU.
+
+    The fewest parts that come within 5 % of the best filling (as the heuristic of flash-decoding).
+
+    Args:
+        programs: of one part.
+        tiles: of the longest row.
+        slots: programs that the GPU holds at a time.
+    """
+    most = max(1, min(tiles, MAX_SPLITS, 4 * slots // max(1, programs) + 1))
+    filled = [_filling(programs * n, slots) for n in range(1, most + 1)]
+    return next(n for n, share in enumerate(filled, 1) if share >= 0.95 * max(filled))
+
+
+def _filling(programs: int, slots: int) -> float:
+    waves = programs / slots
+    return waves / math.ceil(waves)
+
+
+@functools.lru_cache(maxsize=64)
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; 4 for the CPU, on which only Triton's interpreter runs."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def _floor_power_of_2(x: int) -> int:
+    return 1 << max(0, x.bit_length() - 1)

@@ -1,0 +1,71 @@
+"""The decode kernels compile ahead of time for several GPUs, on a machine without one, within their shared memory."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).parents[2]
+SCRIPT = """
+import dataclasses
+import sys
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from tsa_compile.kernels.attend.decode import device
+from tsa_compile.kernels.attend.decode.config import decode_config
+
+SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+TYPES = {"lse": "*fp32", "part": "*fp32", "part_lse": "*fp32", "blocks": "*i32", "start": "*i32", "lengths": "*i32",
+         "key_mask": "*i1", "sinks": "*bf16", "pages": "*i32", "counts": "*i32", "dumped": "*fp32", "scale": "fp32", "softcap": "fp32"}
+OPTIONAL = ("blocks", "start", "lengths", "key_mask", "bias", "sinks", "pages", "counts", "dumped")
+
+def compile_kernel(kernel, capability, dtype, warps, stages, constants, **pointers):
+    names = [p.name for p in kernel.params]
+    kinds = {**TYPES, **dict.fromkeys(("q", "k", "v", "out"), "*" + dtype), **pointers}
+    signature = {n: "constexpr" if n in constants else kinds.get(n, "i32") for n in names}
+    aligned = ("q_s", "k_s", "v_s", "o_s")
+    wide = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] == "*" or n[:3] in aligned and n[3] != "d"}
+    constants = {(names.index(n),): value for n, value in constants.items()}
+    source = ASTSource(kernel, signature, constants, wide)
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, "num_stages": stages})
+    assert made.metadata.shared <= SHARED[capability], (constants, made.metadata.shared)
+    return made
+
+def decode(capability, dtype, dim, v_dim, queries, swap=False, given=(), one=False, bias="*fp32", **more):
+    block_d, block_dv = (max(16, triton.next_power_of_2(x)) for x in (dim, v_dim))
+    config = decode_config(queries, block_d, block_dv, DTYPES[dtype], (capability // 10, capability % 10))
+    none = {n: None for n in OPTIONAL if n not in given}
+    constants = dict(none, q_sd=1, k_sd=1, v_sd=1, D=dim, DV=v_dim, BLOCK_D=block_d, BLOCK_DV=block_dv, BLOCK_M=config.block_m,
+                     BLOCK_N=config.block_n, CAUSAL=True, CAPPED=False, ONE=one, SWAP=swap,
+                     PRECISION="tf32x3" if dtype == "fp32" else "ieee") | more
+    return compile_kernel(device.decode_kernel, capability, dtype, config.num_warps, config.num_stages, constants, bias=bias)
+
+capability = int(sys.argv[1])
+made = decode(capability, "bf16", 128, 128, 4, given=("lengths",))
+assert "cp.async" in made.asm["ptx"] and ", 16," in made.asm["ptx"]  # 16 bytes a thread, in flight
+decode(capability, "fp16", 80, 96, 48, given=("lengths", "start", "blocks", "bias", "sinks", "dumped"), CAPPED=True, one=True)
+decode(capability, "fp32", 256, 256, 64, given=("lengths",))
+decode(capability, "bf16", 128, 128, 4, given=("lengths", "blocks", "pages", "counts"))
+if capability == 90:
+    decode(90, "bf16", 128, 128, 4, swap=True, given=("lengths", "start", "key_mask"))
+    decode(90, "fp32", 128, 128, 28, swap=True, given=("lengths",))
+    decode(90, "bf16", 256, 256, 64, given=("lengths", "bias", "key_mask"), bias="*i1")
+none = {"sinks": None, "DV": 128, "BLOCK_DV": 128, "BLOCK_S": 16}
+compile_kernel(device.merge_kernel, capability, "bf16", 4, 2, none)
+print("compiled")
+"""
+
+
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
+def test_compiles_ahead_of_time(capability, tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(capability)], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.strip().endswith("compiled"), done.stderr[-3000:]
