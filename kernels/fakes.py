@@ -34,5 +34,17 @@ def select_blocks(q: Tensor, k: Tensor, indices: Tensor, counts: Tensor, scale: 
     return q.new_empty(batch, heads, n, n, dtype=torch.int16), _int32(q, batch, heads, n)
 
 
+def decode_attention(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor | None, block: int, *rest: Any, scores: bool = False, **masks: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    scores = rest[9] if len(rest) > 9 else scores
+    (batch, heads), capacity = q.shape[:2], k.shape[2] if blocks is None else blocks.shape[1] * block
+    return *page_attention(q, k, v), q.new_empty(batch, heads, 2 if scores else 0, capacity, dtype=torch.float32)
+
+
+def page_attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **masks: Any) -> tuple[Tensor, Tensor]:
+    return empty_result(q, v), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
 def _int32(x: Tensor, *shape: int) -> Tensor:
     return x.new_empty(shape, dtype=torch.int32)

@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from tsa_compile.kernels import checks, fakes
+from tsa_compile.kernels import checks, decode_checks, fakes
 from tsa_compile.kernels.registry import LIBRARY, Operator, add, observing, register
 
 _RULE = "float coverage, int window, int pool, int min_tokens"
 _LISTS = "Tensor indices, Tensor counts"
+_CACHE = "Tensor? blocks, int block, Tensor? start, Tensor? lengths, Tensor? key_mask, float scale"  # KvView, then what is read
+_MASKS = "Tensor? mask=None, Tensor? sinks=None, float softcap=0.0"
 
 OPERATORS = (
     Operator(
@@ -67,11 +69,28 @@ OPERATORS = (
     ),
     Operator(
         f"block_sparse_attention(Tensor q, Tensor k, Tensor v, {_LISTS}, Tensor heavy_indices, Tensor blocks,"
-        " Tensor block_counts, Tensor? key_mask, float scale, int strip_window, int strip_sinks, int block, str engine) -> Tensor",
+        " Tensor block_counts, Tensor? key_mask, float scale, int strip_window, int strip_sinks, int block,"
+        " str engine) -> Tensor",
         check=checks.block_sparse_attention,
         fake=fakes.attention,
         reference="attend.blocks.reference:block_sparse_attention_reference",
         host="attend.blocks.host:block_sparse_attention",
+    ),
+    Operator(
+        f"decode_attention(Tensor q, Tensor k, Tensor v, {_CACHE}, {_MASKS}, int window=0, bool causal=True,"
+        " bool scores=False) -> (Tensor out, Tensor lse, Tensor scores)",
+        check=decode_checks.decode_attention,
+        fake=fakes.decode_attention,
+        reference="attend.decode.reference:decode_attention_reference",
+        host="attend.decode.host:decode_attention",
+    ),
+    Operator(
+        f"page_attention(Tensor q, Tensor k, Tensor v, {_LISTS}, {_CACHE}, {_MASKS}, bool causal=True)"
+        " -> (Tensor out, Tensor lse)",
+        check=decode_checks.page_attention,
+        fake=fakes.page_attention,
+        reference="attend.decode.reference:page_attention_reference",
+        host="attend.decode.host:page_attention",
     ),
 )
 
@@ -81,7 +100,7 @@ for _operator in OPERATORS:
 
 def source_tag() -> str:
     """A hash of the table and of what it registers: compile caches see a schema, but neither its fake nor its gradient."""
-    files = (Path(__file__).with_name(f"{name}.py") for name in ("ops", "registry", "fakes", "checks"))
+    files = (Path(__file__).with_name(f"{name}.py") for name in ("ops", "registry", "fakes", "checks", "decode_checks"))
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:16]
 
 

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from tsa_compile.kernels import ops  # noqa: F401
 from tsa_compile.kernels.attend.decode.reference import decode_attention_reference, page_attention_reference
 from tsa_compile.kernels.common.view import rows_in_order
 from tsa_compile.kernels.types import KvView
@@ -95,7 +96,9 @@ def test_a_row_that_sees_no_key_is_zero_and_bool_masks_hide():
     torch.testing.assert_close(out[1, :, 1], v[1, :, 0].repeat_interleave(2, 0))
     hidden = torch.rand(2, 1, 1, 20) < 0.5
     lowest = torch.where(hidden, torch.finfo(torch.float32).min, 0.0)
-    for a, b in zip(*(decode_attention_reference(q, k, v, None, 1, None, None, None, 0.3, mask=m) for m in (~hidden, lowest))):
+    for a, b in zip(
+        *(decode_attention_reference(q, k, v, None, 1, None, None, None, 0.3, mask=m) for m in (~hidden, lowest)), strict=True
+    ):
         torch.testing.assert_close(a, b)
 
 
@@ -118,7 +121,7 @@ def test_page_attention_of_all_pages_is_decode_attention():
     counts = int32(7, 7, device="cpu")[:, None].expand(2, 2)
     got = page_attention_reference(q, k, v, every.flip(2), counts, None, 1, None, lengths, None, 0.3)
     want = decode_attention_reference(q, k, v, None, 1, None, lengths, None, 0.3)
-    for a, b in zip(got, want):
+    for a, b in zip(got, want[:2], strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -188,7 +191,19 @@ def test_any_number_of_parts_and_both_orders_of_the_product(host, splits, swap):
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize(
     "variant",
-    ["bidirectional", "window", "softcap", "sinks", "by head", "by row", "half numbers", "bool", "key mask", "all hidden", "strides"],
+    [
+        "bidirectional",
+        "window",
+        "softcap",
+        "sinks",
+        "by head",
+        "by row",
+        "half numbers",
+        "bool",
+        "key mask",
+        "all hidden",
+        "strides",
+    ],
 )
 def test_masks_as_data(host, variant, rows):
     q, k, v = qkv(rows, 70, 2, 4, 2, 16, 16)
@@ -225,7 +240,7 @@ def test_keys_in_blocks(host, block):
     table = torch.randperm(2 * per_row, device=DEVICE).int().view(2, per_row)
     lengths = int32(128, 50)
     k, v = (poisoned(rows_in_order(x, KvView(table, block, None, None)), int32(0, 0), lengths) for x in pool)
-    for x, y in zip(pool, (k, v)):
+    for x, y in zip(pool, (k, v), strict=True):
         x[table.flatten().long()] = y.unflatten(2, (per_row, block)).transpose(1, 2).flatten(0, 1)
     table[1, -(-50 // block) :] = 10**6
     got, want = both(host, q, *pool, table, block, None, lengths, None, 0.3)
@@ -280,3 +295,39 @@ def test_parts_fill_whole_waves():
     for programs in (1, 7, 20, 64, 160, 300, 1000):
         n = split_count(programs, 2048, 264) * programs / 264
         assert n <= 1 or n / math.ceil(n) > 0.85
+
+
+# ---- the operators
+
+
+def test_opcheck():
+    q, k, v = qkv(3, 20, v_dim=8, device="cpu")
+    lengths, mask = int32(20, 7, device="cpu"), torch.rand(2, 1, 1, 20) < 0.5
+    arguments = (q, k, v, None, 1, None, lengths, None, 0.3)
+    torch.library.opcheck(torch.ops.tsa.decode_attention.default, arguments)
+    torch.library.opcheck(torch.ops.tsa.decode_attention.default, arguments, {"mask": mask, "scores": True, "window": 4})
+    lists, counts = torch.zeros(2, 2, 2, dtype=torch.int32), torch.ones(2, 2, dtype=torch.int32)
+    torch.library.opcheck(torch.ops.tsa.page_attention.default, (q, k, v, lists, counts, *arguments[3:]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"q": torch.randn(2, 4, 17, 16)}, "q must have 1 to 16 rows, got 17"),
+        ({"lengths": torch.zeros(3, dtype=torch.int32)}, "lengths must be contiguous int32 .2."),
+        ({"lengths": torch.zeros(2)}, "lengths must be contiguous int32"),
+        ({"k": torch.randn(3, 2, 20, 16), "v": torch.randn(3, 2, 20, 16)}, "batch"),
+        ({"key_mask": torch.ones(2, 19, dtype=torch.bool)}, "key_mask must be bool .2, 20."),
+        ({"mask": torch.zeros(2, 3, 1, 20)}, "mask must be bool or floating point .2, 4, 1, 20."),
+        ({"sinks": torch.zeros(2)}, "sinks must be one logit for each of 4 heads"),
+        ({"window": 4, "causal": False}, "a window needs causal=True"),
+        ({"softcap": -1.0}, "softcap and window must be at least 0"),
+        ({"blocks": torch.zeros(2, 3, dtype=torch.int32), "block": 6}, "block must divide the 20 rows of k, got 6"),
+    ],
+)
+def test_errors_name_the_argument(changes, message):
+    q, k, v = qkv(1, 20, device="cpu")
+    names = ("q", "k", "v", "blocks", "block", "start", "lengths", "key_mask", "scale")
+    given = dict(zip(names, (q, k, v, None, 1, None, None, None, 0.3), strict=True)) | changes
+    with pytest.raises(ValueError, match=message):
+        torch.ops.tsa.decode_attention(**given)

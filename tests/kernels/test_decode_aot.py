@@ -22,7 +22,8 @@ from tsa_compile.kernels.attend.decode.config import decode_config
 SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TYPES = {"lse": "*fp32", "part": "*fp32", "part_lse": "*fp32", "blocks": "*i32", "start": "*i32", "lengths": "*i32",
-         "key_mask": "*i1", "sinks": "*bf16", "pages": "*i32", "counts": "*i32", "dumped": "*fp32", "scale": "fp32", "softcap": "fp32"}
+         "key_mask": "*i1", "sinks": "*bf16", "pages": "*i32", "counts": "*i32", "dumped": "*fp32", "scale": "fp32",
+         "softcap": "fp32"}
 OPTIONAL = ("blocks", "start", "lengths", "key_mask", "bias", "sinks", "pages", "counts", "dumped")
 
 def compile_kernel(kernel, capability, dtype, warps, stages, constants, **pointers):
@@ -30,7 +31,8 @@ def compile_kernel(kernel, capability, dtype, warps, stages, constants, **pointe
     kinds = {**TYPES, **dict.fromkeys(("q", "k", "v", "out"), "*" + dtype), **pointers}
     signature = {n: "constexpr" if n in constants else kinds.get(n, "i32") for n in names}
     aligned = ("q_s", "k_s", "v_s", "o_s")
-    wide = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] == "*" or n[:3] in aligned and n[3] != "d"}
+    wide = [i for i, n in enumerate(names) if signature[n][0] == "*" or n[:3] in aligned and n[3] != "d"]
+    wide = {(i,): [["tt.divisibility", 16]] for i in wide}
     constants = {(names.index(n),): value for n, value in constants.items()}
     source = ASTSource(kernel, signature, constants, wide)
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, "num_stages": stages})

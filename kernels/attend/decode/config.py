@@ -31,9 +31,7 @@ class DecodeConfig:
     swap: bool = False
 
 
-def decode_config(
-    queries: int, block_d: int, block_dv: int, dtype: torch.dtype, capability: tuple[int, int]
-) -> DecodeConfig:
+def decode_config(queries: int, block_d: int, block_dv: int, dtype: torch.dtype, capability: tuple[int, int]) -> DecodeConfig:
     """Never by length, so no length compiles anything.
 
     Args:

@@ -34,7 +34,7 @@ def by_key(x, SWAP: tl.constexpr):
 
 @triton.jit
 def key_range(start, lengths, b, capacity, rows, window):
-    """First position that some query row sees, first behind the last that is a key, and where keys begin."""
+    """First position that some query row sees, and the first behind the last that is a key."""
     begin = 0
     if start is not None:
         begin = tl.maximum(tl.load(start + b), 0)
@@ -42,7 +42,7 @@ def key_range(start, lengths, b, capacity, rows, window):
     if lengths is not None:
         end = tl.minimum(begin + tl.load(lengths + b), capacity)
     first = tl.where(window > 0, tl.maximum(begin, end - rows + 1 - window), begin)
-    return first, end, begin
+    return first, end
 
 
 @triton.jit
@@ -167,7 +167,7 @@ def decode_kernel(
     r, h = m % rows, kv_head * group + tl.minimum(m // rows, group - 1)
     number = (b * kv_heads + kv_head) * (group * rows) + m  # of the query row among [B, H, rows]
 
-    first, end, begin = key_range(start, lengths, b, capacity, rows, window)
+    first, end = key_range(start, lengths, b, capacity, rows, window)
     count, first_tile, tiles = 0, first // BLOCK_N, tl.cdiv(end, BLOCK_N)
     if pages is not None:
         pages += b * pages_sb + kv_head * pages_sh
@@ -175,7 +175,7 @@ def decode_kernel(
         first_tile, tiles = 0, tl.cdiv(count * PAGE, BLOCK_N)
     tiles = tl.maximum(tiles - first_tile, 0)
     low, high = first_tile + split * tiles // splits, first_tile + (split + 1) * tiles // splits
-    if not ONE:
+    if not ONE:  # noqa: SIM102
         if low >= high:
             tl.store(part_lse + number * splits + split, float("-inf"), mask=query_ok)
             return
@@ -195,9 +195,7 @@ def decode_kernel(
     acc = tl.zeros([BLOCK_DV, BLOCK_M] if SWAP else [BLOCK_M, BLOCK_DV], tl.float32)
     row_max, row_sum = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
 
-    next_j, next_entry, next_there = keys_of_tile(
-        low, pages, count, blocks, key_mask, mask_sl, block, first, end, BLOCK_N
-    )
+    next_j, next_entry, next_there = keys_of_tile(low, pages, count, blocks, key_mask, mask_sl, block, first, end, BLOCK_N)
     for tile in tl.range(low, high):
         j, entry, there = next_j, next_entry, next_there
         next_j, next_entry, next_there = keys_of_tile(  # what addresses depend on is read a tile ahead
