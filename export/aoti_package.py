@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from tsa_compile.export.errors import ExportError
-from tsa_compile.export.trace import trace
+from tsa_compile.export.common import ExportError
+from tsa_compile.export.trace import export_program
 from tsa_compile.plan import Plan
 from tsa_compile.policies.base import Policy
 
@@ -28,7 +28,7 @@ def export_aoti(
     dynamic_shapes: Any = None,
     inductor_options: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Compile `model` with token-sparse attention ahead of time; returns the package's path, which must end in ".pt2".
+    """Compile `model` under any policy ahead of time; returns the package's path, which must end in ".pt2".
 
     The operators stay calls to `torch.ops.tsa.*`: a process that loads the package must import them, as `load_aoti` does.
 
@@ -42,10 +42,10 @@ def export_aoti(
     """
     if Path(path).suffix != ".pt2":
         raise ValueError(f"an AOTInductor package's name ends in .pt2, got {str(path)!r}")
-    traced = trace(model, args, kwargs, policy=policy, dynamic_shapes=dynamic_shapes)
+    program = export_program(model, args, kwargs, policy=policy, dynamic_shapes=dynamic_shapes)
     options = dict(inductor_options or {})
     with torch.no_grad():
-        made = torch._inductor.aoti_compile_and_package(traced.program, package_path=str(path), inductor_configs=options or None)
+        made = torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options or None)
     return Path(made)
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from tsa_compile import export
-from tsa_compile.export.language_model import Graph, language_graph
+from tsa_compile.export.language_model import Graph, language_graph, plan_within
 from tsa_compile.plan import Plan
 
 TARGETS = ("onnx", "tensorrt", "aoti")
@@ -76,7 +76,7 @@ def export_model(model: Any, request: Request, console: Console) -> list[Path]:
 
 
 def _export_graph(graph: Graph, request: Request) -> None:
-    options: dict[str, Any] = {"policy": request.plan, "dynamic_shapes": graph.dynamic_shapes}
+    options: dict[str, Any] = {"policy": plan_within(request.plan), "dynamic_shapes": graph.dynamic_shapes}
     if request.to == "aoti":
         export.aoti(graph.module, graph.args, request.out, **options)
         return

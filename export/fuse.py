@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.fx as fx
+from torch._ops import OpOverload
 
-from tsa_compile.export.errors import ExportError
+from tsa_compile.export.common import ExportError
 
 
 def fuse_selection(gm: fx.GraphModule) -> list[fx.Node]:
@@ -20,7 +22,7 @@ def fuse_selection(gm: fx.GraphModule) -> list[fx.Node]:
             is block-sparse (`inner`).
     """
     for node in gm.graph.find_nodes(op="call_function", target=torch.ops.tsa.block_sparse_attention.default):
-        raise ExportError(f"{node.name}: TokenSparse.inner is a BlockSparse; exports take only inner=None")
+        raise ExportError(f"{node.name}: TokenSparse.inner is a BlockSparse; this export takes only inner=None")
     fused = []
     for node in list(gm.graph.find_nodes(op="call_function", target=torch.ops.tsa.sparse_attention.default)):
         call = _arguments(node)
@@ -28,7 +30,7 @@ def fuse_selection(gm: fx.GraphModule) -> list[fx.Node]:
         chosen = _arguments(selection)
         if chosen["share"] != "head":
             raise ExportError(
-                f"{node.name}: TokenSparse.share is {chosen['share']!r}; exports take 'head', where each head has its own tokens"
+                f"{node.name}: TokenSparse.share is {chosen['share']!r}; this export takes 'head', tokens of each head's own"
             )
         for name in ("q", "k", "key_mask", "scale"):
             if chosen[name] is not call[name] and chosen[name] != call[name]:
@@ -44,12 +46,21 @@ def fuse_selection(gm: fx.GraphModule) -> list[fx.Node]:
         gm.graph.erase_node(node)
         fused.append(one)
     gm.graph.eliminate_dead_code()
-    for node in gm.graph.nodes:
-        name = node.target.name() if isinstance(node.target, torch._ops.OpOverload) else ""
-        if name.startswith("tsa::") and node not in fused:
-            raise ExportError(f"{node.name}: exports take the policy TokenSparse; another one's operator {name} is in the graph")
     gm.recompile()
     return fused
+
+
+def refuse_other_operators(gm: fx.GraphModule, policies: Iterable[str]) -> None:
+    """Raise an ExportError if the graph holds an operator of ours that no deployment target knows.
+
+    Args:
+        policies: names of the policies, other than TokenSparse, that were applied; for the message.
+    """
+    for node in gm.graph.nodes:
+        name = node.target.name() if isinstance(node.target, OpOverload) else ""
+        if name.startswith("tsa::") and node.target is not torch.ops.tsa.token_sparse_attention.default:
+            others = f", not {', '.join(sorted(policies))}" if policies else ""
+            raise ExportError(f"{node.name}: this export takes the policy TokenSparse{others}; it has no form of {name}")
 
 
 def _selection(node: fx.Node, call: dict[str, Any]) -> fx.Node:
@@ -59,7 +70,7 @@ def _selection(node: fx.Node, call: dict[str, Any]) -> fx.Node:
         item = call[name]
         if not isinstance(item, fx.Node) or item.target is not operator.getitem or item.args[1] != position:
             raise ExportError(f"{node.name}: {name} is not output {position} of a tsa::select_tokens node")
-        sources.append(item.args[0])  # type: ignore[arg-type]
+        sources += item.all_input_nodes
     first = sources[0]
     if any(s is not first for s in sources) or first.target is not torch.ops.tsa.select_tokens.default:
         raise ExportError(f"{node.name}: indices, counts and heavy_indices come from different selections")
@@ -68,7 +79,8 @@ def _selection(node: fx.Node, call: dict[str, Any]) -> fx.Node:
 
 def _arguments(node: fx.Node) -> dict[str, Any]:
     """Arguments by name, defaults filled in."""
-    schema = node.target._schema  # type: ignore[union-attr]
-    values = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
-    values.update({a.name: value for a, value in zip(schema.arguments, node.args, strict=False)})
+    assert isinstance(node.target, OpOverload)
+    arguments = node.target._schema.arguments
+    values: dict[str, Any] = {a.name: a.default_value for a in arguments if a.has_default_value()}
+    values.update({a.name: value for a, value in zip(arguments, node.args, strict=False)})
     return {**values, **node.kwargs}

@@ -6,12 +6,14 @@ have plain tensors as inputs and outputs: `past.0.key`, `past.0.value`, `past.1.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from tsa_compile.export.require import require
+from tsa_compile.export.common import require
+from tsa_compile.plan import Plan
 
 GRAPHS = ("prefill", "decode")
 
@@ -24,6 +26,12 @@ class Graph(NamedTuple):
     dynamic_shapes: Any
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
+
+
+def plan_within(plan: Plan) -> Plan:
+    """A plan for a model as a plan for its graphs' modules, in which the model is called `model`."""
+    rules = [(r.modules if isinstance(r.modules, int) else f"model.{r.modules}", r.phase, r.policy) for r in plan.rules]
+    return dataclasses.replace(plan, rules=tuple(rules))
 
 
 class Prefill(nn.Module):

@@ -15,13 +15,14 @@ import torch.fx as fx
 from torch import nn
 from torch.export import ExportedProgram
 
-from tsa_compile.export.require import require
+from tsa_compile.export.common import require
 from tsa_compile.export.trace import trace
 from tsa_compile.plan import Plan
 from tsa_compile.policies.base import Policy
 
 OPERATOR = "tsa::unmasked_token_sparse_attention"
 _NUMBERS = "float scale, float coverage, int window, int pool, int min_tokens, int strip_window, int strip_sinks, int heavy"
+_DONE = "_tsa_registered"  # the plugins are registered once in a process
 _LIBRARY = torch.library.Library("tsa", "FRAGMENT")
 
 
@@ -76,9 +77,9 @@ def export_torch_tensorrt(
     torch_tensorrt = require("torch_tensorrt", "torch-tensorrt")
     plugins = require("torch_tensorrt.dynamo.conversion.plugins", "torch-tensorrt")
     traced = trace(model, args, kwargs, policy=policy, dynamic_shapes=dynamic_shapes)
-    if use_unmasked_operator(traced.program.graph_module) and not hasattr(torch_tensorrt, "_tsa_registered"):
+    if use_unmasked_operator(traced.program.graph_module) and not getattr(torch_tensorrt, _DONE, False):
         plugins.custom_op(OPERATOR, supports_dynamic_shapes=True)
-        torch_tensorrt._tsa_registered = True  # type: ignore[attr-defined]
+        setattr(torch_tensorrt, _DONE, True)
     compiled = torch_tensorrt.dynamo.compile(traced.program, arg_inputs=args, kwarg_inputs=dict(kwargs or {}), **options)
     torch_tensorrt.save(compiled, str(path), arg_inputs=list(args), kwarg_inputs=dict(kwargs or {}))
     return Path(path)

@@ -67,7 +67,7 @@ class Site:
         """A model of one node and its body."""
         import onnx_ir
 
-        from tsa_compile.export.body import function
+        from tsa_compile.export.onnx_model.node import function
 
         body = onnx_ir.to_proto(function(variant, opset))
         return Site.model([Site.node(variant, settings)], [body], variant.masked, dtype, opset)
@@ -98,16 +98,29 @@ class Site:
         return torch.from_numpy(session.run(None, feed)[0])
 
     @staticmethod
-    def difference(session, q, k, v, mask, s):
-        """Largest difference between a session's output and the reference operator's."""
+    def expected(q, k, v, mask, s):
+        """What the reference operator gives."""
         import tsa_compile.kernels.ops  # noqa: F401  (registers torch.ops.tsa)
 
         selection = (SCALE, s["coverage"], s["window"], s["pool"], s["min_tokens"])
         strip = (s["strip_window"], s["strip_sinks"], s["heavy"])
-        expected = torch.ops.tsa.token_sparse_attention(q, k, v, mask, *selection, *strip, "reference")
+        return torch.ops.tsa.token_sparse_attention(q, k, v, mask, *selection, *strip, "reference")
+
+    @staticmethod
+    def difference(session, q, k, v, mask, s):
+        """Largest difference between a session's output and the reference operator's."""
+        expected = Site.expected(q, k, v, mask, s)
         actual = Site.run(session, q, k, v, mask)
         assert actual.shape == expected.shape
         return (actual.float() - expected.float()).abs().max().item()
+
+    @staticmethod
+    def difference_beside_a_bad_head(session, s, value):
+        """One key of KV head 0 is `value`: its query heads have no mass, so the others keep what they keep without them."""
+        q, k, v = Site.operands(1, 300, 300)
+        k[0, 0, 5] = value
+        actual = Site.run(session, q, k, v)[:, 2:]
+        return (actual - Site.expected(q[:, 2:], k[:, 1:], v[:, 1:], None, s)).abs().max().item()
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ onnx = pytest.importorskip("onnx", reason="extra 'onnx' is not installed")
 ort = pytest.importorskip("onnxruntime", reason="extra 'onnx' is not installed")
 pytest.importorskip("onnxscript", reason="extra 'onnx' is not installed")
 
-from tsa_compile.export.body import Variant, function  # noqa: E402
+from tsa_compile.export.onnx_model.node import Variant, function  # noqa: E402
 
 VARIANTS = [Variant(m, s, t) for t in ("onnxruntime", "tensorrt") for m in (False, True) for s in (False, True)]
 TARGETS = ("onnxruntime", "tensorrt")
@@ -42,6 +42,13 @@ def test_ties_go_to_the_lowest_positions(site, target):
     q, k, v = site.operands(1, 200, 200)
     k[:, :, 20:150] = k[:, :, 20:21]  # equal keys, equal scores; more than are kept
     assert site.difference(runner, q, k, v, None, site.paper) < 2e-5
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_score_that_is_not_finite_counts_as_zero(site, target, value):
+    runner = session(site.portable(Variant(False, True, target), site.strip))
+    assert site.difference_beside_a_bad_head(runner, site.strip, value) < 2e-5
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -12,7 +12,7 @@ pytest.importorskip("transformers", reason="extra 'hf' is not installed")
 
 import tsa_compile as tsa  # noqa: E402
 from tests.api.tiny import tiny_llama, token_ids  # noqa: E402
-from tsa_compile.export.errors import ExportError  # noqa: E402
+from tsa_compile.export.common import ExportError  # noqa: E402
 from tsa_compile.export.export_cli import Request, export_file, export_model  # noqa: E402
 from tsa_compile.plan import as_plan  # noqa: E402
 

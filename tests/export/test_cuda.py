@@ -12,8 +12,8 @@ pytest.importorskip("triton", reason="extra 'triton' is not installed")
 
 import tsa_compile.kernels.ops  # noqa: E402, F401  (registers torch.ops.tsa)
 from tsa_compile.export import native  # noqa: E402
-from tsa_compile.export.aot_form import Form  # noqa: E402
-from tsa_compile.export.body import Variant  # noqa: E402
+from tsa_compile.export.native.aot_form import Form  # noqa: E402
+from tsa_compile.export.onnx_model.node import Variant  # noqa: E402
 
 CUDA = "CUDAExecutionProvider"
 CASES = [  # dtype, head dims, masked, form, tolerance; the second takes the warp-specialised kernel on Hopper
@@ -86,7 +86,7 @@ def test_the_ptx_of_the_tensorrt_plugins_runs_with_inputs_sizes_and_outputs(site
     """Through the driver, with exactly the arguments that TensorRT passes; the selection is the operator's."""
     import ctypes
 
-    from tsa_compile.export.tensorrt_ptx import compile_plugin
+    from tsa_compile.export.tensorrt_engine.plugin_ptx import compile_plugin
 
     s = site.strip if strip else site.paper
     q, k, v = (x.cuda() for x in site.operands(2, 700, 700, dim=64, v_dim=64, dtype=torch.float16))

@@ -2,6 +2,9 @@
 
 import ctypes
 import re
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -9,10 +12,10 @@ import torch
 onnx = pytest.importorskip("onnx", reason="extra 'onnx' is not installed")
 ort = pytest.importorskip("onnxruntime", reason="extra 'onnx' is not installed")
 
-from tsa_compile.export import native  # noqa: E402
-from tsa_compile.export.body import Variant  # noqa: E402
-from tsa_compile.export.errors import ExportError  # noqa: E402
-from tsa_compile.export.session import make_session  # noqa: E402
+from tsa_compile.export.common import ExportError  # noqa: E402
+from tsa_compile.export.native import library as native  # noqa: E402
+from tsa_compile.export.onnx_model.node import Variant  # noqa: E402
+from tsa_compile.export.onnx_model.run_onnx import make_session  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +50,12 @@ def test_cpu_kernel_equals_the_reference(site, library, dtype, atol, form, maske
         q, k, v = site.operands(batch, q_len, k_len, dtype=dtype)
         mask = site.ragged_mask(batch, k_len) if masked else None
         assert site.difference(runner, q, k, v, mask, settings) < atol, (batch, q_len, k_len)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_score_that_is_not_finite_counts_as_zero(site, library, value):
+    runner = session(custom(site, site.strip), library)
+    assert site.difference_beside_a_bad_head(runner, site.strip, value) < 2e-5
 
 
 def test_bfloat16_rounds_as_torch_does(site, library):
@@ -202,6 +211,36 @@ def test_an_old_onnxruntime_is_refused(library):
     loaded.RegisterCustomOps.restype = ctypes.c_void_p
     assert loaded.RegisterCustomOps(None, ctypes.byref(ApiBase(get_api, get_version)))
     assert said == [(1, "libtsa_ort needs ONNX Runtime 1.17 or newer; this is 1.9.0")]
+
+
+def test_sessions_that_register_at_once_share_one_domain(library, tmp_path):
+    """Threads meet in a fresh copy of the library; a runtime of the test's own counts what it is asked for."""
+    seen, pointer, index = [], ctypes.c_void_p, {"create": 26, "add": 27, "use": 28}
+    kinds = {"create": (ctypes.c_char_p, ctypes.POINTER(pointer)), "add": (pointer, pointer), "use": (pointer, pointer)}
+
+    def answer(name):
+        def called(first, second):
+            time.sleep(0.01)  # others come in meanwhile
+            seen.append((name, second if name == "add" else first))
+            if name == "create":
+                second[0] = len(seen)
+            return None
+
+        return ctypes.CFUNCTYPE(pointer, *kinds[name])(called)
+
+    answers = {name: answer(name) for name in index}
+    table = (pointer * 300)()
+    for name, function in answers.items():
+        table[index[name]] = ctypes.cast(function, pointer)
+    get_api = ctypes.CFUNCTYPE(pointer, ctypes.c_uint32)(lambda _: ctypes.addressof(table))
+    base = (pointer * 2)(ctypes.cast(get_api, pointer))
+    loaded = ctypes.CDLL(str(shutil.copy(library, tmp_path)))
+    loaded.RegisterCustomOps.restype = pointer
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda _: loaded.RegisterCustomOps(None, base), range(8))) == [None] * 8
+    names = [name for name, _ in seen]
+    assert (names.count("create"), names.count("add"), names.count("use")) == (1, 6, 8)
+    assert len({operator for name, operator in seen if name == "add"}) == 6
 
 
 def test_builds_are_cached_and_follow_the_sources(library, monkeypatch, tmp_path):

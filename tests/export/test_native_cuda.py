@@ -16,11 +16,12 @@ onnx = pytest.importorskip("onnx", reason="extra 'onnx' is not installed")
 ort = pytest.importorskip("onnxruntime", reason="extra 'onnx' is not installed")
 pytest.importorskip("triton", reason="extra 'triton' is not installed")
 
-from tsa_compile.export import aot, native  # noqa: E402
-from tsa_compile.export.aot_form import Form  # noqa: E402
-from tsa_compile.export.aot_kernels import kernels_of  # noqa: E402
-from tsa_compile.export.body import Variant  # noqa: E402
-from tsa_compile.export.errors import ExportError  # noqa: E402
+from tsa_compile.export.common import ExportError  # noqa: E402
+from tsa_compile.export.native import aot  # noqa: E402
+from tsa_compile.export.native import library as native  # noqa: E402
+from tsa_compile.export.native.aot_form import Form  # noqa: E402
+from tsa_compile.export.native.aot_kernels import kernels_of  # noqa: E402
+from tsa_compile.export.onnx_model.node import Variant  # noqa: E402
 
 if torch.cuda.is_available():
     pytest.skip("the interpreter is off where there is a GPU", allow_module_level=True)

@@ -15,7 +15,7 @@ transformers = pytest.importorskip("transformers", reason="extra 'hf' is not ins
 import tsa_compile as tsa  # noqa: E402
 from tsa_compile import export  # noqa: E402
 from tsa_compile.export import native  # noqa: E402
-from tsa_compile.export.session import make_session  # noqa: E402
+from tsa_compile.export.onnx_model.run_onnx import make_session  # noqa: E402
 
 logging.getLogger("torch.onnx").setLevel(logging.ERROR)
 DYNAMIC = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}

@@ -12,7 +12,7 @@ pytest.importorskip("onnxscript", reason="extra 'onnx' is not installed")
 
 import tsa_compile as tsa
 from tsa_compile import export
-from tsa_compile.export.tensorrt_engine import Parsed, build_engine, load_runtime
+from tsa_compile.export.tensorrt_engine.engine import Parsed, build_engine, load_runtime
 
 try:
     TRT = load_runtime("tensorrt_rtx")

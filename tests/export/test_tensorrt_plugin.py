@@ -21,11 +21,13 @@ pytest.importorskip("triton", reason="extra 'triton' is not installed")
 import tsa_compile as tsa  # noqa: E402
 from tests.export.test_aoti import SHAPES, Block  # noqa: E402
 from tsa_compile import export  # noqa: E402
-from tsa_compile.export import aot, tensorrt_plugin, torch_tensorrt_model  # noqa: E402
-from tsa_compile.export.aot_form import parameters  # noqa: E402
-from tsa_compile.export.body import Variant  # noqa: E402
-from tsa_compile.export.tensorrt_engine import load_runtime  # noqa: E402
-from tsa_compile.export.tensorrt_ptx import PluginKernel, plugin_constants, plugin_function, without_scratch  # noqa: E402
+from tsa_compile.export import torch_tensorrt_model  # noqa: E402
+from tsa_compile.export.native import aot  # noqa: E402
+from tsa_compile.export.native.aot_form import parameters  # noqa: E402
+from tsa_compile.export.onnx_model.node import Variant  # noqa: E402
+from tsa_compile.export.tensorrt_engine import plugin as tensorrt_plugin  # noqa: E402
+from tsa_compile.export.tensorrt_engine.engine import load_runtime  # noqa: E402
+from tsa_compile.export.tensorrt_engine.plugin_ptx import PluginKernel, plugin_constants, plugin_function, without_scratch  # noqa: E402
 
 OUTPUTS = {"sparse_prefill": ("out",), "sparse_prefill_lse": ("out", "lse"), "sparse_strip": ("out",)}
 
@@ -125,8 +127,8 @@ def compiled():
     """Each plugin's kernel, compiled in a process without the interpreter, and assembled by Triton's ptxas."""
     code = """
 import json, subprocess, sys, tempfile, torch, triton
-from tsa_compile.export.tensorrt_plugin import PLUGINS
-from tsa_compile.export.tensorrt_ptx import compile_plugin
+from tsa_compile.export.tensorrt_engine.plugin import PLUGINS
+from tsa_compile.export.tensorrt_engine.plugin_ptx import compile_plugin
 settings = {"scale": 0.125, "window": 24, "sinks": 4}
 made = {name: compile_plugin(name, torch.float16, 64, 64, settings, (8, 0)) for name in PLUGINS}
 for kernel in made.values():

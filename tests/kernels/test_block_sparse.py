@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import tsa_compile as tsa
 from tests.api.tiny import tiny_llama, token_ids
-from tsa_compile.export.errors import ExportError
+from tsa_compile.export.common import ExportError
 from tsa_compile.export.trace import trace
 from tsa_compile.kernels.attend.blocks.reference import (
     block_masses,

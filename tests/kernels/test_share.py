@@ -64,7 +64,7 @@ def test_a_transformed_model_uses_it():
 
 
 def test_exports_refuse_it_by_name():
-    from tsa_compile.export.errors import ExportError
+    from tsa_compile.export.common import ExportError
     from tsa_compile.export.trace import trace
 
     policy = tsa.TokenSparse(share="group", window=8, min_tokens=8)

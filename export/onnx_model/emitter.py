@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tsa_compile.export.require import require
+from tsa_compile.export.common import require
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -5,6 +5,7 @@
 // tests/export/test_native.py makes the installed release answer through every one of them.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <string>
@@ -98,11 +99,11 @@ struct CustomOp {  // OrtCustomOp of API version 17
   int (*GetEndVersion)(const CustomOp*);
 };
 
-extern Table table;  // set by RegisterCustomOps
+extern std::atomic<Table> table;  // set by RegisterCustomOps
 
 template <class Signature>
 Signature* call(Slot slot) {
-  return reinterpret_cast<Signature*>(const_cast<void*>(table[slot]));
+  return reinterpret_cast<Signature*>(const_cast<void*>(table.load(std::memory_order_relaxed)[slot]));
 }
 
 inline Status* error(Code code, const std::string& message) {

@@ -8,23 +8,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from tsa_compile.export.body_attend import Attended, row_of
-from tsa_compile.export.body_call import HIDDEN, Call
-from tsa_compile.export.body_select import Kept
-from tsa_compile.export.ops import FLOAT
+from tsa_compile.export.onnx_model.body_attend import Attended, row_of
+from tsa_compile.export.onnx_model.body_call import HIDDEN, Call
+from tsa_compile.export.onnx_model.body_select import Kept
+from tsa_compile.export.onnx_model.emitter import FLOAT
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 
 class _Rows(NamedTuple):
-    """Query rows in blocks: `count` blocks of `block` rows; row t is the query of rank first_query + t.
+    """Query rows in blocks: `blocks` blocks of `block` rows; row t is the query of rank first_query + t.
 
     rank: [B, rows]; q: [B, H, rows, D]; selected: [B, H, rows, 1] bool; slot: [B, H, rows] its row in Attended.
     """
 
     block: ir.Value
-    count: ir.Value  # type: ignore[assignment]
+    blocks: ir.Value
     rank: ir.Value
     q: ir.Value
     selected: ir.Value
@@ -40,7 +40,7 @@ def complete(call: Call, kept: Kept, attended: Attended) -> ir.Value:
     width = op.Shape(near, start=3, end=4)
     scores = op.Concat(near, far, axis=3)
     top = op.ReduceMax(scores, [3], keepdims=1)
-    weights = op.Where(op.Greater(scores, HIDDEN / 2), op.Exp(op.Sub(scores, top)), 0.0)
+    weights = op.Where(op.LessOrEqual(scores, HIDDEN / 2), 0.0, op.Exp(op.Sub(scores, top)))  # NaN stays
     total = op.ReduceSum(weights, [3], keepdims=1)
     end = op.Shape(weights, start=3, end=4)
     local = _times_near(call, rows, op.Slice(weights, [0], width, [3]), near_v)
@@ -65,7 +65,7 @@ def _near(call: Call, kept: Kept, rows: _Rows) -> tuple[ir.Value, ir.Value]:
     Returns scores [B, H, rows, 2 * block], HIDDEN where a key is not read, and V [B, Hk, 1, blocks, 2 * block, Dv].
     """
     op = call.op
-    block, blocks = rows.block, rows.count
+    block, blocks = rows.block, rows.blocks
     width = op.Mul(block, 2)
     start = op.Sub(op.Mul(call.range(blocks), block), block)
     index = op.Add(op.Unsqueeze(start, [1]), call.range(width))  # [blocks, width], from the first query
@@ -114,7 +114,7 @@ def _far(call: Call, kept: Kept, rows: _Rows) -> tuple[ir.Value, ir.Value]:
 def _times_near(call: Call, rows: _Rows, weights: ir.Value, v: ir.Value) -> ir.Value:
     """weights [B, H, rows, 2 * block] times the blocks of V -> [B, H, rows, Dv]."""
     op = call.op
-    blocked = call.shape(call.batch, call.kv_heads, call.group, rows.count, rows.block, op.Mul(rows.block, 2))
+    blocked = call.shape(call.batch, call.kv_heads, call.group, rows.blocks, rows.block, op.Mul(rows.block, 2))
     out = op.MatMul(op.CastLike(op.Reshape(weights, blocked), v), v)
     return op.Reshape(out, call.shape(call.batch, call.heads, -1, call.v_dim))
 
@@ -122,8 +122,10 @@ def _times_near(call: Call, rows: _Rows, weights: ir.Value, v: ir.Value) -> ir.V
 def _merge(call: Call, rows: _Rows, attended: Attended, top: ir.Value, total: ir.Value, strip: ir.Value) -> ir.Value:
     """One softmax over both parts; float32 [B, H, rows, Dv]. A row without any key is zero."""
     op = call.op
-    kept = (attended.out, attended.top, attended.total)
-    out, kept_top, kept_total = (op.Cast(call.rows(x, call.heads, rows.slot), to=FLOAT) for x in kept)  # type: ignore[arg-type]
+    row_top = op.ReduceMax(attended.scores, [3], keepdims=1)
+    row_total = op.ReduceSum(op.Exp(op.Sub(attended.scores, row_top)), [3], keepdims=1)
+    by_row = (call.rows(x, call.heads, rows.slot) for x in (attended.out, row_top, row_total))
+    out, kept_top, kept_total = (op.Cast(x, to=FLOAT) for x in by_row)
     kept_top = op.Where(rows.selected, kept_top, HIDDEN)
     highest = op.Max(top, kept_top)
     kept_share = op.Where(rows.selected, op.Mul(kept_total, op.Exp(op.Sub(kept_top, highest))), 0.0)

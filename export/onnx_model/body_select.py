@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from tsa_compile.export.body_call import HIDDEN, Call
-from tsa_compile.export.ops import FLOAT, INT64
+from tsa_compile.export.onnx_model.body_call import HIDDEN, Call
+from tsa_compile.export.onnx_model.emitter import FLOAT, INT64
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from tsa_compile.export.body_rank import Ranking
+    from tsa_compile.export.onnx_model.body_rank import Ranking
 
 
 class Kept(NamedTuple):
@@ -77,14 +77,18 @@ def _window_scores(call: Call, window: ir.Value) -> ir.Value:
 
 
 def _pool(call: Call, x: ir.Value) -> ir.Value:
-    """Average over `pool` neighbours along the last axis of x [B, H, Lk]; outside counts as zero."""
+    """Average over `pool` neighbours along the last axis of x [B, H, Lk]; outside counts as zero.
+
+    An average is at most 1, or not finite (NaN or infinity in q or k), which counts as zero.
+    """
     op = call.op
     pool = op.attribute("pool", "int")
     step = op.Sub(op.Range(0, pool, 1), op.Div(pool, 2))
     index = op.Add(op.Unsqueeze(call.column, [1]), step)  # [Lk, pool]
     inside = op.And(op.GreaterOrEqual(index, 0), op.Less(index, call.k_len))
     near = op.Where(inside, op.Gather(x, call.clip(index, call.k_len), axis=2), 0.0)
-    return op.Div(op.ReduceSum(near, [3], keepdims=0), op.Cast(pool, to=FLOAT))
+    mean = op.Div(op.ReduceSum(near, [3], keepdims=0), op.Cast(pool, to=FLOAT))
+    return op.Where(op.Less(mean, 2.0), mean, 0.0)
 
 
 def _slots(call: Call, member: ir.Value) -> ir.Value:

@@ -8,7 +8,7 @@
 #include "attention.h"
 
 namespace ort {
-Table table = nullptr;
+std::atomic<Table> table = nullptr;
 }
 
 namespace tsa {
@@ -235,6 +235,36 @@ Op make(Element type, const char* provider) {
 }
 
 constexpr const char* kCuda = "CUDAExecutionProvider";
+#ifdef TSA_DEVICE_ON_HOST  // a test build: the launches of the CUDA kernel, under the CPU provider
+const char* const kProviders[] = {nullptr};
+#else
+const char* const kProviders[] = {nullptr, kCuda};
+#endif
+
+std::vector<Op> all_ops() {
+  std::vector<Op> ops;
+  for (const char* provider : kProviders)
+    for (Element type : {ort::kFloat, ort::kFloat16, ort::kBFloat16}) ops.push_back(make(type, provider));
+  return ops;
+}
+
+// The domain "ai.tsa" with all operators. It lives as long as the process, as sessions keep the operators' addresses (which stay
+// when the vector moves).
+struct Registered {
+  std::vector<Op> ops = all_ops();
+  ort::Domain* domain = nullptr;
+  std::string failure;  // empty: none
+};
+
+Registered register_all() {
+  Registered made;
+  Status* status = call<Status*(const char*, ort::Domain**)>(Slot::kCreateCustomOpDomain)("ai.tsa", &made.domain);
+  for (auto& op : made.ops)
+    if (!status) status = call<Status*(ort::Domain*, ort::CustomOp*)>(Slot::kCustomOpDomainAdd)(made.domain, &op);
+  if (status) made.failure = call<const char*(const Status*)>(Slot::kGetErrorMessage)(status);
+  if (status) call<void(Status*)>(Slot::kReleaseStatus)(status);
+  return made;
+}
 
 }  // namespace
 }  // namespace tsa
@@ -242,27 +272,13 @@ constexpr const char* kCuda = "CUDAExecutionProvider";
 // Called by ONNX Runtime when a session registers this library.
 extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps(ort::SessionOptions* options, const ort::ApiBase* base) {
   using namespace ort;
-  table = base->GetApi(kApiVersion);
-  if (!table) {
-    table = base->GetApi(1);  // CreateStatus is in every version
+  Table found = base->GetApi(kApiVersion);
+  table = found ? found : base->GetApi(1);  // CreateStatus is in every version
+  if (!found) {
     return error(kFail, "libtsa_ort needs ONNX Runtime 1." + std::to_string(kApiVersion) + " or newer; this is " +
                             base->GetVersionString());
   }
-#ifdef TSA_DEVICE_ON_HOST  // a test build: the launches of the CUDA kernel, under the CPU provider
-  const char* providers[] = {nullptr};
-#else
-  const char* providers[] = {nullptr, tsa::kCuda};
-#endif
-  static std::vector<tsa::Op> ops;
-  if (ops.empty())
-    for (const char* provider : providers)
-      for (Element type : {kFloat, kFloat16, kBFloat16}) ops.push_back(tsa::make(type, provider));
-  static Domain* domain = nullptr;  // lives as long as the sessions, so as long as the process
-  if (!domain) {
-    Domain* made = nullptr;
-    ORT_RETURN_IF_ERROR(call<Status*(const char*, Domain**)>(kCreateCustomOpDomain)("ai.tsa", &made));
-    for (auto& op : ops) ORT_RETURN_IF_ERROR(call<Status*(Domain*, CustomOp*)>(kCustomOpDomainAdd)(made, &op));
-    domain = made;
-  }
-  return call<Status*(SessionOptions*, Domain*)>(kAddCustomOpDomain)(options, domain);
+  static const tsa::Registered all = tsa::register_all();  // once, also if sessions register at the same time
+  if (!all.failure.empty()) return error(kFail, all.failure);
+  return call<Status*(SessionOptions*, Domain*)>(kAddCustomOpDomain)(options, all.domain);
 }

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tsa_compile.export.aot import compile_triton
-from tsa_compile.export.aot_form import TYPES, parameters
-from tsa_compile.export.errors import ExportError
+from tsa_compile.export.common import ExportError
+from tsa_compile.export.native.aot import compile_triton
+from tsa_compile.export.native.aot_form import TYPES, parameters
 from tsa_compile.kernels.common.tiles import LOG2_E, precision, prefill_config, strip_config
 
 SIZES = ("heads", "kv_heads", "q_len", "k_len", "n_heavy")
@@ -33,7 +33,7 @@ class PluginKernel(NamedTuple):
 
 def plugin_function(name: str) -> Any:
     """The kernel of plugin "sparse_prefill", "sparse_prefill_lse" or "sparse_strip"."""
-    from tsa_compile.export import tensorrt_device as device
+    from tsa_compile.export.tensorrt_engine import plugin_device as device
 
     return {
         "sparse_prefill": device.prefill_plugin_kernel,

@@ -16,10 +16,9 @@ from typing import Any
 
 import torch
 
-from tsa_compile.export.aot_form import AotKernel, Form, parameters
-from tsa_compile.export.aot_kernels import kernels_of
-from tsa_compile.export.errors import ExportError
-from tsa_compile.export.require import require
+from tsa_compile.export.common import ExportError, require
+from tsa_compile.export.native.aot_form import AotKernel, Form, parameters
+from tsa_compile.export.native.aot_kernels import kernels_of
 
 CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
 PTX = (0, 0)  # stands for PTX in place of a compute capability
@@ -128,7 +127,7 @@ def every_kernel() -> dict[str, AotKernel]:
 
 def _names(kernels: Iterable[str]) -> str:
     enum = "enum class Kernel { " + ", ".join(kernels) + " };"
-    return "\n".join(["// Written by tsa_compile.export.aot.", "#pragma once", "namespace tsa {", enum, "}", ""])
+    return "\n".join(["// Written by tsa_compile.export.native.aot.", "#pragma once", "namespace tsa {", enum, "}", ""])
 
 
 def _tables(kernels: dict[str, AotKernel], images: Sequence[str]) -> str:
@@ -136,7 +135,7 @@ def _tables(kernels: dict[str, AotKernel], images: Sequence[str]) -> str:
     cases = [f"    case Kernel::{name}: return {{k_{name}, std::size(k_{name})}};" for name in kernels]
     return "\n".join(
         [
-            "// Written by tsa_compile.export.aot.",
+            "// Written by tsa_compile.export.native.aot.",
             *(f"const Parameter k_{name}[] = {{{_parameters(kernel)}}};" for name, kernel in kernels.items()),
             "std::pair<const Parameter*, size_t> parameters_of(Kernel kernel) {",
             "  switch (kernel) {",
@@ -165,7 +164,7 @@ def run(forms: Iterable[Form], capabilities: Sequence[tuple[int, int]], folder: 
         ExportError: the compiler fails; the message holds its last lines.
     """
     job = {"forms": [dataclasses.astuple(f) for f in forms], "capabilities": list(capabilities), "folder": str(folder)}
-    code = "import sys, tsa_compile.export.aot as aot; aot.main(sys.argv[1])"
+    code = "import sys, tsa_compile.export.native.aot as aot; aot.main(sys.argv[1])"
     env = _environment()
     done = subprocess.run([sys.executable, "-c", code, json.dumps(job)], capture_output=True, text=True, env=env)
     if done.returncode:

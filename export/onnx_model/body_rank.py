@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from tsa_compile.export.body_call import Call
-from tsa_compile.export.ops import DOUBLE, INT64, Ops
+from tsa_compile.export.onnx_model.body_call import Call
+from tsa_compile.export.onnx_model.emitter import DOUBLE, INT64, Ops
 
 if TYPE_CHECKING:
     import onnx_ir as ir

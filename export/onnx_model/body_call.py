@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tsa_compile.export.ops import BOOL, FLOAT, INT64, Ops
+from tsa_compile.export.onnx_model.emitter import BOOL, FLOAT, INT64, Ops
 
 if TYPE_CHECKING:
     import onnx_ir as ir

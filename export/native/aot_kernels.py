@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from tsa_compile.export.aot_form import AotKernel, Form, widths
+from tsa_compile.export.native.aot_form import AotKernel, Form, widths
 from tsa_compile.kernels.attend.tokens import hopper
 from tsa_compile.kernels.common.tiles import precision, prefill_config, strip_config
 from tsa_compile.kernels.score.window import hopper as scores_hopper
@@ -46,7 +46,7 @@ def takes_hopper(form: Form, capability: tuple[int, int]) -> bool:
 
 def kernels_of(form: Form, capability: tuple[int, int]) -> Iterator[AotKernel]:
     """All kernels of a form, for GPUs of one compute capability."""
-    from tsa_compile.export.aot_device import rank_kernel
+    from tsa_compile.export.native.rank_device import rank_kernel
     from tsa_compile.kernels.attend.tokens.pack_device import invert_kernel, order_kernel
 
     yield from _scores(form, capability)

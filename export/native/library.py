@@ -9,19 +9,18 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import struct
 import subprocess
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tsa_compile.export.body import DOMAIN
-from tsa_compile.export.errors import ExportError
-from tsa_compile.export.onnx_file import load_model
+from tsa_compile.export.common import ExportError
+from tsa_compile.export.onnx_model.node import DOMAIN
+from tsa_compile.export.onnx_model.run_onnx import load_model
 
 if TYPE_CHECKING:
-    from tsa_compile.export.aot_form import Form
+    from tsa_compile.export.native.aot_form import Form
 
 SOURCES = Path(__file__).parent / "csrc"
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror")
@@ -82,7 +81,7 @@ def forms_of(path: str | Path) -> list[Form]:
     """
     import torch
 
-    from tsa_compile.export.aot_form import Form
+    from tsa_compile.export.native.aot_form import Form
 
     model = load_model(path)
     known = {v.name: v.type.tensor_type for v in [*model.graph.value_info, *model.graph.input, *model.graph.output]}
@@ -118,20 +117,7 @@ def _kernel_sources() -> list[Path]:
     from tsa_compile.kernels import ops
 
     folder = Path(ops.__file__).parent
-    return [*sorted(folder.rglob("*.py")), *sorted(Path(__file__).parent.glob("aot*.py"))]
-
-
-def check_library(path: str | Path) -> None:
-    """Raise an ExportError unless `path` is a whole shared library: the loader dies on a truncated one."""
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise ExportError(f"{path}: cannot read the operator library ({error.strerror})") from error
-    if len(data) < 64 or data[:4] != b"\x7fELF":
-        raise ExportError(f"{path}: not a shared library, or damaged")
-    sections, (size, count) = struct.unpack_from("<Q", data, 40)[0], struct.unpack_from("<HH", data, 58)
-    if sections + size * count > len(data):  # the section table is the last thing in the file
-        raise ExportError(f"{path}: the library is damaged: {len(data)} bytes, at least {sections + size * count} expected")
+    return [*sorted(folder.rglob("*.py")), *sorted(Path(__file__).parent.glob("*.py"))]
 
 
 def _build(compiler: str, flags: list[str], forms: list[Form], capabilities: Sequence[tuple[int, int]], library: Path) -> None:
@@ -139,7 +125,7 @@ def _build(compiler: str, flags: list[str], forms: list[Form], capabilities: Seq
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         if forms:
-            from tsa_compile.export import aot
+            from tsa_compile.export.native import aot
 
             aot.run(forms, capabilities or aot.CAPABILITIES, Path(folder))
         compile_sources(compiler, flags, Path(folder)).replace(library)

@@ -12,10 +12,9 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from tsa_compile.export import node as site_node
-from tsa_compile.export.body import DOMAIN, DOMAIN_VERSION, TARGETS, function
-from tsa_compile.export.errors import ExportError
-from tsa_compile.export.require import require
+from tsa_compile.export.common import ExportError, require
+from tsa_compile.export.onnx_model import node as site_node
+from tsa_compile.export.onnx_model.node import DOMAIN, DOMAIN_VERSION, META, TARGETS, function
 from tsa_compile.export.trace import Traced, trace
 from tsa_compile.plan import Plan
 from tsa_compile.policies.base import Policy
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 FORMS = ("portable", "custom")
-META = "tsa_compile."  # prefix of the metadata keys: version, plan, form, target, sites
 _SUPPORTED = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -55,7 +53,7 @@ def export_onnx(
     """Write `model` with token-sparse attention as an ONNX file that runs without this project.
 
     Args:
-        model: a module, or an ExportedProgram, which is rewritten in place.
+        model: a module, or an ExportedProgram (it stays as it is).
         args, kwargs: example inputs.
         path: the file; weights above 2 GB go beside it, as ONNX external data.
         policy: a policy, a plan, either as a dict, or None for the default plan, `TokenSparse()`.
@@ -112,7 +110,7 @@ def _check_options(form: str, target: str, opset: int) -> None:
 
 def _check_sites(traced: Traced) -> None:
     for site in traced.sites:
-        dtype = site.args[0].meta["val"].dtype  # type: ignore[union-attr]
+        dtype = site.all_input_nodes[0].meta["val"].dtype
         if dtype not in _SUPPORTED:
             raise ExportError(f"{site.name}: q is {dtype}; ONNX exports take float32, float16 and bfloat16")
 

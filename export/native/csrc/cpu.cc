@@ -116,7 +116,8 @@ Row real_tokens(const Problem& p, int64_t b) {
   return row;
 }
 
-// Steps 2 and 3: mean attention of the last queries, average-pooled, for the tokens before the window.
+// Steps 2 and 3: mean attention of the last queries, average-pooled, for the tokens before the window. A score that is not
+// finite (NaN or infinity in q or k) is 0, so casts and comparisons below are defined.
 void scores(const Attributes& a, const Row& row, const Head& head, int64_t dim) {
   const int64_t length = row.length(), queries = std::min<int64_t>(a.window, row.queries.size());
   const int64_t before = length - a.window;
@@ -132,7 +133,7 @@ void scores(const Attributes& a, const Row& row, const Head& head, int64_t dim) 
     float sum = 0;
     for (int64_t n = j - a.pool / 2; n <= j + a.pool / 2; ++n)
       if (n >= 0 && n < before) sum += mean[n] / queries;
-    head.score[j] = sum / a.pool;
+    head.score[j] = std::isfinite(sum) ? sum / a.pool : 0.f;
   }
 }
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from tsa_compile.export.errors import ExportError
-from tsa_compile.export.tensorrt_ptx import PluginKernel, compile_plugin
+from tsa_compile.export.common import ExportError
+from tsa_compile.export.tensorrt_engine.plugin_ptx import PluginKernel, compile_plugin
 
 NAMESPACE = "tsa"
 PLUGINS = ("sparse_prefill", "sparse_prefill_lse", "sparse_strip")
@@ -35,7 +35,7 @@ def _register_prefill(trtp: ModuleType, name: str, with_lse: bool) -> None:
     Outputs = tuple[(Tensor,) * (1 + with_lse)]
 
     @trtp.register(f"{NAMESPACE}::{name}")
-    def describe(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, scale: float) -> Outputs:  # type: ignore[valid-type]
+    def describe(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, scale: float) -> Outputs:
         out = _result(trtp, q, v)
         if not with_lse:
             return (out,)
@@ -45,14 +45,14 @@ def _register_prefill(trtp: ModuleType, name: str, with_lse: bool) -> None:
     @trtp.autotune(f"{NAMESPACE}::{name}")
     def formats(
         q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, outputs: Outputs
-    ) -> list[trtp.AutoTuneCombination]:  # type: ignore[valid-type, name-defined]
+    ) -> list[trtp.AutoTuneCombination]:
         t = _dtype(q)[0]
         return [_combination(trtp, [t, t, t, "INT32", "INT32", t, *["FP32"] * with_lse])]
 
     @trtp.aot_impl(f"{NAMESPACE}::{name}")
     def implement(
         q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, scale: float, outputs: Outputs, tactic: int
-    ) -> Result:  # type: ignore[valid-type]
+    ) -> Result:
         batch, heads, q_len, _ = q.shape_expr
         k_len = k.shape_expr[2]
         kernel = _compile(name, q, v, {"scale": scale})
@@ -67,23 +67,23 @@ def _register_strip(trtp: ModuleType) -> None:
 
     @trtp.register(f"{NAMESPACE}::sparse_strip")
     def describe(
-        q: Tensor, k: Tensor, v: Tensor, part: Tensor, part_lse: Tensor, slots: Tensor, heavy: Tensor,  # type: ignore[valid-type]
+        q: Tensor, k: Tensor, v: Tensor, part: Tensor, part_lse: Tensor, slots: Tensor, heavy: Tensor,
         scale: float, window: int, sinks: int,
-    ) -> Outputs:  # type: ignore[valid-type]  # fmt: skip
+    ) -> Outputs:  # fmt: skip
         return (_result(trtp, q, v),)
 
     @trtp.autotune(f"{NAMESPACE}::sparse_strip")
     def formats(
-        q: Tensor, k: Tensor, v: Tensor, part: Tensor, part_lse: Tensor, slots: Tensor, heavy: Tensor, outputs: Outputs  # type: ignore[valid-type]
-    ) -> list[trtp.AutoTuneCombination]:  # type: ignore[name-defined]  # fmt: skip
+        q: Tensor, k: Tensor, v: Tensor, part: Tensor, part_lse: Tensor, slots: Tensor, heavy: Tensor, outputs: Outputs
+    ) -> list[trtp.AutoTuneCombination]:  # fmt: skip
         t = _dtype(q)[0]
         return [_combination(trtp, [t, t, t, t, "FP32", "INT32", "INT32", t])]
 
     @trtp.aot_impl(f"{NAMESPACE}::sparse_strip")
     def implement(
-        q: Tensor, k: Tensor, v: Tensor, part: Tensor, part_lse: Tensor, slots: Tensor, heavy: Tensor,  # type: ignore[valid-type]
-        scale: float, window: int, sinks: int, outputs: Outputs, tactic: int,  # type: ignore[valid-type]
-    ) -> Result:  # type: ignore[valid-type]  # fmt: skip
+        q: Tensor, k: Tensor, v: Tensor, part: Tensor, part_lse: Tensor, slots: Tensor, heavy: Tensor,
+        scale: float, window: int, sinks: int, outputs: Outputs, tactic: int,
+    ) -> Result:  # fmt: skip
         batch, heads, q_len, _ = q.shape_expr
         kernel = _compile("sparse_strip", q, v, {"scale": scale, "window": window, "sinks": sinks})
         launch = _launch(trtp, kernel, trtp.cdiv(q_len, kernel.block_m), batch * heads)

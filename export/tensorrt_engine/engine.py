@@ -1,4 +1,4 @@
-"""TensorRT engines from the plugin-free portable graph, through the ONNX parser.
+"""TensorRT engines of a model, or of an ONNX file exported for TensorRT, through TensorRT's ONNX parser.
 
 One code for two products with one Python interface: TensorRT, which builds for the GPU at hand, and TensorRT-RTX, which
 builds ahead of time on any machine, for the compute capabilities named (8.0, 8.6, 8.9, 12.0; it has no data-centre
@@ -8,14 +8,19 @@ Hopper or Blackwell).
 from __future__ import annotations
 
 import importlib
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tsa_compile.export.errors import ExportError
-from tsa_compile.export.onnx_file import load_model, metadata
-from tsa_compile.export.tensorrt_plugin import register_plugins
+from torch import nn
+from torch.export import ExportedProgram
+
+from tsa_compile.export.common import ExportError
+from tsa_compile.export.onnx_model.export_onnx import export_onnx
+from tsa_compile.export.onnx_model.run_onnx import load_model, metadata
+from tsa_compile.export.tensorrt_engine.plugin import register_plugins
 
 RUNTIMES = {"tensorrt": ("tensorrt",), "tensorrt_rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings")}
 _INSTALL = {"tensorrt": "pip install tensorrt", "tensorrt_rtx": "pip install 'tsa-compile[tensorrt]'"}
@@ -143,7 +148,9 @@ def _optimization_profile(parsed: Parsed, profile: Profile) -> Any:
 
 
 def _logger(trt: ModuleType, messages: list[str]) -> Any:
-    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
+    base: Any = trt.ILogger
+
+    class Logger(base):
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 
@@ -152,3 +159,41 @@ def _logger(trt: ModuleType, messages: list[str]) -> Any:
                 messages.append(message)
 
     return Logger()
+
+
+def export_tensorrt(
+    model_or_onnx: nn.Module | ExportedProgram | str | Path,
+    args: tuple[Any, ...] | None,
+    path: str | Path,
+    *,
+    profile: Profile,
+    runtime: str = "tensorrt_rtx",
+    compute_capabilities: Sequence[str] = (),
+    plugins: bool = False,
+    **onnx_options: Any,
+) -> Path:
+    """Build a TensorRT engine of `model_or_onnx` with token-sparse attention; it runs without this project.
+
+    Args:
+        model_or_onnx: a module or ExportedProgram; or the path of a graph exported with `target="tensorrt"`.
+        args: example inputs; None for a path.
+        path: the engine file to write.
+        profile, runtime, compute_capabilities: see `build_engine`.
+        plugins: attention by this project's kernels, compiled into the engine (runtime "tensorrt"); else standard operators.
+        onnx_options: `policy`, `dynamic_shapes`, `kwargs`, `opset` of `export_onnx`.
+
+    Raises:
+        ExportError, ValueError, ImportError: as `export_onnx` and `build_engine`.
+    """
+    if plugins and runtime != "tensorrt":
+        raise ValueError(f"plugins=True is for runtime 'tensorrt'; {runtime} has none")
+    load_runtime(runtime)  # before the model is traced
+    settings: dict[str, Any] = {"profile": profile, "runtime": runtime, "compute_capabilities": compute_capabilities}
+    if isinstance(model_or_onnx, (str, Path)):
+        if onnx_options:
+            raise ValueError(f"{sorted(onnx_options)} belong to the export of a model; this is a file already")
+        return build_engine(model_or_onnx, path, **settings)
+    with tempfile.TemporaryDirectory() as folder:
+        graph = Path(folder) / "model.onnx"
+        export_onnx(model_or_onnx, args or (), graph, target="tensorrt_plugin" if plugins else "tensorrt", **onnx_options)
+        return build_engine(graph, path, **settings)

@@ -1,11 +1,11 @@
-"""Imports of optional dependencies, with a message that says what to install."""
+"""What all exports share: their error, and imports of optional packages that say what to install."""
 
 from __future__ import annotations
 
 import importlib
 from types import ModuleType
 
-_EXTRAS = {
+_INSTALL = {
     "hf": "pip install 'tsa-compile[hf]'",
     "onnx": "pip install 'tsa-compile[onnx]'",
     "tensorrt": "pip install 'tsa-compile[tensorrt]'",
@@ -14,9 +14,13 @@ _EXTRAS = {
 }
 
 
+class ExportError(RuntimeError):
+    """A model, site or file cannot be exported or loaded as asked; the message names it."""
+
+
 def require(module: str, extra: str) -> ModuleType:
     """The module, or an ImportError that names the extra to install."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(f"this export needs the module {module!r} ({error}): {_EXTRAS[extra]}") from error
+        raise ImportError(f"this export needs the module {module!r} ({error}): {_INSTALL[extra]}") from error
