@@ -1,0 +1,151 @@
+"""Cache layers of transformers that append in place, where its own copy the whole cache at every step.
+
+`layer_types()` makes the classes when transformers is there. They stand for `DynamicLayer` and `DynamicSlidingWindowLayer`:
+the same methods, and the same rows at every step.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any, NamedTuple
+
+import torch
+
+from tsa_compile.cache.buffered import Pair
+from tsa_compile.cache.rows import Rows
+from tsa_compile.cache.sliding import SlidingRows
+
+
+class LayerMethods:
+    """What `Cache` of transformers calls on a layer, by the methods of `Rows` and `SlidingRows`."""
+
+    is_compileable = False  # or `generate()` compiles the step itself and makes a 4-D mask outside of the model
+    plain: type  # the class of transformers that it stands for
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.device, self.dtype = key_states.device, key_states.dtype
+        self.is_initialized = True
+        if not torch.compiler.is_dynamo_compiling():
+            self.reserve(key_states, value_states, 0)
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Pair:
+        """Append new rows `[B, Hk, n, D]`; returns the rows that their queries see.
+
+        In a traced graph the rows only wait: the buffers take them at the next call that is not traced.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if torch.compiler.is_dynamo_compiling():
+            return self.update_traced(key_states, value_states)
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            raise RuntimeError("rows that require gradients cannot be written in place: call the model under torch.no_grad()")
+        return self.append(key_states, value_states)
+
+    def reset(self) -> None:
+        self.clear()
+        self.is_initialized = False
+        if hasattr(self, "cumulative_length"):
+            self.cumulative_length = 0
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self.select_batch(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.count():
+            keys = self.settled().keys
+            self.select_batch(torch.arange(keys.shape[0], device=keys.device).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        if self.count():
+            keys = self.settled().keys
+            self.select_batch(torch.arange(keys.shape[0], device=keys.device)[indices])  # also a mask, or a slice
+
+    def as_plain(self) -> Any:
+        """A layer of transformers with these rows."""
+        layer = self.plain(**({"sliding_window": self.sliding_window} if self.is_sliding else {}))
+        if self.count():
+            keys, values = self.keys, self.values
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values = keys.clone(), values.clone()
+        if self.is_sliding:
+            layer.cumulative_length, layer.record_past = self.cumulative_length, self.record_past
+        return layer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Rows in a storage of their own; remembered state stays behind."""
+        copied = memo[id(self)] = copy.copy(self)
+        copied.lease, copied.states = copy.deepcopy(self.lease, memo), type(self.states)(self.states.kinds)
+        copied.buffers = copied.storage = copied._late = None
+        copied.first, copied.length, copied._assigned = 0, 0, {}
+        if self.count():
+            copied._place(self.keys, self.values)
+        return copied
+
+
+class FullMethods(LayerMethods):
+    """A layer that keeps all rows."""
+
+    def update_traced(self, keys: torch.Tensor, values: torch.Tensor) -> Pair:
+        if self.lengths is not None:
+            raise ValueError("batch rows of different lengths are appended outside of compiled graphs")
+        late = (keys, values) if self._late is None else tuple(map(_joined, self._late, (keys, values)))
+        self._late = late
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        return self.count()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove > 0:
+            raise ValueError(f"tokens_to_remove: {tokens_to_remove}; allowed: minus the number of tokens to remove, or 0")
+        self.remove_last(-tokens_to_remove)
+
+
+class SlidingMethods(LayerMethods):
+    """A layer that keeps the rows of its window."""
+
+    def update_traced(self, keys: torch.Tensor, values: torch.Tensor) -> Pair:
+        """As transformers does it, on tensors of the graph: the rows of the window are small."""
+        full = (keys, values) if not self.count() else tuple(map(_joined, (self.keys, self.values), (keys, values)))
+        seen = min(self.count(), self.sliding_window - 1) + keys.shape[-2]
+        self.cumulative_length += keys.shape[-2]
+        kept = full if self.record_past else tuple(t[:, :, max(0, t.shape[2] - self.sliding_window + 1) :] for t in full)
+        self._assigned = {"keys": kept[0], "values": kept[1]}
+        return tuple(t[:, :, t.shape[2] - seen :] for t in full)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove > 0:
+            raise ValueError(f"tokens_to_remove: {tokens_to_remove}; allowed: minus the number of tokens to remove, or 0")
+        full = self.cumulative_length >= self.sliding_window
+        if full and not self.record_past:
+            raise RuntimeError(
+                "crop: the window is full and older rows are gone; call `activate_past_recording` on the cache before"
+            )
+        self.remove_last(-tokens_to_remove)
+        if full:
+            self.keep_last(self.sliding_window - 1)
+        self.cumulative_length = max(0, self.cumulative_length + tokens_to_remove)
+
+
+def _joined(past: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    return torch.cat([past, new], -2)
+
+
+class LayerTypes(NamedTuple):
+    full: type
+    sliding: type
+
+
+@functools.cache
+def layer_types() -> LayerTypes:
+    """Our classes; imports transformers."""
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    class GrowingLayer(FullMethods, Rows, DynamicLayer):
+        plain = DynamicLayer
+
+    class GrowingSlidingLayer(SlidingMethods, SlidingRows, DynamicSlidingWindowLayer):
+        plain = DynamicSlidingWindowLayer
+
+    return LayerTypes(GrowingLayer, GrowingSlidingLayer)

@@ -1,0 +1,184 @@
+"""What lives between two calls of one attention layer, beside its keys and values. A leaf: imports torch alone.
+
+A *kind* of state is a `KvState`: it names its tensors, gives their shapes and says how they follow new rows. A layer of the
+cache holds one `KvStates`: the tensors of all its kinds, and the version of the key and value buffers they belong to.
+
+*Derived* state (sums of a page, projected keys) follows from keys and mask alone: it is rebuilt when someone else wrote into
+the buffers. *Remembered* state (a selection that an earlier call made) cannot be rebuilt: it is dropped then, and whoever
+asks for it gets None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+
+PAGE = 16
+"""Rows of a page: page `p` is rows `[16 p, 16 p + 16)` of the buffer."""
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+class KvSize(NamedTuple):
+    """The sizes of one layer's buffers: keys `[batch, kv_heads, capacity, head_dim]`, values with `v_head_dim`, `v_dtype`."""
+
+    batch: int
+    kv_heads: int
+    capacity: int
+    head_dim: int
+    v_head_dim: int
+    dtype: torch.dtype
+    v_dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, keys: torch.Tensor, values: torch.Tensor, capacity: int) -> KvSize:
+        """The sizes of buffers for rows like these."""
+        batch, heads, _, head_dim = keys.shape
+        return cls(batch, heads, capacity, head_dim, values.shape[-1], keys.dtype, values.dtype, keys.device)
+
+    @property
+    def pages(self) -> int:
+        return -(-self.capacity // PAGE)
+
+
+class Field(NamedTuple):
+    """One tensor of a state.
+
+    Args:
+        name: its name within the state.
+        shape: its sizes, the batch first.
+        dtype: its dtype.
+        rows: cache rows that one entry of dim 2 stands for (1, or `PAGE`); 0: no dim of it follows the rows.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    rows: int = 0
+
+
+class KvState:
+    """One kind of state; subclasses are frozen descriptions without tensors. This base is the identity: nothing is kept.
+
+    Attributes:
+        name: under which a layer finds its tensors; unique within a layer.
+        remembered: cannot be rebuilt from keys and values.
+    """
+
+    name: str = "identity"
+    remembered: bool = False
+
+    def fields(self, size: KvSize) -> tuple[Field, ...]:
+        """The tensors for buffers of this size."""
+        return ()
+
+    def append(
+        self,
+        tensors: Tensors,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        begin: torch.Tensor,
+        end: torch.Tensor,
+        key_mask: torch.Tensor | None,
+    ) -> None:
+        """Make the entries right for rows `[0, end)`, given that they are for `[0, begin)`. Derived state only.
+
+        An entry of a page is defined from the moment its page is full. Reads no row of `keys` from `end` on, as rows there
+        hold anything; does not wait for the device.
+
+        Args:
+            tensors: written in place, by the name of the field.
+            keys: the layer's whole buffer, `[B, Hk, capacity, D]`.
+            values: `[B, Hk, capacity, Dv]`.
+            begin: int32 `[B]`, rows that were there before.
+            end: int32 `[B]`, rows that are there now.
+            key_mask: bool `[B, >= end]`, false: padding, of weight 0; None: no padding.
+        """
+
+
+class KvStates:
+    """The states of one layer: which kinds, their tensors, and the version of the buffers that they belong to.
+
+    Args:
+        kinds: what is kept; names must differ.
+    """
+
+    def __init__(self, kinds: tuple[KvState, ...] = ()) -> None:
+        names = [kind.name for kind in kinds]
+        if len(set(names)) != len(names):
+            raise ValueError(f"kinds: two states of one layer have the same name: {names}")
+        self.kinds = kinds
+        self.tensors: dict[str, dict[str, torch.Tensor]] = {}
+        self.rebuilt = 0  # times that derived state was found stale
+        self.dropped = 0  # times that remembered state was
+        self._made_at: dict[str, int] = {}  # remembered state: the rows that were there when it was made
+        self._versions: tuple[int, int] | None = None
+
+    def allocate(self, size: KvSize) -> dict[str, dict[str, torch.Tensor]]:
+        """New tensors for buffers of this size, by the state's and the field's name."""
+        made: dict[str, dict[str, torch.Tensor]] = {}
+        for kind in self.kinds:
+            fields = kind.fields(size)
+            made[kind.name] = {f.name: torch.zeros(f.shape, dtype=f.dtype, device=size.device) for f in fields}
+        return made
+
+    def is_stale(self, keys: torch.Tensor, values: torch.Tensor) -> bool:
+        """Did anyone but the layer write into its buffers since `settle`?"""
+        return self._versions is not None and self._versions != (keys._version, values._version)
+
+    def mark_stale(self) -> None:
+        """The buffers hold other rows than the states."""
+        self._versions = (-1, -1)
+
+    def copy_from(self, old: Mapping[str, Tensors]) -> None:
+        """Take the entries of tensors that belong to buffers of another capacity with the same rows."""
+        for name, fields in old.items():
+            for field, tensor in fields.items():
+                own = self.tensors[name][field]
+                common = tuple(slice(0, min(n, m)) for n, m in zip(own.shape, tensor.shape, strict=True))
+                own[common].copy_(tensor[common])
+
+    def settle(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """The states belong to the buffers as they are now."""
+        self._versions = (keys._version, values._version)
+
+    def append(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        begin: torch.Tensor,
+        end: torch.Tensor,
+        key_mask: torch.Tensor | None = None,
+    ) -> None:
+        """All derived kinds follow rows `[begin, end)`; see `KvState.append`."""
+        for kind in self.kinds:
+            if not kind.remembered:
+                kind.append(self.tensors[kind.name], keys, values, begin, end, key_mask)
+
+    def remember(self, name: str, rows: int) -> None:
+        """The policy has filled the tensors of the remembered kind `name`, over `rows` rows."""
+        if not any(kind.remembered and kind.name == name for kind in self.kinds):
+            raise ValueError(f"name: {name!r} is no remembered state of this layer: {[k.name for k in self.kinds]}")
+        self._made_at[name] = rows
+
+    def recall(self, name: str) -> dict[str, torch.Tensor] | None:
+        """The tensors of a kind; None where a remembered one is not there or was dropped."""
+        kind = next(kind for kind in self.kinds if kind.name == name)
+        return None if kind.remembered and name not in self._made_at else self.tensors[name]
+
+    def forget(self) -> None:
+        """Drop what was remembered: the buffers hold other rows now."""
+        self.dropped += len(self._made_at)
+        self._made_at.clear()
+
+    def crop(self, rows: int) -> None:
+        """`rows` rows are left. Entries of dropped pages are undefined until their page is full again.
+
+        A remembered state survives the roll-back of a verify step (up to a page of rows), not a return to an older prompt.
+        """
+        kept = {name: made for name, made in self._made_at.items() if rows >= made - PAGE}
+        self.dropped += len(self._made_at) - len(kept)
+        self._made_at = kept
