@@ -48,6 +48,9 @@ class Operands(NamedTuple):
         v: `[B, Hk, Lk, Dv]`.
         key_mask: bool `[B, Lk]`, true: a real token; None: all.
         view: where keys lie; made from `key_mask` once a graph.
+        mask: what else hides or weighs keys, as data: bool, or numbers added to the logits, `[B or 1, H or 1, Lq or 1, Lk]`.
+            Only decode policies read it.
+        sinks: `[H]`, a logit without a value that joins each head's softmax. Only decode policies read it.
     """
 
     q: T
@@ -55,6 +58,8 @@ class Operands(NamedTuple):
     v: T
     key_mask: T | None = None
     view: KvView = IDENTITY
+    mask: T | None = None
+    sinks: T | None = None
 
 
 class Tokens(NamedTuple):

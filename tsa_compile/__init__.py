@@ -15,6 +15,7 @@ from tsa_compile.learn import calibrate
 from tsa_compile.plan import Plan
 from tsa_compile.policies.block_sparse import BlockSparse
 from tsa_compile.policies.dense import Dense
+from tsa_compile.policies.exact import Exact
 from tsa_compile.policies.probe_sparse import ProbeSparse
 from tsa_compile.policies.token_sparse import Completion, TokenSparse
 from tsa_compile.report import Report
@@ -24,6 +25,7 @@ __all__ = [
     "BlockSparse",
     "Completion",
     "Dense",
+    "Exact",
     "Plan",
     "ProbeSparse",
     "Report",

@@ -30,7 +30,7 @@ NAMES = {
     "Plan.save": "self, path",
     "Plan.load": "path",
     "Dense": "",
-    "Exact": "...",
+    "Exact": "",  # decode, verify
     "TokenSparse": (
         "coverage=0.05, window=128, pool=7, min_tokens=1024, completion=Completion(window=256, sinks=4, heavy=256), "
         "share='head', inner=None, engine='auto'"
@@ -70,11 +70,12 @@ NAMES = {
     "policies.base.Policy.select": "self, emit, site, state",
     "policies.base.Policy.attend": "self, emit, site, selection",
     "kernels.types.KvView": "blocks, block, start, lengths",
-    "kernels.types.Operands": "q, k, v, key_mask=None, view=KvView(blocks=None, block=1, start=None, lengths=None)",
+    "kernels.types.Operands": (
+        "q, k, v, key_mask=None, view=KvView(blocks=None, block=1, start=None, lengths=None), mask=None, sinks=None"
+    ),
     "kernels.types.Attended": "out, lse",
 }
 COMING = {
-    "Exact": "decode",
     "BlockSparse": "prefill by key blocks; today an option of TokenSparse",
     "Bridge": "prefill with bridge edges",
     "PageSparse": "decode by pages",
