@@ -16,6 +16,8 @@ SHAPES = ({0: torch.export.Dim("batch", max=8), 1: torch.export.Dim("length", ma
 class Block(nn.Module):
     """One attention with grouped heads, as a transformer layer has it."""
 
+    causal = True
+
     def __init__(self):
         super().__init__()
         self.qkv, self.out = nn.Linear(64, 128), nn.Linear(64, 64)
@@ -23,21 +25,38 @@ class Block(nn.Module):
     def forward(self, x):
         q, k, v = self.qkv(x).split((64, 32, 32), -1)
         q, k, v = (t.unflatten(-1, (-1, 16)).transpose(1, 2) for t in (q, k, v))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, enable_gqa=True)
         return x + self.out(y.transpose(1, 2).flatten(2))
 
 
-@pytest.mark.parametrize("completion", [None, tsa.Completion(24, 4, 20)], ids=["paper", "completed"])
-def test_a_package_equals_eager_at_other_sizes(tmp_path, completion):
-    model, example = Block().eval(), (torch.randn(2, 100, 64),)
-    policy = tsa.TokenSparse(coverage=0.3, window=16, min_tokens=32, completion=completion)
-    path = export.aoti(model, example, tmp_path / "block.pt2", policy=policy, dynamic_shapes=SHAPES)
+class Encoder(Block):
+    """The same without a causal mask, as a vision transformer has it."""
+
+    causal = False
+
+
+NUMBERS = {"coverage": 0.3, "window": 16, "min_tokens": 32}
+POLICIES = {  # module -> its policy: options that one exported node does not express are no obstacle here
+    "0": PAPER,
+    "1": tsa.TokenSparse(**NUMBERS, completion=tsa.Completion(24, 4, 20)),
+    "2": tsa.TokenSparse(**NUMBERS, share="group"),
+    "3": tsa.TokenSparse(**NUMBERS, inner=tsa.BlockSparse(block=16, pool=4, mass=0.5)),
+    "4": tsa.ProbeSparse(coverage=0.3, min_keys=32),
+}
+
+
+def test_a_package_of_every_policy_equals_eager_at_other_sizes(tmp_path):
+    model, example = nn.Sequential(Block(), Block(), Block(), Block(), Encoder()).eval(), (torch.randn(2, 100, 64),)
+    plan = tsa.Plan(rules=[(name, "prefill", policy) for name, policy in POLICIES.items()])
+    path = export.aoti(model, example, tmp_path / "block.pt2", policy=plan, dynamic_shapes=SHAPES)
     loaded = export.load_aoti(path)
-    traced = trace(model, example, policy=policy, dynamic_shapes=SHAPES).program.module()
+    program = export.program(model, example, policy=plan, dynamic_shapes=SHAPES)
+    called = {node.target.name() for node in program.graph.nodes if "tsa" in str(node.target)}
+    assert {"tsa::sparse_attention", "tsa::block_sparse_attention", "tsa::key_attention"} <= called
     for batch, length in [(2, 100), (3, 300), (2, 20)]:
         x = 3 * torch.randn(batch, length, 64)
         with torch.no_grad():
-            actual, sparse, dense = loaded(x), traced(x), model(x)
+            actual, sparse, dense = loaded(x), program.module()(x), model(x)
         torch.testing.assert_close(actual, sparse, rtol=1e-4, atol=1e-5)
         assert (length > 48) == (not torch.allclose(actual, dense, atol=1e-4))  # short rows stay dense
     says_why = torch.__version__ >= "2.13"  # earlier ones print it

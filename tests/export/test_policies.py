@@ -50,3 +50,24 @@ def test_an_operator_of_another_policy_is_named():
         match=r"select_tokens\w*: this export takes the policy TokenSparse, not Mine; .* no form of tsa::select_tokens",
     ):
         refuse_other_operators(program.graph_module, ["Mine"])
+
+
+@torch.no_grad()
+def test_a_refused_export_leaves_the_program_as_it_was():
+    """Also one that succeeds: what is rewritten is a copy, which shares the weights."""
+    program = torch.export.export(Block(), (torch.randn(2, 100, 64),), strict=False)
+    before, x = str(program), torch.randn(2, 100, 64)
+    expected = program.module()(x)
+    with pytest.raises(ExportError, match=r"TokenSparse\.share"):
+        trace(program, (), policy=tsa.TokenSparse(**SETTINGS, share="group"))
+    made = trace(program, (), policy=tsa.TokenSparse.paper(**SETTINGS)).program
+    assert str(program) == before
+    assert torch.equal(program.module()(x), expected)
+    assert not torch.allclose(made.module()(x), expected, atol=1e-3)
+    assert all(made.state_dict[name] is tensor for name, tensor in program.state_dict.items())
+
+
+def test_a_rule_of_the_plan_that_matches_no_module_is_an_error():
+    plan = tsa.Plan(rules=[("layers.7.*", "prefill", tsa.Dense())])
+    with pytest.raises(ValueError, match=r"no module of the model matches 'layers\.7\.\*'"):
+        trace(torch.nn.Sequential(Block()), (torch.randn(2, 100, 64),), policy=plan)
