@@ -23,8 +23,8 @@ OPERATORS = (
         " -> (Tensor indices, Tensor counts, Tensor heavy_indices)",
         check=checks.select_tokens,
         fake=fakes.select_tokens,
-        reference="select.tokens.reference:select_tokens_reference",
-        host="select.tokens.host:select_tokens",
+        reference="compose_reference:select_tokens_reference",
+        host="compose:select_tokens",
         selects=True,
     ),
     Operator(
@@ -48,8 +48,8 @@ OPERATORS = (
         " -> (Tensor indices, Tensor counts)",
         check=checks.select_keys,
         fake=fakes.select_keys,
-        reference="select.keys.reference:select_keys_reference",
-        host="select.keys.host:select_keys",
+        reference="compose_reference:select_keys_reference",
+        host="compose:select_keys",
         selects=True,
     ),
     Operator(

@@ -47,7 +47,8 @@ def takes_hopper(form: Form, capability: tuple[int, int]) -> bool:
 def kernels_of(form: Form, capability: tuple[int, int]) -> Iterator[AotKernel]:
     """All kernels of a form, for GPUs of one compute capability."""
     from tsa_compile.export.native.rank_device import rank_kernel
-    from tsa_compile.kernels.attend.tokens.pack_device import invert_kernel, order_kernel
+    from tsa_compile.kernels.attend.tokens.pack_device import invert_kernel
+    from tsa_compile.kernels.common.ranks_device import order_kernel
 
     yield from _scores(form, capability)
     yield from _selection(form)

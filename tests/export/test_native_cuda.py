@@ -153,7 +153,7 @@ def recorded(monkeypatch):
 def test_the_library_launches_what_the_host_code_launches(site, machine, recorded, form, masked, batch, q_len, k_len):
     """Same kernels, grids, numbers, constants and options, in the same order: `aot_kernels` and cuda.cc follow the host code."""
     from tsa_compile.kernels.attend.tokens.host import sparse_attention
-    from tsa_compile.kernels.select.tokens.host import select_tokens
+    from tsa_compile.kernels.compose import select_tokens
 
     s = getattr(site, form)
     q, k, v = site.operands(batch, q_len, k_len, dim=DIM, v_dim=V_DIM)
@@ -178,8 +178,8 @@ def test_the_same_with_the_kernels_for_hopper(site, machine, recorded, monkeypat
 
     from tsa_compile.kernels.attend.tokens import hopper as prefill
     from tsa_compile.kernels.attend.tokens.host import sparse_attention
+    from tsa_compile.kernels.compose import select_tokens
     from tsa_compile.kernels.score.window import hopper as scores
-    from tsa_compile.kernels.select.tokens.host import select_tokens
 
     monkeypatch.setattr(GluonJITFunction, "run", InterpretedFunction.run)
     for module in (prefill, scores):

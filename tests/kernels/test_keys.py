@@ -11,7 +11,10 @@ from hypothesis import strategies as st
 
 from tsa_compile.kernels import ops  # noqa: F401
 from tsa_compile.kernels.attend.keys.reference import key_attention_reference
-from tsa_compile.kernels.select.keys.reference import probe_ranks, probe_scores_reference, select_keys_reference
+from tsa_compile.kernels.common.ranks import order_or_unread
+from tsa_compile.kernels.compose import select_keys
+from tsa_compile.kernels.compose_reference import select_keys_reference
+from tsa_compile.kernels.score.probes.reference import probe_ranks, probe_scores_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SELECT = (0.3, 0.1, 8, 8)  # scale, coverage, probes, min_keys
@@ -93,7 +96,7 @@ def test_coverage_zero_is_dense_attention():
 def host():
     pytest.importorskip("triton")
     from tsa_compile.kernels.attend.keys import host as attention
-    from tsa_compile.kernels.select.keys import host as select
+    from tsa_compile.kernels.score.probes import host as select
 
     return select, attention
 
@@ -104,7 +107,7 @@ def host():
 def test_probe_scores_against_float64(host, dtype, q_len, k_len, dim, probes, padded):
     q, k, _ = qkv(q_len, k_len, dim=dim, dtype=dtype)
     mask = padding(k_len) if padded else None
-    order, ranks = host[0]._order(q, k, mask)
+    order, ranks = order_or_unread(mask, q.device)
     probing = host[0].probing_queries(q, k_len, order, ranks, padded, probes)
     got = host[0].probe_means(probing, k, order, ranks, padded, 0.3)
     for b in range(2):
@@ -119,8 +122,6 @@ def test_probe_scores_against_float64(host, dtype, q_len, k_len, dim, probes, pa
 def test_the_same_sets_as_the_reference(data):
     """Keys on a grid, so that scores of float32 and float64 order alike; ties are broken by position in both."""
     pytest.importorskip("triton")
-    from tsa_compile.kernels.select.keys.host import select_keys
-
     torch.manual_seed(data.draw(st.integers(0, 1000)))
     q_len, k_len = data.draw(st.sampled_from([(70, 70), (3, 70), (90, 41), (1, 1), (5, 10)]))
     coverage, probes = data.draw(st.sampled_from([0.0, 0.02, 0.3, 0.9])), data.draw(st.sampled_from([1, 8, 20]))
@@ -173,7 +174,7 @@ def test_attention_against_float64(host, dtype, q_len, k_len, dim, v_dim, lists,
 def test_empty(host, q_len, k_len):
     q, k, v = qkv(q_len, k_len)
     for mask in (None, torch.zeros(2, k_len, dtype=torch.bool, device=DEVICE)):
-        selection = host[0].select_keys(q, k, mask, *SELECT)
+        selection = select_keys(q, k, mask, *SELECT)
         assert host[1].key_attention(q, k, v, *selection, 0.3).shape == (2, 4, q_len, 16)
         if mask is not None:
             assert selection[1].tolist() == [0, 0]
@@ -228,7 +229,7 @@ def test_probes_are_the_middles_of_equal_parts():
 @pytest.mark.parametrize(("dim", "v_dim"), [(64, 64), (80, 80), (128, 64), (256, 256)])
 def test_large(host, dtype, dim, v_dim):
     q, k, v = qkv(700, 1500, heads=8, dim=dim, v_dim=v_dim, dtype=dtype)
-    selection = host[0].select_keys(q, k, padding(1500), dim**-0.5, 0.3, 64, 64)
+    selection = select_keys(q, k, padding(1500), dim**-0.5, 0.3, 64, 64)
     assert int(selection[1].max()) < 1400
     assert attention_error(host, q, k, v, *selection) < TOLERANCE[dtype]
 
@@ -236,7 +237,7 @@ def test_large(host, dtype, dim, v_dim):
 @pytest.mark.gpu
 def test_no_synchronisation_graph_replay_and_no_recompile():
     from tsa_compile.kernels.attend.keys.device import key_attention_kernel, pack_keys_kernel
-    from tsa_compile.kernels.select.keys.device import probe_lse_kernel
+    from tsa_compile.kernels.score.probes.device import probe_lse_kernel
 
     def call(q, k, v, mask):
         return torch.ops.tsa.key_attention(q, k, v, *torch.ops.tsa.select_keys(q, k, mask, 0.125, 0.3, 64, 64), 0.125)

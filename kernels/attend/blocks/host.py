@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from tsa_compile.kernels.attend.blocks.reference import block_sparse_attention_reference
-from tsa_compile.kernels.attend.tokens.host import check_triton
-from tsa_compile.kernels.attend.tokens.strip import add_strip, invert, rank_order
+from tsa_compile.kernels.attend.tokens.strip import add_strip, invert
+from tsa_compile.kernels.common.launch import check_triton
+from tsa_compile.kernels.common.ranks import rank_order
 from tsa_compile.kernels.common.tiles import LOG2_E, capability_of, precision, prefill_config, section_heads
 
 Tensor = torch.Tensor

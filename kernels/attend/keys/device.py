@@ -6,8 +6,8 @@ No order among keys: only the last tile, up to the count that is read on the dev
 import triton
 import triton.language as tl
 
-from tsa_compile.kernels.attend.tokens.device import load_columns, load_rows, softmax_step
-from tsa_compile.kernels.attend.tokens.pack_device import copy_rows
+from tsa_compile.kernels.common.rows_device import copy_rows, load_columns, load_rows
+from tsa_compile.kernels.common.softmax_device import softmax_step
 
 LENGTHS = ("heads", "kv_heads", "lists", "q_len", "k_len", "tiles", "i_sb", "i_sg")
 

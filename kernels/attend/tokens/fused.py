@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from tsa_compile.kernels.attend.tokens import hopper
-from tsa_compile.kernels.attend.tokens.strip import add_strip, invert, rank_order
+from tsa_compile.kernels.attend.tokens.strip import add_strip, invert
+from tsa_compile.kernels.common.ranks import rank_order
 from tsa_compile.kernels.common.tiles import LOG2_E, capability_of, precision, prefill_config, section_heads
 
 Tensor = torch.Tensor

@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from tsa_compile.kernels.attend.tokens.reference import sparse_attention_reference
-from tsa_compile.kernels.common.tiles import capability_of
+from tsa_compile.kernels.common.launch import check_triton
 
 Tensor = torch.Tensor
-MAX_HEAD_DIM = 256
 ENGINES = ("auto", "fused", "packed", "reference")
 
 
@@ -72,29 +71,6 @@ def sparse_attention(
     return attention(q, k, v, indices, counts, heavy_indices, key_mask, scale, strip_window, strip_sinks)
 
 
-def check_triton(q: Tensor, v: Tensor, scale: float, engine: str) -> None:
-    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise ValueError(f"engine {engine!r} takes float16, bfloat16 and float32, not {q.dtype}")
-    if max(q.shape[-1], v.shape[-1]) > MAX_HEAD_DIM:
-        raise ValueError(f"engine {engine!r} takes head dims up to {MAX_HEAD_DIM}, not {q.shape[-1]} and {v.shape[-1]}")
-    if scale <= 0:
-        raise ValueError(f"engine {engine!r} takes a positive scale, not {scale}")
-    if q.device.type != "cuda" and not _interpreted():
-        raise RuntimeError(f"engine {engine!r} needs CUDA tensors; on {q.device.type} use 'auto' or 'reference'")
-
-
-def _interpreted() -> bool:
-    """Whether Triton runs kernels through its interpreter, which takes CPU tensors (TRITON_INTERPRET=1)."""
-    try:
-        import triton
-    except ImportError:
-        return False
-    return bool(triton.knobs.runtime.interpret)
-
-
 def _dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     return out.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-__all__ = ["capability_of", "sparse_attention"]

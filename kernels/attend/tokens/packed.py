@@ -11,7 +11,8 @@ import torch
 from tsa_compile.kernels.attend.tokens import hopper
 from tsa_compile.kernels.attend.tokens.chunks import chunks, kv_heads_per_chunk, pack, scatter
 from tsa_compile.kernels.attend.tokens.engines import InnerEngine, find_inner
-from tsa_compile.kernels.attend.tokens.strip import add_strip, invert, rank_order
+from tsa_compile.kernels.attend.tokens.strip import add_strip, invert
+from tsa_compile.kernels.common.ranks import rank_order
 
 Tensor = torch.Tensor
 

@@ -23,18 +23,6 @@ def invert(indices: Tensor, counts: Tensor) -> Tensor:
     return slots
 
 
-def rank_order(key_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """bool [B, Lk] -> (order, ranks), int32: the real positions, then the padding; and the running count of the real."""
-    import triton
-
-    from tsa_compile.kernels.attend.tokens.pack_device import order_kernel
-
-    ranks = key_mask.cumsum(1, dtype=torch.int32)
-    order = torch.empty_like(ranks)
-    order_kernel[(triton.cdiv(ranks.shape[1], 1024), ranks.shape[0])](ranks, order, ranks.shape[1], BLOCK=1024)
-    return order, ranks
-
-
 def add_strip(
     q: Tensor,
     k: Tensor,

@@ -7,7 +7,7 @@ softmax from the finished attention over the kept tokens (output and log-sum-exp
 import triton
 import triton.language as tl
 
-from tsa_compile.kernels.attend.tokens.device import load_columns, load_rows
+from tsa_compile.kernels.common.rows_device import load_columns, load_rows
 
 LENGTHS = (
     "heads", "kv_heads", "lists", "q_len", "k_len", "n_heavy", "window", "sinks",

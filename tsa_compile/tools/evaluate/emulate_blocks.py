@@ -10,7 +10,7 @@ import dataclasses
 
 import torch
 
-from tsa_compile.kernels.select.tokens.reference import select_tokens_reference
+from tsa_compile.kernels.compose_reference import select_tokens_reference
 from tsa_compile.tools.evaluate.emulate_attention import CHUNK, Summaries
 from tsa_compile.tools.evaluate.emulate_model import Layer
 

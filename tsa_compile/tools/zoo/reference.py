@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tsa_compile.kernels.attend.tokens.definition import sparse_attention_oracle
-from tsa_compile.kernels.select.tokens.reference import select_tokens_reference
+from tsa_compile.kernels.compose_reference import select_tokens_reference
 from tsa_compile.policies.token_sparse import TokenSparse
 
 HIDDEN_BELOW = -1e4

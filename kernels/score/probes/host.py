@@ -1,35 +1,14 @@
-"""Key selection on the GPU: probe scores (device.py), then the coverage count and compaction of token_select."""
+"""Launches of the probe scores (device.py): the mean attention of a few queries to each key."""
 
 from __future__ import annotations
 
 import torch
 
 from tsa_compile.kernels.common.tiles import LOG2_E, precision
-from tsa_compile.kernels.select.keys.reference import probe_ranks
-from tsa_compile.kernels.select.tokens.host import _order, select_everything, select_from_means
+from tsa_compile.kernels.score.probes.reference import probe_ranks
 
 Tensor = torch.Tensor
 _PROGRAMS, _MIN_SPAN = 528, 512  # programs, at least (four for each multiprocessor of a Hopper GPU); keys a program reads
-
-
-def select_keys(
-    q: Tensor, k: Tensor, key_mask: Tensor | None, scale: float, coverage: float, probes: int, min_keys: int
-) -> tuple[Tensor, Tensor]:
-    """`tsa::select_keys` by Triton: (indices `[B, H, Lk]`, counts `[B]`), int32. The contract is docs/operators.md.
-
-    Nothing waits for the device, and lengths are run-time arguments.
-
-    Raises:
-        ValueError: float64, which Triton's dot does not take.
-    """
-    if q.dtype == torch.float64:
-        raise ValueError("tsa::select_keys: float64 runs on CPU only")
-    order, ranks = _order(q, k, key_mask)
-    padded, (q_len, k_len) = key_mask is not None, (q.shape[2], k.shape[2])
-    if k_len <= min_keys + 1 or coverage == 0 or q_len == 0:
-        return select_everything(q, k, order, ranks, padded, 0, q.shape[1])[:2]
-    mean = probe_means(probing_queries(q, k_len, order, ranks, padded, probes), k, order, ranks, padded, scale)
-    return select_from_means(mean, k_len, order, ranks, padded, coverage, 1, 1, min_keys, 0, q.shape[1])[:2]
 
 
 def probing_queries(q: Tensor, k_len: int, order: Tensor, ranks: Tensor, padded: bool, probes: int) -> Tensor:
@@ -44,7 +23,7 @@ def probe_means(q: Tensor, k: Tensor, order: Tensor, ranks: Tensor, padded: bool
     """Mean attention of all probes `q` `[B, H, P, D]` (contiguous) to each key, float32 `[B, H, Lk]` by rank."""
     import triton
 
-    from tsa_compile.kernels.select.keys.device import probe_lse_kernel, probe_mean_kernel
+    from tsa_compile.kernels.score.probes.device import probe_lse_kernel, probe_mean_kernel
 
     (batch, heads, probes, dim), (kv_heads, k_len) = q.shape, k.shape[1:3]
     block_d = max(16, triton.next_power_of_2(dim))
