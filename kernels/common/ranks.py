@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from tsa_compile.kernels.types import IDENTITY, KvView
+
 Tensor = torch.Tensor
 
 
@@ -30,9 +32,21 @@ def rank_order_reference(key_mask: Tensor) -> tuple[Tensor, Tensor]:
     return (~key_mask).byte().sort(dim=1, stable=True).indices.int(), ranks
 
 
-def order_or_unread(key_mask: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
-    """`rank_order`; without a mask two tensors that kernels take and do not read."""
-    if key_mask is None:
+def order_or_unread(view: KvView, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(order, ranks) of a view; without padding two tensors that kernels take and do not read."""
+    if view.ranks is None:
         unread = torch.empty(1, dtype=torch.int32, device=device)
         return unread, unread
-    return rank_order(key_mask)
+    return view.blocks, view.ranks
+
+
+def real_positions(view: KvView, b: int, k_len: int, device: torch.device) -> Tensor:
+    """Positions of the real keys of batch row `b`, ascending, int64; for references, as it waits for the device."""
+    if view.ranks is None:
+        return torch.arange(k_len, device=device)
+    return view.blocks[b, : int(view.ranks[b, -1]) if k_len else 0].long()
+
+
+def view_of_mask(key_mask: Tensor | None) -> KvView:
+    """The view of a bool key mask `[B, Lk]`, in plain PyTorch; None: every row of the tensors is a key."""
+    return IDENTITY if key_mask is None else KvView.ordered(*rank_order_reference(key_mask))

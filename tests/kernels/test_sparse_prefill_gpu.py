@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.kernels.flat import sparse_attention
 from tsa_compile.kernels.attend.tokens import chunks, engines, hopper
 from tsa_compile.kernels.attend.tokens.definition import sparse_attention_oracle
-from tsa_compile.kernels.attend.tokens.host import sparse_attention
 
 _spec = importlib.util.spec_from_file_location("sparse_prefill_cases", Path(__file__).with_name("test_sparse_prefill.py"))
 cases = importlib.util.module_from_spec(_spec)

@@ -5,13 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.kernels.flat import select_tokens, select_tokens_reference
 from tsa_compile.kernels.common.coverage_reference import count_dropped, largest
-from tsa_compile.kernels.common.ranks import order_or_unread, rank_order, rank_order_reference
-from tsa_compile.kernels.compose import select_tokens
-from tsa_compile.kernels.compose_reference import select_tokens_reference
+from tsa_compile.kernels.common.ranks import order_or_unread, rank_order, rank_order_reference, view_of_mask
 from tsa_compile.kernels.score.window.host import window_scores
 from tsa_compile.kernels.score.window.reference import token_scores_reference
 from tsa_compile.kernels.select.tokens import host
+from tsa_compile.kernels.types import IDENTITY, TokenRule
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -69,7 +69,6 @@ def test_the_same_sets_as_the_reference(case, monkeypatch):
         mask = position >= k_len - lengths if side == "left" else position < lengths
         mask = torch.rand(batch, k_len, generator=g) < 0.7 if side == "holes" else mask
         mask = mask.to(DEVICE)
-    order, ranks = rank_order(mask) if mask is not None else (torch.empty(1, dtype=torch.int32, device=DEVICE),) * 2
     means = torch.full((batch, heads, k_len), float("nan"), device=DEVICE)
     rows = []
     for b in range(batch):
@@ -79,7 +78,8 @@ def test_the_same_sets_as_the_reference(case, monkeypatch):
         has_query = bool((real >= k_len - q_len).any())
         kept, top = expected(means[b, :, :n], coverage, window, pool, min_tokens if has_query else k_len, heavy, lists)
         rows.append((real, kept if n else [list(range(len(real)))] * lists, top if n else [[]] * lists))
-    got = host.select_from_means(means, q_len, order, ranks, mask is not None, coverage, window, pool, min_tokens, heavy, lists)
+    rule = TokenRule(coverage, window, pool, min_tokens, heavy)
+    got = host.select_from_means(means, q_len, view_of_mask(mask), rule, lists)
     for b, (real, kept, top) in enumerate(rows):
         for h in range(lists):
             want = [int(real[i]) for i in kept[h]]
@@ -112,7 +112,7 @@ def test_scores_against_float64(dtype, dim, window, q_len, padded):
     k_len = 200
     q, k = structured(2, 4, 2, q_len, k_len, dim, dtype, seed=dim + window)
     mask = (torch.arange(k_len, device=DEVICE) >= torch.tensor([[0], [29]], device=DEVICE)) if padded else None
-    order, ranks = order_or_unread(mask, q.device)
+    order, ranks = order_or_unread(view_of_mask(mask), q.device)
     got = window_scores(q, k, order, ranks, padded, dim**-0.5, window)
     for b in range(2):
         real = slice(29, None) if padded and b else slice(None)
@@ -132,7 +132,7 @@ def test_hopper_scores_against_float64(dim, window, q_len, heads, kv_heads, dtyp
     q, k = structured(2, heads, kv_heads, q_len, k_len, dim, dtype, seed=dim + window)
     for holes in (None, torch.rand(2, k_len, generator=torch.Generator().manual_seed(1)) < 0.9):
         mask = None if holes is None else holes.cuda()
-        got = window_scores(q, k, *order_or_unread(mask, q.device), holes is not None, dim**-0.5, window)
+        got = window_scores(q, k, *order_or_unread(view_of_mask(mask), q.device), holes is not None, dim**-0.5, window)
         for b in range(2):
             real = torch.arange(k_len) if holes is None else holes[b].nonzero().squeeze(1)
             rows = real[real >= k_len - q_len] - (k_len - q_len)
@@ -146,7 +146,7 @@ def test_hopper_scores_in_two_launches():
     """Of more programs than the GPU runs at once, which therefore cannot wait for each other."""
     batch, k_len, window = 80, 700, 128
     q, k = structured(batch, 8, 4, k_len, k_len, 128, torch.bfloat16, seed=3)
-    got = window_scores(q, k, *order_or_unread(None, q.device), False, 128**-0.5, window)
+    got = window_scores(q, k, *order_or_unread(IDENTITY, q.device), False, 128**-0.5, window)
     for b in (0, 41, 79):
         exact = token_scores_reference(q[b].double(), k[b].double(), 128**-0.5, window, 1)
         error = (got[b, :, : k_len - window].double() - exact).norm() / exact.norm()

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from tsa_compile.kernels.types import KvView, TokenRule, Tokens
+
 Tensor = torch.Tensor
 MASS_ROW, BINS = 2052, 256  # as the kernels have them
 POOL_HEADS, POOL_BLOCK, COUNT_BLOCK = 32, 32, 4096
@@ -15,28 +17,19 @@ POOL_WARPS, COUNT_WARPS, SELECT_WARPS = 8, 16, 8
 
 
 def select_from_means(
-    mean: Tensor,
-    q_len: int,
-    order: Tensor,
-    ranks: Tensor,
-    padded: bool,
-    coverage: float,
-    window: int,
-    pool: int,
-    min_tokens: int,
-    heavy: int,
-    lists: int,
-    zeroed: Zeroed | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    mean: Tensor, q_len: int, view: KvView, rule: TokenRule, lists: int, zeroed: Zeroed | None = None
+) -> Tokens:
     """Steps 3 (pooling) to 7 of the contract, from the mean attention float32 `[B, H, Lk]` by rank (`window_scores`)."""
     import triton
 
     from tsa_compile.kernels.select.tokens import count_device, device
 
     batch, heads, k_len = mean.shape
+    (coverage, window, pool, min_tokens, heavy), padded = rule, view.ranks is not None
     new = lambda *shape, dtype=torch.int32: torch.empty(shape, dtype=dtype, device=mean.device)  # noqa: E731
     scores, (masses, candidates) = torch.empty_like(mean), new(2, batch, k_len, dtype=torch.int64)
     counts, indices, heavy_indices = new(batch), new(batch, lists, k_len), new(batch, lists, heavy)
+    order, ranks = view.order if padded else (counts, counts)  # not read
     chunks = triton.cdiv(k_len, CHUNK)
     mass_bins, cuts, _ = zeroed or zeros(batch, lists, 0, mean.device)
     coverage_bits = struct.unpack("<q", struct.pack("<d", coverage))[0]
@@ -58,12 +51,12 @@ def select_from_means(
     gathered = new(kinds, batch, lists, k_len, dtype=torch.float32)
     if chunks == 1:
         device.select_kernel[grid](scores, gathered, counts, *out, **shape)
-        return indices, counts, heavy_indices
+        return Tokens(indices, counts, heavy_indices)
     bins = new(batch, lists, chunks, BINS)
     device.bin_kernel[(chunks, batch * lists)](scores, bins, ranks, lists, *row, **shape)
     device.cut_kernel[grid](scores, bins, gathered, cuts, counts, ranks, lists, *row, heavy, **shape)
     device.write_kernel[grid](scores, bins, gathered, cuts, counts, *out, **shape)
-    return indices, counts, heavy_indices
+    return Tokens(indices, counts, heavy_indices)
 
 
 class Zeroed(NamedTuple):
@@ -81,17 +74,15 @@ def zeros(batch: int, lists: int, heads: int, device: torch.device) -> Zeroed:
     return Zeroed(mass_bins.view(torch.int64), cuts, through)
 
 
-def select_everything(
-    q: Tensor, k: Tensor, order: Tensor, ranks: Tensor, padded: bool, heavy: int, lists: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def select_everything(k: Tensor, view: KvView, heavy: int, lists: int) -> Tokens:
     """Every real token in each of `lists` lists, where the host knows that nothing is dropped."""
-    batch, k_len = q.shape[0], k.shape[2]
-    if padded:
-        counts = ranks[:, -1].contiguous() if k_len else ranks.new_zeros(batch)
-        slot = torch.arange(k_len, device=q.device, dtype=torch.int32)
-        row = torch.where(slot < counts[:, None], order, -1)
+    batch, k_len = k.shape[0], k.shape[2]
+    slot = torch.arange(k_len, device=k.device, dtype=torch.int32)
+    if view.ranks is not None:
+        counts = view.ranks[:, -1].contiguous() if k_len else view.ranks.new_zeros(batch)
+        row = torch.where(slot < counts[:, None], view.blocks, -1)
     else:
-        counts = torch.full((batch,), k_len, dtype=torch.int32, device=q.device)
-        row = torch.arange(k_len, device=q.device, dtype=torch.int32).expand(batch, -1)
-    indices = row[:, None].repeat(1, lists, 1)
-    return indices, counts, torch.full((batch, lists, heavy), -1, dtype=torch.int32, device=q.device)
+        counts = torch.full((batch,), k_len, dtype=torch.int32, device=k.device)
+        row = slot.expand(batch, -1)
+    no_heavy = torch.full((batch, lists, heavy), -1, dtype=torch.int32, device=k.device)
+    return Tokens(row[:, None].repeat(1, lists, 1), counts, no_heavy)
