@@ -48,20 +48,26 @@ class Runner:
         self._compiled = with_room(isolated(self.decoder), self.switch)
 
     @torch.no_grad()
-    def prefill(self, ids: Tensor, plan: Plan | None, cache: Any = None) -> Prefill:
-        """Run `plan` on ids [B, L]; with a cache (which grows), they come after what it holds. None: the model, not traced."""
+    def prefill(self, ids: Tensor, plan: Plan | None, cache: Any = None, mask: Tensor | None = None) -> Prefill:
+        """Run `plan` on ids [B, L]; with a cache (which grows), they come after what it holds. None: the model, not traced.
+
+        Args:
+            mask: [B, L], 0 at padding, which stands in front; only without a cache.
+        """
         from transformers import DynamicCache
 
         cache = DynamicCache(config=self.decoder.config) if cache is None else cache
         self.switch.executed.clear()
-        call = self.decoder
+        call, padding = self.decoder, {}
+        if mask is not None:
+            padding = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
         if plan is not None:
-            _mark_lengths(ids, cache)
+            _mark_lengths(ids, cache, *padding.values())
             self.switch.plan, call = plan, self._compiled
         self._wait()
         start = time.perf_counter()
         with record_kept() as kept:
-            hidden = call(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
+            hidden = call(input_ids=ids, past_key_values=cache, use_cache=True, **padding).last_hidden_state
         self._wait()
         seconds = time.perf_counter() - start
         shares = kept.shares()
@@ -103,9 +109,10 @@ class Runner:
             torch.cuda.synchronize()
 
 
-def _mark_lengths(ids: Tensor, cache: Any) -> None:
+def _mark_lengths(ids: Tensor, cache: Any, *padding: Tensor) -> None:
     """One graph for all batches and lengths, rather than one for the first and another for the others."""
-    torch._dynamo.maybe_mark_dynamic(ids, [0, 1])
+    for x in (ids, *padding):
+        torch._dynamo.maybe_mark_dynamic(x, [0, 1])
     for layer in cache.layers:
         for states in (layer.keys, layer.values) if layer.is_initialized else ():
             torch._dynamo.maybe_mark_dynamic(states, [0, 2])
