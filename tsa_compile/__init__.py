@@ -9,8 +9,8 @@ if not _os.path.isdir(_os.path.join(_os.path.dirname(__file__), "kernels")) and 
     __path__.append(_root)  # a checkout: passes/, kernels/ and export/ lie beside this folder
 
 from tsa_compile.api import explain, report, restore, transform
-from tsa_compile.backend import register as _register
 from tsa_compile.check import compare
+from tsa_compile.entry_point import register as _register
 from tsa_compile.learn import calibrate
 from tsa_compile.plan import Plan
 from tsa_compile.policies.block_sparse import BlockSparse

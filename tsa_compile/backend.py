@@ -1,37 +1,40 @@
-"""The torch.compile backend: `torch.compile(model, backend="tsa", options={...})`.
+"""The torch.compile backend: graphs go through `passes.pipeline` and then to Inductor, or run as they are.
 
-A Dynamo graph goes through `passes.pipeline` and then to Inductor, or runs as it is with `compiler="eager"`.
+One `Backend` serves all: `transform`, `torch.compile(model, backend="tsa", options={...})`, calibration, evaluation and the zoo.
 """
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import logging
+import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, cast
 
 import torch
+from torch import fx, nn
 
-from tsa_compile.plan import Plan, as_plan
-from tsa_compile.policies.token_sparse import TokenSparse
-from tsa_compile.report import Report
+from tsa_compile.owners import WeightNames
+from tsa_compile.plan import Plan
+from tsa_compile.report import Report, SiteReport
+from tsa_compile.traced import Owner, TracedGraph
 
 log = logging.getLogger("tsa_compile")
 COMPILERS = ("inductor", "eager")
-_POLICY_FIELDS = tuple(f.name for f in dataclasses.fields(TokenSparse))
+EXPECTED = ("policy is Dense", "decode step")  # reasons that nobody has to be warned of
 
 
 class Backend:
-    """A callable for `torch.compile(backend=...)` that applies `plan` and collects a report.
+    """A callable for `torch.compile(backend=...)` that applies a plan and says what it did.
+
+    `backend.plan = other` holds from the next call on, without a trace: graphs are kept as they came, and each gets a rewritten
+    form for the policies that the plan has for it.
 
     Args:
-        plan: layer -> policy.
-        compiler: "inductor", or "eager" to run the rewritten graph as it is.
+        plan: what runs.
+        compiler: "inductor", or "eager" to run the rewritten graphs as they are.
         inductor_options: Inductor configuration for this backend only, such as {"max_autotune": True}.
-        model: names the layers, also in graphs that begin inside it, as after a graph break.
+        model: names the modules, also in graphs that begin inside it, as after a graph break, or that run for several layers.
 
     Raises:
         ValueError: unknown compiler, or options for a compiler that takes none.
@@ -42,7 +45,7 @@ class Backend:
         plan: Plan,
         compiler: str = "inductor",
         inductor_options: Mapping[str, Any] | None = None,
-        model: torch.nn.Module | None = None,
+        model: nn.Module | None = None,
     ) -> None:
         if compiler not in COMPILERS:
             raise ValueError(f"compiler must be one of {COMPILERS}, got {compiler!r}")
@@ -51,30 +54,74 @@ class Backend:
         self.plan = plan
         self.compiler = compiler
         self.inductor_options = dict(inductor_options or {})
-        self.report = Report()
-        self._model: Callable[[], torch.nn.Module | None] = (lambda: None) if model is None else weakref.ref(model)
+        self.graphs: list[TracedGraph] = []
+        self.warnings: list[str] = []
+        self.names = None if model is None else WeightNames(model)
+        self._thread = threading.local()
+        self._model: Callable[[], nn.Module | None] = (lambda: None) if model is None else weakref.ref(model)
 
-    def __call__(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        from tsa_compile.passes.pipeline import run_pipeline
-        from tsa_compile.watched import Watched, module_tensors
+    @property
+    def model(self) -> nn.Module | None:
+        return self._model()
 
-        name_modules(gm, self._model())
-        original = torch.fx.GraphModule(gm, copy.deepcopy(gm.graph))
-        tensors = module_tensors(gm, example_inputs)
-        result = run_pipeline(gm, self.plan.policy_for, example_inputs=example_inputs, constants=tensors)
-        self.report.add(result)
-        for warning in result.warnings:
-            log.warning(warning)
-        compiled = gm.forward if self.compiler == "eager" else self._inductor(gm, example_inputs)
-        if not result.patterns:
-            return compiled
-        return Watched(compiled, original, result.patterns, tensors, partial(self._fall_back, self.report.graphs - 1))
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        name_modules(gm, self.model)
+        graph = TracedGraph(self, gm, example_inputs)
+        self.graphs.append(graph)
+        form = graph.form(self.plan)
+        for warning in form.warnings:
+            self.warn(warning)
+        reasons = {d.reason or "" for d in form.decisions}
+        unexpected = sorted(r for r in reasons if not r.startswith(EXPECTED))
+        if unexpected and "" not in reasons:
+            log.warning("none of the %d attention sites of a graph is replaced: %s", len(form.decisions), "; ".join(unexpected))
+        return graph.run
 
-    def _fall_back(self, graph: int, reason: str) -> None:
-        self.report.fall_back(graph, reason)
-        log.warning(reason)
+    def warn(self, text: str) -> None:
+        """To the log and the report."""
+        self.warnings.append(text)
+        log.warning(text)
 
-    def _inductor(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    def on_run(self) -> None:
+        """A graph is about to run."""
+        self._thread.runs = self.runs + 1
+
+    @property
+    def runs(self) -> int:
+        """How many graphs ran in this thread."""
+        return getattr(self._thread, "runs", 0)
+
+    @property
+    def report(self) -> Report:
+        """What the current plan does with the graphs traced so far."""
+        return Report(self.sites(), len(self.graphs), list(self.warnings))
+
+    def sites(self) -> list[SiteReport]:
+        """One entry for each site of each graph, and for each module that it ran for."""
+        found = []
+        for number, graph in enumerate(self.graphs):
+            owners: list[Owner | None] = [*graph.owners] if graph.owners else [None]
+            for owner in owners:
+                form = graph.form(self.plan, owner)
+                for decision, module in zip(form.decisions, owner or graph.traced_in, strict=True):
+                    found.append(SiteReport.of(number, decision, module or decision.site.module, form.fallen))
+        return found
+
+    def close(self) -> None:
+        """Let go of all graphs."""
+        for graph in self.graphs:
+            graph.close()
+        self.graphs = []
+
+    def compile(
+        self, gm: fx.GraphModule, inputs: Sequence[Any], context: torch._guards.TracingContext | None
+    ) -> Callable[..., Any]:
+        """Compile a rewritten graph; `context`: the trace it is from, where that is over."""
+        if self.compiler == "eager":
+            return gm.forward
+        if context is not None:
+            with torch._guards.tracing(context):
+                return self.compile(gm, inputs, None)
         from torch._inductor.compile_fx import compile_fx
 
         from tsa_compile.passes.pipeline import pipeline_identity
@@ -82,56 +129,12 @@ class Backend:
         # The compile caches do not see what an operator's fake does: its source joins the user's own tag.
         tag = f"{torch.compiler.config.cache_key_tag}|tsa:{pipeline_identity(self.plan.to_dict())}"
         with torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
-            return cast(Callable[..., Any], compile_fx(gm, list(example_inputs), config_patches=self.inductor_options or None))
+            return cast(Callable[..., Any], compile_fx(gm, list(inputs), config_patches=self.inductor_options or None))
 
 
-def name_modules(gm: torch.fx.GraphModule, model: torch.nn.Module | None) -> None:
+def name_modules(gm: fx.GraphModule, model: nn.Module | None) -> None:
     """Give the modules of a Dynamo graph their names in `model`; Dynamo names them from the frame in which the graph begins."""
     names = {} if model is None else {str(id(module)): name for name, module in model.named_modules()}
     for node in gm.graph.nodes if names else ():
         stack = node.meta.get("nn_module_stack") or {}  # {id of a module, maybe "@" and a number: (path, class)}
         node.meta["nn_module_stack"] = {k: (names.get(k.split("@")[0], path), *kind) for k, (path, *kind) in stack.items()}
-
-
-def tsa(
-    gm: torch.fx.GraphModule,
-    example_inputs: Sequence[Any],
-    *,
-    mode: str | None = None,
-    options: Mapping[str, Any] | None = None,
-) -> Callable[..., Any]:
-    """Entry point `tsa` of the group `torch_dynamo_backends`.
-
-    Args:
-        mode: an Inductor mode, such as "reduce-overhead"; the policy is then the default one.
-        options: `policy` (a policy, a plan, or either as a dict) or fields of `TokenSparse`; `compiler`;
-            everything else is Inductor configuration.
-
-    Raises:
-        ValueError: an option that neither this backend nor Inductor knows, or a value outside its range.
-    """
-    plan, compiler, rest = _parse(dict(options or {}))
-    if mode is not None:
-        rest.update(torch._inductor.list_mode_options(mode))
-    return Backend(plan, compiler, rest)(gm, example_inputs)
-
-
-def _parse(options: dict[str, Any]) -> tuple[Plan, str, dict[str, Any]]:
-    """Split the user's options into plan, compiler and Inductor configuration."""
-    compiler = options.pop("compiler", "inductor")
-    fields = {name: options.pop(name) for name in _POLICY_FIELDS if name in options}
-    policy = options.pop("policy", None)
-    if fields and policy is not None:
-        raise ValueError(f"give either a policy or its fields, not both: {sorted(fields)}")
-    plan = as_plan(TokenSparse(**fields) if fields else policy)
-    known = set(torch._inductor.list_options())
-    unknown = sorted(set(options) - known)
-    if unknown:
-        raise ValueError(f"unknown option {unknown[0]!r} for backend 'tsa': neither tsa_compile nor Inductor has it")
-    return plan, compiler, options
-
-
-def register() -> None:
-    """Make `backend="tsa"` known in a checkout that is not installed (an installed one has its entry point)."""
-    if "tsa" not in torch._dynamo.list_backends(exclude_tags=()):
-        torch._dynamo.register_backend(tsa, name="tsa")

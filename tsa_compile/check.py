@@ -108,7 +108,7 @@ def compare(
         api.restore(model)
     api.transform(model, policy, compiler=compiler)
     try:
-        with record_kept() as kept:
+        with record_kept(model) as kept:
             sparse, _ = call()
         report, shares = api.report(model), kept.shares()
         if len(shares) == len(report.replaced):  # a policy may select in another way

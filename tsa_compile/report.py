@@ -6,10 +6,12 @@ import dataclasses
 import json
 from typing import TYPE_CHECKING, Any
 
+from tsa_compile.rules import layer_number
+
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from tsa_compile.passes.context import PipelineResult
+    from tsa_compile.passes.context import Decision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,14 +29,41 @@ class SiteReport:
     reason: str
     kept: float | None = None  # kept share of the tokens, in [0, 1]; None: not measured
 
+    @classmethod
+    def of(cls, graph: int, decision: Decision, module: str, fallen: str | None) -> SiteReport:
+        """The entry of a decision; `fallen`: why its graph runs as it was after all."""
+        s = decision.site
+        reason = decision.reason or fallen
+        return cls(
+            graph=graph,
+            layer=s.index if (n := layer_number(module)) is None else n,
+            module=module,
+            heads=f"{s.heads}/{s.kv_heads}",
+            q_len=str(s.q_len),
+            k_len=str(s.k_len),
+            policy=decision.policy.name,
+            replaced=reason is None,
+            reason=reason or "",
+        )
+
 
 @dataclasses.dataclass
 class Report:
-    """All sites of all graphs that one model (or one backend) compiled, in the order of compilation."""
+    """All sites of all graphs that one model (or one backend) compiled, in the order of compilation.
+
+    Args:
+        sites: what happened to each.
+        graphs: how many were compiled.
+        warnings: what the log was told.
+        calls: of a transformed model, decode steps left out.
+        untraced: those of them in which no compiled graph ran.
+    """
 
     sites: list[SiteReport] = dataclasses.field(default_factory=list)
     graphs: int = 0
     warnings: list[str] = dataclasses.field(default_factory=list)
+    calls: int = 0
+    untraced: int = 0
 
     @property
     def replaced(self) -> list[SiteReport]:
@@ -44,31 +73,10 @@ class Report:
     def dense(self) -> list[SiteReport]:
         return [s for s in self.sites if not s.replaced]
 
-    def add(self, result: PipelineResult) -> None:
-        """Append the sites of one graph."""
-        for d in result.decisions:
-            s = d.site
-            self.sites.append(
-                SiteReport(
-                    graph=self.graphs,
-                    layer=s.layer,
-                    module=s.module,
-                    heads=f"{s.heads}/{s.kv_heads}",
-                    q_len=str(s.q_len),
-                    k_len=str(s.k_len),
-                    policy=d.policy.name,
-                    replaced=d.reason is None,
-                    reason=d.reason or "",
-                )
-            )
-        self.warnings.extend(result.warnings)
-        self.graphs += 1
-
-    def fall_back(self, graph: int, reason: str) -> None:
-        """From now on no site of this graph is replaced."""
-        fallen = lambda s: dataclasses.replace(s, replaced=False, reason=reason)  # noqa: E731
-        self.sites = [fallen(s) if s.graph == graph and s.replaced else s for s in self.sites]
-        self.warnings.append(reason)
+    def joined(self, other: Report) -> Report:
+        """This report and, after it, another."""
+        moved = [dataclasses.replace(s, graph=s.graph + self.graphs) for s in other.sites]
+        return Report(self.sites + moved, self.graphs + other.graphs, self.warnings + other.warnings, self.calls + other.calls)
 
     def with_kept(self, kept: list[float]) -> Report:
         """A copy whose replaced sites carry the kept share of their tokens, given in order of execution.
@@ -80,14 +88,21 @@ class Report:
             raise ValueError(f"{len(kept)} kept shares for {len(self.replaced)} replaced sites")
         shares = iter(kept)
         sites = [dataclasses.replace(s, kept=next(shares)) if s.replaced else s for s in self.sites]
-        return Report(sites, self.graphs, list(self.warnings))
+        return dataclasses.replace(self, sites=sites, warnings=list(self.warnings))
 
     def summary(self) -> str:
+        if not self.graphs and not self.calls:
+            return (
+                "nothing was traced yet: call the model (model(...) or generate(); model.forward(...) goes around the compiler, "
+                "and so does generate() of an encoder-decoder around its encoder)"
+            )
         if not self.graphs:
             return (
-                "nothing was traced yet: call the model (model(...) or generate(); model.forward(...) goes around the compiler)"
+                f"called {self.calls} time(s), but nothing was traced: Dynamo skipped the model's forward (TORCH_LOGS=+dynamo "
+                "says why), or is switched off (TORCH_COMPILE_DISABLE, torch.compiler.set_stance)"
             )
-        return f"{len(self.replaced)} of {len(self.sites)} attention sites replaced in {self.graphs} graph(s)"
+        skipped = f"; {self.untraced} of {self.calls} calls ran dense, without a graph" if self.untraced else ""
+        return f"{len(self.replaced)} of {len(self.sites)} attention sites replaced in {self.graphs} graph(s){skipped}"
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2)

@@ -24,17 +24,20 @@ def module_tensors(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[st
     return {
         node.name: x
         for node, x in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True)
-        if "_dynamo_static_input_type" in node.meta.get("tensor_dict", {})
-        and type(x) in (torch.Tensor, torch.nn.Parameter)
-        and not (x.requires_grad or x.is_inference())
+        if is_module_tensor(node) and type(x) in (torch.Tensor, torch.nn.Parameter) and not (x.requires_grad or x.is_inference())
     }
+
+
+def is_module_tensor(node: fx.Node) -> bool:
+    """Is this input of a Dynamo graph a weight or a buffer of a module?"""
+    return "_dynamo_static_input_type" in node.meta.get("tensor_dict", {})
 
 
 class Watched:
     """A compiled graph whose proofs hold while some of its inputs keep their pattern; else the graph as it was runs.
 
     Costs a comparison of identity and version for each of these inputs and call; a tensor that is new or was written to
-    is read again. Writes through `tensor.data` are not counted by PyTorch, and not seen.
+    is read again. Writes that PyTorch does not count are not seen: through `tensor.data`, numpy, dlpack or the storage.
 
     Args:
         compiled: the rewritten graph.

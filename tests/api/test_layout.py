@@ -14,9 +14,10 @@ TOPS = ("tsa_compile", "passes", "kernels", "export")
 ROWS = (
     ("kernels",),
     ("site", "cache"),
-    ("policies", "recorder"),
+    ("policies",),
     ("passes", "plan"),
-    ("report", "watched"),
+    ("dynamo",),
+    ("recorder", "report", "watched"),
     ("backend",),
     ("session",),
     ("api",),
@@ -25,6 +26,7 @@ ROWS = (
     ("tools",),
     ("top",),  # what users start from: the package, and every command (`*cli.py`)
 )
+PART_OF = {"rules": "plan", "plan_format": "plan", "owners": "backend", "traced": "backend", "entry_point": "backend"}
 RANK = {part: rank for rank, row in enumerate(ROWS) for part in row}
 OPTIONAL = (
     "triton",
@@ -66,7 +68,7 @@ def part_of(module: str) -> str:
         return "top"
     if names[1:3] == ["passes", "site"]:
         return "site"
-    return "plan" if names[1] in ("rules", "plan_format") else names[1]
+    return PART_OF.get(names[1], names[1])
 
 
 def module_of(path: Path) -> str:
@@ -99,23 +101,6 @@ def test_optional_packages_are_imported_lazily(folder):
             continue  # Triton kernels: imported by their host at the first launch
         for module, lazy in imports(path):
             assert lazy or module.split(".")[0] not in OPTIONAL, f"{path.relative_to(ROOT)} imports {module}"
-
-
-OPERATIONS = ("attend", "select", "score", "state")
-
-
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_operations_of_kernels_never_import_one_another(operation):
-    """An implementation, a folder such as attend/tokens, sees common, types and checks. What joins them is in compose.py."""
-    allowed = ("common", "types", "checks")
-    replaced_soon = {("attend/blocks", "attend.tokens")}
-    for path in sorted((ROOT / "kernels" / operation).rglob("*.py")):
-        own = path.parent.relative_to(ROOT / "kernels").as_posix()
-        for module, _ in imports(path):
-            if module.startswith("tsa_compile."):
-                part = module.removeprefix("tsa_compile.kernels.")
-                fine = part.split(".")[0] in allowed or part.startswith(own.replace("/", "."))
-                assert fine or any(own == a and part.startswith(b) for a, b in replaced_soon), f"{path} imports {module}"
 
 
 def run(code: str, *args: str) -> str:

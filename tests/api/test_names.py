@@ -67,7 +67,7 @@ NAMES = {
     "backend.Backend.sites": "self",  # [SiteReport] of the current plan
     "recorder.record_kept": "model=None",
     "policies.base.Policy.refuse": "self, site",
-    "policies.base.Policy.select": "self, emit, site, state",
+    "policies.base.Policy.select": "self, emit, site, state=None",
     "policies.base.Policy.attend": "self, emit, site, selection",
     "kernels.types.KvView": "blocks, block, start, lengths",
     "kernels.types.Operands": (
@@ -88,11 +88,6 @@ COMING = {
     "speculative": "speculation",
     "reach": "prefill with bridge edges",
     "Cache": "decode",
-    "session.Session": "the frame",
-    "backend.Backend.sites": "the frame",
-    "recorder.record_kept": "the frame",
-    "policies.base.Policy.select": "the frame",
-    "policies.base.Policy.attend": "the frame",
 }
 PHASES = ("prefill", "decode", "verify", "draft", "denoise_first", "denoise")
 

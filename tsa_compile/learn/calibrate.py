@@ -8,7 +8,7 @@ is measured on the whole model, never added up.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,7 @@ from tsa_compile.learn.search import Step
 from tsa_compile.learn.state import Measured
 from tsa_compile.learn.target import Target
 from tsa_compile.plan import Plan, default_policy
-from tsa_compile.policies.dense import Dense
 from tsa_compile.policies.token_sparse import TokenSparse
-from tsa_compile.rules import Rule
 
 METHODS = ("loss", "drift")
 COVERAGES = (0.02, 0.1, 0.2)
@@ -104,7 +102,7 @@ def _check(model: nn.Module, base: Any, ladder: tuple[float, ...], method: str, 
         raise RuntimeError("the model is transformed or compiled; call tsa_compile.restore(model) before calibrating it")
 
 
-def _order(run: Run, layers: Mapping[int, str], ladder: tuple[float, ...], method: str, start: Start) -> list[Step]:
+def _order(run: Run, layers: list[str], ladder: tuple[float, ...], method: str, start: Start) -> list[Step]:
     if method == "drift":
         drift = run.drift()
         if set(drift) != set(layers):
@@ -130,7 +128,7 @@ def _search(run: Run, goal: Target, steps: list[Step], start: Start) -> tuple[in
         n = search.first_where(met, 0, len(steps)) if steps else 0
         further = range(max(n, 1), len(steps) + 1)
     for n in further:
-        sample = run.whole(search.coverage_of(steps[:n]), advance, _bare_plan(run.base, steps[:n]))
+        sample = run.whole(search.coverage_of(steps[:n]), advance)
         if goal.met_by(sample.kl, sample.sparsity):
             return n, sample
     raise ValueError(_impossible(run, goal, steps, advance))
@@ -145,13 +143,7 @@ def _impossible(run: Run, goal: Target, steps: list[Step], advance: Advance) -> 
     return f"target {str(goal)!r} cannot be met: {what} kl is {sample.kl:.6f} and sparsity {sample.sparsity:.4f}"
 
 
-def _bare_plan(base: TokenSparse, steps: list[Step]) -> Plan:
-    coverage = search.coverage_of(steps)
-    rules = [Rule(layer, "prefill", dataclasses.replace(base, coverage=c)) for layer, c in sorted(coverage.items())]
-    return Plan(prefill=Dense(), rules=tuple(rules))
-
-
-def _plan(run: Run, goal: Target, steps: list[Step], sample: Sample, method: str, layers: Mapping[int, str]) -> Plan:
+def _plan(run: Run, goal: Target, steps: list[Step], sample: Sample, method: str, layers: list[str]) -> Plan:
     """The plan with its notes."""
     meter, inputs = run.meter, run.inputs
     notes = {
@@ -164,10 +156,10 @@ def _plan(run: Run, goal: Target, steps: list[Step], sample: Sample, method: str
         "sparse layers": f"{len({s.layer for s in steps})} of {len(layers)}",
         "dense whatever the plan": meter.always_dense,
         "order of layers": method,
-        "drift": {str(layer): d for layer, d in run.drift().items()},
+        "drift": run.drift(),
         "versions": run.measured.key["versions"],
     }
-    return dataclasses.replace(_bare_plan(run.base, steps), notes=notes)
+    return dataclasses.replace(run.plan(search.coverage_of(steps)), notes=notes)
 
 
 def _without_coverage(base: TokenSparse) -> dict[str, Any]:

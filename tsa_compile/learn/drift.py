@@ -17,7 +17,7 @@ Tensor = torch.Tensor
 
 
 def decoder_layer(module: str) -> str | None:
-    """Path of the layer that holds an attention: up to the first number of its path, which is the site's layer number.
+    """Path of the layer that holds an attention: up to the first number of its path, the site's layer number.
 
     "model.layers.3.self_attn" -> "model.layers.3"; None if the path has no number.
     """
@@ -29,21 +29,21 @@ def decoder_layer(module: str) -> str | None:
 
 
 @contextlib.contextmanager
-def record_drift(model: nn.Module, layers: Mapping[int, str]) -> Iterator[dict[int, float]]:
-    """Inside, every forward of `model` writes the drift of each of `layers` (number -> path) into the dict yielded.
+def record_drift(model: nn.Module, layers: Mapping[str, str]) -> Iterator[dict[str, float]]:
+    """Inside, every forward of `model` writes the drift of each of `layers` (name -> path) into the dict yielded.
 
     A layer's hidden states are its first tensor argument and its (first) output. A layer whose two differ in shape, such
     as one that is no residual block, has no drift and is left out.
     """
-    drift: dict[int, float] = {}
+    drift: dict[str, float] = {}
 
-    def hook(number: int) -> Any:
+    def hook(name: str) -> Any:
         def observe(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             before = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
             after = output[0] if isinstance(output, (tuple, list)) else output
             if isinstance(before, Tensor) and isinstance(after, Tensor) and before.shape == after.shape:
                 moved = (after.float() - before.float()).norm(dim=-1) / (before.float().norm(dim=-1) + 1e-8)
-                drift[number] = moved.mean().item()
+                drift[name] = moved.mean().item()
 
         return observe
 

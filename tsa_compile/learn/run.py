@@ -14,7 +14,9 @@ from tsa_compile.learn.progress import Advance
 from tsa_compile.learn.search import Step
 from tsa_compile.learn.state import Measured
 from tsa_compile.plan import Plan
+from tsa_compile.policies.dense import Dense
 from tsa_compile.policies.token_sparse import TokenSparse
+from tsa_compile.rules import Rule
 
 Tensor = torch.Tensor
 Inputs = dict[str, Any]
@@ -26,14 +28,15 @@ class Run:
     def __init__(self, meter: Meter, inputs: list[Inputs], measured: Measured, base: TokenSparse) -> None:
         self.meter, self.inputs, self.measured, self.base = meter, inputs, measured, base
 
-    def drift(self) -> dict[int, float]:
+    def drift(self) -> dict[str, float]:
         """Mean over the prompts, of the layers that have one."""
         found = [self._drift(n, given) for n, given in enumerate(self.inputs)]
-        common = sorted(set.intersection(*({int(i) for i in one} for one in found)))
-        return {layer: sum(one[str(layer)] for one in found) / len(found) for layer in common}
+        common = sorted(set.intersection(*map(set, found)))
+        return {layer: sum(one[layer] for one in found) / len(found) for layer in common}
 
     def _drift(self, n: int, given: Inputs) -> dict[str, float]:
-        return self.measured.get(f"drift, prompt {n}", lambda: {str(i): d for i, d in self.meter.dense(given)[1].items()})
+        found: dict[str, float] = self.measured.get(f"drift, prompt {n}", lambda: self.meter.dense(given)[1])
+        return found
 
     def alone(self, steps: list[Step], advance: Advance) -> dict[Step, tuple[float, float]]:
         """(KL, sparsity) with one layer sparse, for each of `steps`."""
@@ -47,27 +50,26 @@ class Run:
                 advance()
         return total
 
-    def whole(self, coverage: Mapping[int, float], advance: Advance, plan: Plan | None = None) -> Sample:
-        """Mean over the prompts; `plan`: as `transform` runs it, instead of by the switch."""
+    def whole(self, coverage: Mapping[str, float], advance: Advance) -> Sample:
+        """Mean over the prompts."""
         samples = []
-        traced = self.meter.plan(plan) if plan else None
         for n, given in enumerate(self.inputs):
             dense = functools.cache(functools.partial(self._dense, given))
-            samples.append(self._sample(n, given, dense, coverage, traced))
+            samples.append(self._sample(n, given, dense, coverage))
             advance()
         return Sample(*(sum(field) / len(samples) for field in zip(*map(dataclasses.astuple, samples), strict=True)))
+
+    def plan(self, coverage: Mapping[str, float]) -> Plan:
+        """These layers sparse, at these coverages, and all others dense."""
+        rules = [
+            Rule(layer or "*", "prefill", dataclasses.replace(self.base, coverage=c)) for layer, c in sorted(coverage.items())
+        ]
+        return Plan(prefill=Dense(), rules=tuple(rules))
 
     def _dense(self, given: Inputs) -> Tensor:
         return self.meter.dense(given)[0]
 
-    def _sample(
-        self, n: int, given: Inputs, dense: Callable[[], Tensor], coverage: Mapping[int, float], traced: Any = None
-    ) -> Sample:
+    def _sample(self, n: int, given: Inputs, dense: Callable[[], Tensor], coverage: Mapping[str, float]) -> Sample:
         steps = " ".join(f"{layer}:{c}" for layer, c in sorted(coverage.items()))
-        name = f"{'plan' if traced else 'switch'}, prompt {n}, {steps}"
-
-        def measure() -> dict[str, float]:
-            found = traced(given, dense()) if traced else self.meter.candidate(given, dense(), coverage)
-            return dataclasses.asdict(found)
-
-        return Sample(**self.measured.get(name, measure))
+        measure = lambda: dataclasses.asdict(self.meter.sample(given, dense(), self.plan(coverage)))  # noqa: E731
+        return Sample(**self.measured.get(f"prompt {n}, {steps}", measure))

@@ -9,7 +9,7 @@ from typing import NamedTuple
 class Step(NamedTuple):
     """One layer goes to a higher coverage."""
 
-    layer: int
+    layer: str
     coverage: float
 
 
@@ -22,7 +22,7 @@ def greedy_order(alone: Mapping[Step, tuple[float, float]]) -> list[Step]:
     Returns:
         Each layer's steps in ascending coverage, without those that a better jump passes over or that drop no further token.
     """
-    reached: dict[int, tuple[float, float, float]] = {step.layer: (0.0, 0.0, 0.0) for step in alone}
+    reached: dict[str, tuple[float, float, float]] = {step.layer: (0.0, 0.0, 0.0) for step in alone}
     order: list[Step] = []
     while True:
         best: tuple[float, Step] | None = None
@@ -38,7 +38,7 @@ def greedy_order(alone: Mapping[Step, tuple[float, float]]) -> list[Step]:
         order.append(step)
 
 
-def drift_order(drift: Mapping[int, float], coverages: tuple[float, ...]) -> list[Step]:
+def drift_order(drift: Mapping[str, float], coverages: tuple[float, ...]) -> list[Step]:
     """The paper's order: layers by ascending drift, all at the first coverage, then all at the next."""
     return [Step(layer, c) for c in coverages for layer in sorted(drift, key=lambda n: (drift[n], n))]
 
@@ -54,6 +54,6 @@ def first_where(holds: Callable[[int], bool], low: int, high: int) -> int:
     return high
 
 
-def coverage_of(steps: list[Step]) -> dict[int, float]:
+def coverage_of(steps: list[Step]) -> dict[str, float]:
     """Layer -> coverage after these steps."""
     return {step.layer: step.coverage for step in steps}

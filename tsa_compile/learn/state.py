@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 FORMAT = "tsa_compile.learn"
-VERSION = 1
+VERSION = 2
 
 
 class Measured:

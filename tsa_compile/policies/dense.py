@@ -14,6 +14,7 @@ class Dense(Policy):
     """Attention as the model has it; where its mask was proven to be plainly causal, without the mask tensor."""
 
     phases: ClassVar[frozenset[str]] = frozenset(PHASES)
+    masks: ClassVar[frozenset[str]] = frozenset({"causal", "sliding window", "bidirectional"})
 
     def refuse(self, site: AttentionSite) -> str | None:
         return "decode step: one query" if site.phase == "decode" else "policy is Dense"

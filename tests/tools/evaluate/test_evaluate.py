@@ -56,8 +56,8 @@ def test_each_plan_runs_as_transform_runs_it_and_nothing_is_traced_again():
             torch.testing.assert_close(runner.logits(prefill.hidden), logits, atol=1e-4, rtol=1e-4)
     runner.prefill(ids(50, 3), PLANS[1])
     runner.prefill(x, tsa.Plan(tsa.Dense()))
-    assert runner.switch._graphs == 1
-    assert sorted(runner.switch.layers) == [0, 1, 2, 3]
+    assert runner._session.report.graphs == 1
+    assert sorted(runner.find_layers(x)) == [0, 1, 2, 3]
 
 
 def test_a_second_turn_reads_the_cache_and_decode_continues_it():
@@ -122,7 +122,7 @@ def test_sliding_layers_in_blocks_change_nothing_and_stay_dense():
     second = runner.prefill(x[:, 40:], KEEP_ALL, first.cache)
     actual = runner.logits(torch.cat([first.hidden, second.hidden], 1))
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
-    assert sorted(runner.switch.layers) == [1]
+    assert sorted(runner.find_layers(x[:, :40])) == [1]
 
 
 def test_overlap_of_lists():

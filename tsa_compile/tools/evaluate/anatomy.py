@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tsa_compile.plan import Plan
-from tsa_compile.tools.evaluate.plan_switch import RecordSelections
+from tsa_compile.recorder import around_graphs
 from tsa_compile.tools.evaluate.runner import Runner
 
 Tensor = torch.Tensor
@@ -41,13 +42,23 @@ def head_overlap(runner: Runner, ids: Tensor, plan: Plan | None) -> dict[str, li
     Of the first row of ids [B, L].
     """
     with_selections = RecordSelections()
-    runner.switch.around = lambda: with_selections
-    try:
-        runner.prefill(ids, plan)
-    finally:
-        runner.switch.around = contextlib.nullcontext
-    layers = map(str, runner.switch.executed)
+    with around_graphs(lambda: with_selections):
+        layers = map(str, runner.prefill(ids, plan).kept)
     return {n: _overlap(i[0], int(c[0])) for n, (i, c) in zip(layers, with_selections.selections, strict=True)}
+
+
+class RecordSelections(TorchDispatchMode):
+    """Inside, keeps (indices [B, G, Lk], counts [B]) of each selection in `selections`, on the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.selections: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.tsa.select_tokens.default:
+            self.selections.append((out[0].cpu(), out[1].cpu()))
+        return out
 
 
 def _overlap(indices: Tensor, count: int) -> list[float]:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from tsa_compile.api import isolated, with_room
 from tsa_compile.plan import Plan, default_policy
 from tsa_compile.recorder import record_kept
-from tsa_compile.tools.evaluate.plan_switch import PlanSwitch
+from tsa_compile.rules import layer_number
+from tsa_compile.session import Session
 
 Tensor = torch.Tensor
 
@@ -42,40 +42,35 @@ class Runner:
         self.decoder = model.get_decoder()
         self.device = next(model.parameters()).device
         self.widest = Plan(default_policy())
-        self.switch = PlanSwitch(self.widest)
+        self._session = Session(self.decoder, self.widest)
         self._head = model.get_output_embeddings()
         self._softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-        self._compiled = with_room(isolated(self.decoder), self.switch)
+
+    def find_layers(self, ids: Tensor) -> dict[int, str]:
+        """Layer -> path of its attention module, for every layer that can be sparse."""
+        self.prefill(ids, self.widest)
+        return {site.layer: site.module for site in self._session.report.replaced}
 
     @torch.no_grad()
-    def prefill(self, ids: Tensor, plan: Plan | None, cache: Any = None, mask: Tensor | None = None) -> Prefill:
-        """Run `plan` on ids [B, L]; with a cache (which grows), they come after what it holds. None: the model, not traced.
-
-        Args:
-            mask: [B, L], 0 at padding, which stands in front; only without a cache.
-        """
+    def prefill(self, ids: Tensor, plan: Plan | None, cache: Any = None) -> Prefill:
+        """Run `plan` on ids [B, L]; with a cache (which grows), they come after what it holds. None: the model, not traced."""
         from transformers import DynamicCache
 
         cache = DynamicCache(config=self.decoder.config) if cache is None else cache
-        self.switch.executed.clear()
-        call, padding = self.decoder, {}
-        if mask is not None:
-            padding = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
+        call = self.decoder
         if plan is not None:
-            _mark_lengths(ids, cache, *padding.values())
-            self.switch.plan, call = plan, self._compiled
+            _mark_lengths(ids, cache)
+            self._session.plan, call = plan, self._session
         self._wait()
         start = time.perf_counter()
-        with record_kept() as kept:
-            hidden = call(input_ids=ids, past_key_values=cache, use_cache=True, **padding).last_hidden_state
+        with record_kept(self.decoder) as kept:
+            hidden = call(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
         self._wait()
         seconds = time.perf_counter() - start
-        shares = kept.shares()
-        if len(shares) != len(self.switch.executed):
-            raise RuntimeError(
-                f"{len(shares)} selections ran in {len(self.switch.executed)} sparse layers: part of it is untraced"
-            )
-        return Prefill(hidden, cache, seconds, dict(zip(self.switch.executed, shares, strict=True)))
+        shares = {layer_number(module) or 0: share for module, share in kept.by_module()}
+        if self._session.untraced:
+            raise RuntimeError("a prefill ran untraced: Dynamo's recompile limit?")
+        return Prefill(hidden, cache, seconds, shares)
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -109,10 +104,9 @@ class Runner:
             torch.cuda.synchronize()
 
 
-def _mark_lengths(ids: Tensor, cache: Any, *padding: Tensor) -> None:
+def _mark_lengths(ids: Tensor, cache: Any) -> None:
     """One graph for all batches and lengths, rather than one for the first and another for the others."""
-    for x in (ids, *padding):
-        torch._dynamo.maybe_mark_dynamic(x, [0, 1])
+    torch._dynamo.maybe_mark_dynamic(ids, [0, 1])
     for layer in cache.layers:
         for states in (layer.keys, layer.values) if layer.is_initialized else ():
             torch._dynamo.maybe_mark_dynamic(states, [0, 2])

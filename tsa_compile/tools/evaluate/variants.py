@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -78,9 +78,9 @@ def own_variant(path: str | Path) -> Variant:
     return Variant(Path(path).stem, OWN, plan)
 
 
-def low_drift_half(runner: Runner, ids: torch.Tensor) -> list[int]:
+def low_drift_half(runner: Runner, layers: Mapping[int, str], ids: torch.Tensor) -> list[int]:
     """The paper's choice (arXiv 2602.03216, section 4): of the layers that can be sparse, the half with the lowest drift."""
-    paths = {n: path for n, module in runner.switch.layers.items() if (path := decoder_layer(module)) is not None}
+    paths = {str(n): path for n, module in layers.items() if (path := decoder_layer(module)) is not None}
     with record_drift(runner.decoder, paths) as drift, torch.no_grad():
         runner.decoder(input_ids=ids, use_cache=False)
-    return sorted(sorted(drift, key=drift.__getitem__)[: (len(drift) + 1) // 2])
+    return sorted(int(n) for n in sorted(drift, key=drift.__getitem__)[: (len(drift) + 1) // 2])

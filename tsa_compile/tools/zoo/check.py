@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import traceback
 from collections import Counter
@@ -14,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from tsa_compile.api import isolated
-from tsa_compile.backend import Backend
+from tsa_compile.dynamo import isolated
 from tsa_compile.plan import Plan
 from tsa_compile.policies.token_sparse import Completion, TokenSparse
 from tsa_compile.report import Report
+from tsa_compile.session import Session
 from tsa_compile.tools.zoo.entries import FLEX, NO_FAST_PATH, Entry, NotOffered
 from tsa_compile.tools.zoo.reference import SdpaReference
 from tsa_compile.tools.zoo.scenarios import Scenario
@@ -27,7 +26,6 @@ KEEP_ALL = TokenSparse.paper(coverage=0.0, window=1, pool=1, min_tokens=1)
 SPARSE = TokenSparse(coverage=0.4, window=4, pool=3, min_tokens=4, completion=Completion(3, 2, 3))
 TOLERANCE = 2e-4  # of the largest output, fp32
 NOT_RUN = "not run"
-GraphBackend = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 
 
 @dataclasses.dataclass
@@ -90,13 +88,14 @@ def _check(entry: Entry, implementation: str, scenario: Scenario, result: Result
     dense = _dense(entry, implementation, scenario)
     result.calls = len(dense)
     own = _own_graphs(model, scenario, entry) if scenario.counted else None
-    variants = Variants()
-    with _compiled(model, variants) as breaks:
+    session = Session(model, Plan(prefill=KEEP_ALL))
+    with _compiled(model, session) as breaks:
         kept = scenario.run(model, entry)
-        variants.current = "sparse"
+        report = session.report
+        session.plan = Plan(prefill=SPARSE)
         sparse = scenario.run(model, entry) if scenario.sparse else []
         result.breaks = breaks()
-    _describe(result, variants.report)
+    _describe(result, report)
     result.error = difference(kept, dense)
     if own is not None and (result.graphs > own[0] or result.breaks > own[1]):
         seen = f"{result.graphs} graphs and {result.breaks} graph breaks"
@@ -105,7 +104,7 @@ def _check(entry: Entry, implementation: str, scenario: Scenario, result: Result
     if result.error > TOLERANCE:
         raise CheckFailed(f"at coverage 0 the output differs from dense by {result.error:.1e} of its size")
     if scenario.sparse:
-        expected = _reference(entry, scenario, variants.report) if result.replaced else dense
+        expected = _reference(entry, scenario, report) if result.replaced else dense
         result.sparse_error = difference(sparse, expected)
         _check_sparse(result, difference(sparse, dense))
 
@@ -135,7 +134,12 @@ def _describe(result: Result, report: Report) -> None:
 def _own_graphs(model: nn.Module, scenario: Scenario, entry: Entry) -> tuple[int, int]:
     """Graphs and graph breaks of the model compiled without us."""
     graphs = []
-    with _compiled(model, lambda gm, inputs: graphs.append(gm) or gm.forward) as breaks:  # type: ignore[func-returns-value]
+
+    def keep(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        graphs.append(gm)
+        return gm.forward
+
+    with _compiled(model, torch.compile(isolated(model), backend=keep)) as breaks:
         scenario.run(model, entry)
         return len(graphs), breaks()
 
@@ -190,32 +194,16 @@ def difference(a: list[Tensor], b: list[Tensor]) -> float:
     return max((x if x == x else float("inf") for x in worst), default=0.0)
 
 
-class Variants:
-    """A backend that rewrites each graph twice, keeping all tokens and sparse; `current` says which one runs."""
-
-    def __init__(self) -> None:
-        self.backends = {"keep": Backend(Plan(KEEP_ALL), "eager"), "sparse": Backend(Plan(SPARSE), "eager")}
-        self.current = "keep"
-
-    @property
-    def report(self) -> Report:
-        return self.backends["keep"].report
-
-    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        compiled = {name: backend(copy.deepcopy(gm), example_inputs) for name, backend in self.backends.items()}
-        return lambda *args: compiled[self.current](*args)
-
-
 def _breaks() -> int:
     return sum(torch._dynamo.utils.counters["graph_break"].values())
 
 
 @contextlib.contextmanager
-def _compiled(model: nn.Module, backend: GraphBackend) -> Iterator[Callable[[], int]]:
-    """Calls of `model` go through torch.compile, from a fresh start; yields a count of graph breaks."""
+def _compiled(model: nn.Module, call: Callable[..., Any]) -> Iterator[Callable[[], int]]:
+    """Calls of `model` are those of `call`, which compiles, from a fresh start; yields a count of graph breaks."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    model._compiled_call_impl = torch.compile(isolated(model), backend=backend)
+    model._compiled_call_impl = call
     try:
         yield _breaks
     finally:

@@ -1,0 +1,195 @@
+"""A session: one model's compiled call, its backend and its report."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from tsa_compile.backend import Backend
+from tsa_compile.dynamo import called, isolated, room, settings, skips, traced_by_others
+from tsa_compile.plan import Plan
+from tsa_compile.report import Report
+
+log = logging.getLogger("tsa_compile")
+_ATTACHED: weakref.WeakKeyDictionary[nn.Module, RemovableHandle] = weakref.WeakKeyDictionary()
+
+
+class Session:
+    """One model under a plan. `session(...)` is the compiled call; `attach` makes it the model's own, `detach` undoes that.
+
+    A plan can be switched between calls, `session.plan = other`; nothing is traced anew.
+
+    Args:
+        model: any module; of a PEFT wrapper its base model is compiled, which the wrapper's generate() calls directly.
+        plan: bound to the model here.
+        compiler, inductor_options: as for `transform`.
+        fullgraph: raise if the model's forward does not trace to one graph.
+
+    Raises:
+        ValueError: a rule of the plan matches no module; an unknown compiler.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        compiler: str = "eager",
+        inductor_options: Mapping[str, Any] | None = None,
+        fullgraph: bool = False,
+    ) -> None:
+        model = called(model)
+        self.backend = Backend(plan.bind(model), compiler, inductor_options, model)
+        self._compiled: Callable[..., Any] = torch.compile(isolated(model), backend=self.backend, fullgraph=fullgraph)
+        self._room = room(model)
+        self._lock = threading.Lock()
+        self.calls = self.untraced = 0
+        weakref.finalize(self, self.backend.close)
+
+    @property
+    def plan(self) -> Plan:
+        return self.backend.plan
+
+    @plan.setter
+    def plan(self, plan: Plan) -> None:
+        model = self.backend.model
+        self.backend.plan = plan if model is None else plan.bind(model)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's call, compiled. From any thread, also while others compile."""
+        before = self.backend.runs
+        with settings.ours(self._room), skips.told_to(self._skipped):
+            result = self._compiled(*args, **kwargs)
+        ran = self.backend.runs > before
+        with self._lock:
+            self.calls += 1
+            self.untraced += not ran
+            first = not ran and self.untraced == 1
+        if first:
+            self.backend.warn("a call ran without any compiled graph, dense: tsa_compile.report(model) counts them")
+        return result
+
+    @property
+    def report(self) -> Report:
+        """What the plan does with what was traced so far."""
+        report = self.backend.report
+        report.calls, report.untraced = self.calls, self.untraced
+        return report
+
+    def _skipped(self, message: str) -> None:
+        self.backend.warn(f"{message}: further calls of that function run dense")
+
+
+class Entry:
+    """What a transformed model calls: the session's compiled call, or the model's own for decode steps."""
+
+    def __init__(self, session: Session, model: nn.Module) -> None:
+        self.session = session
+        # Inductor is asked for all steps; the eager graph of a decode step would be the model itself, behind guards.
+        self._decode = model._call_impl if session.backend.compiler == "eager" else session
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """An error where others trace it, as that would inline the dense model without a word; but for decode steps, which are
+        dense anyway: `generate()` with a static cache compiles them by itself."""
+        if is_decode_step(kwargs):
+            return self._decode(*args, **kwargs)
+        if traced_by_others():
+            _refuse_to_be_traced()
+        return self.session(*args, **kwargs)
+
+
+class RefuseTraces:
+    """A forward pre-hook of a transformed model: traces that go around its call, as of `torch.export` or of a larger model, are
+    refused too. A copy or a pickle of the model has one that does nothing."""
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if torch.compiler.is_dynamo_compiling() and not is_decode_step(kwargs):
+            _refuse_unless_ours()
+
+    def __deepcopy__(self, memo: Any) -> Callable[..., None]:
+        return allow_traces
+
+    def __reduce__(self) -> Any:
+        return _allowing, ()
+
+
+def allow_traces(module: nn.Module, args: Any, kwargs: Any) -> None:
+    """The hook of a copy of a transformed model."""
+
+
+def _allowing() -> Callable[..., None]:
+    return allow_traces
+
+
+def attach(model: nn.Module, make: Callable[[], Session]) -> None:
+    """From now on calls of the model are those of the session that `make` gives.
+
+    Raises:
+        RuntimeError: the model is compiled already.
+    """
+    model = called(model)
+    if model._compiled_call_impl is not None:
+        raise RuntimeError("the model is compiled already; call tsa_compile.restore(model) before transforming it again")
+    model._compiled_call_impl = Entry(make(), model)
+    _ATTACHED[model] = model.register_forward_pre_hook(RefuseTraces(), with_kwargs=True)
+
+
+def attached(model: nn.Module) -> Session | None:
+    """The session whose calls the model's are; None: it has none.
+
+    Raises:
+        RuntimeError: it had one, and was compiled by something else since.
+    """
+    model = called(model)
+    entry = model._compiled_call_impl
+    if not isinstance(entry, Entry) and model in _ATTACHED:
+        raise RuntimeError(
+            f"{type(model).__name__} was transformed by tsa_compile, but something else (model.compile()?) has taken its calls "
+            "since, which are dense now; tsa_compile.restore(model) forgets the transformation and leaves the other in place"
+        )
+    return entry.session if isinstance(entry, Entry) else None
+
+
+def detach(model: nn.Module) -> bool:
+    """The model's calls are its own again, and its graphs are freed; what something else has put in their place stays.
+
+    Returns whether the model had a session.
+    """
+    model = called(model)
+    entry = model._compiled_call_impl
+    if isinstance(entry, Entry):
+        model._compiled_call_impl = None
+        entry.session.backend.close()
+    elif model in _ATTACHED:
+        log.warning("%s was compiled by something else since it was transformed; that stays", type(model).__name__)
+    hook = _ATTACHED.pop(model, None)
+    if hook is not None:
+        hook.remove()
+    return hook is not None
+
+
+def is_decode_step(kwargs: Mapping[str, Any]) -> bool:
+    """Is it a call with one token, by the names that transformers has for them?"""
+    names = ("input_ids", "inputs_embeds", "decoder_input_ids")
+    tokens = next((kwargs[name] for name in names if kwargs.get(name) is not None), None)
+    return isinstance(tokens, torch.Tensor) and tokens.dim() >= 2 and tokens.shape[1] == 1
+
+
+@torch._dynamo.assume_constant_result  # both run while they are traced
+def _refuse_unless_ours() -> None:
+    if not skips.in_call:
+        _refuse_to_be_traced()
+
+
+@torch._dynamo.assume_constant_result
+def _refuse_to_be_traced() -> None:
+    raise RuntimeError(
+        "torch.compile or torch.export of a module that was transformed by tsa_compile: it is compiled already. Use "
+        'torch.compile(model, backend="tsa") instead of transform, tsa_compile.export for exports, or tsa_compile.restore(model).'
+    )
