@@ -32,17 +32,23 @@ def fuse_selection(gm: fx.GraphModule) -> list[fx.Node]:
             raise ExportError(
                 f"{node.name}: TokenSparse.share is {chosen['share']!r}; this export takes 'head', tokens of each head's own"
             )
-        for name in ("q", "k", "key_mask", "scale"):
+        for name in ("q", "k", "order", "ranks", "scale"):
             if chosen[name] is not call[name] and chosen[name] != call[name]:
                 raise ExportError(f"{node.name}: its tokens were selected with another {name} ({selection.name})")
+        if call["need_lse"]:
+            raise ExportError(f"{node.name}: its log-sum-exp is read; exports take the attention's output alone")
+        chosen["key_mask"] = _key_mask(call["order"])
         order = ["q", "k", "v", "key_mask", "scale", "coverage", "window", "pool", "min_tokens"]
         order += ["strip_window", "strip_sinks", "heavy", "engine"]
         with gm.graph.inserting_before(node):
             one = gm.graph.call_function(
                 torch.ops.tsa.token_sparse_attention.default, tuple({**chosen, **call}[name] for name in order)
             )
-        one.meta = dict(node.meta)
-        node.replace_all_uses_with(one)
+        for out in list(node.users):  # (out, lse), of which the second is read by nobody
+            if out.args[1] == 0:
+                one.meta = dict(out.meta)
+                out.replace_all_uses_with(one)
+            gm.graph.erase_node(out)
         gm.graph.erase_node(node)
         fused.append(one)
     gm.graph.eliminate_dead_code()
@@ -75,6 +81,11 @@ def _selection(node: fx.Node, call: dict[str, Any]) -> fx.Node:
     if any(s is not first for s in sources) or first.target is not torch.ops.tsa.select_tokens.default:
         raise ExportError(f"{node.name}: indices, counts and heavy_indices come from different selections")
     return first
+
+
+def _key_mask(order: fx.Node | None) -> fx.Node | None:
+    """The mask whose view the operators read: `order` is the first output of a `key_view` node."""
+    return None if order is None else order.all_input_nodes[0].all_input_nodes[0]
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:

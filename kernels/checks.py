@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
+
+from tsa_compile.kernels.types import BlockLists, BlockRule, Keys, Operands, Strip, TokenRule, Tokens
 
 Tensor = torch.Tensor
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_HEAD_DIM = 256
 BLOCKS = (16, 32, 64, 128)  # tokens of a block
 SHARES = ("head", "group")  # whose list of tokens it is: a query head's, or that of all heads of a KV head
+
+
+def check_operands(name: str, x: Operands, causal: bool = True) -> None:
+    """As `check_attention`, and that the view, if there is one, is what `tsa::key_view` makes."""
+    check_attention(name, x.q, x.k, x.v, x.key_mask, causal)
+    order, ranks = x.view.order
+    if (order is None) != (ranks is None):
+        raise ValueError(f"{name}: order and ranks come together from tsa::key_view, got one of them")
+    for label, t in (("order", order), ("ranks", ranks)):
+        expected = (x.k.shape[0], x.k.shape[2])
+        if t is not None and (t.dtype != torch.int32 or tuple(t.shape) != expected or t.device != x.q.device):
+            got = f"{t.dtype} {tuple(t.shape)} on {t.device}"
+            raise ValueError(f"{name}: {label} must be int32 {expected} on {x.q.device}, got {got}")
 
 
 def check_attention(name: str, q: Tensor, k: Tensor, v: Tensor | None, key_mask: Tensor | None, causal: bool = True) -> None:
@@ -47,10 +60,9 @@ def _check_mask(name: str, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Non
         )
 
 
-def check_selection_arguments(
-    name: str, coverage: float, window: int, pool: int, min_tokens: int, heavy: int, share: str
-) -> None:
+def check_rule(name: str, rule: TokenRule, share: str) -> None:
     """Raise a ValueError naming operator `name` and the argument that is outside its range."""
+    coverage, window, pool, min_tokens, heavy = rule
     if not 0 <= coverage < 1:
         raise ValueError(f"{name}: coverage must be in [0, 1), got {coverage}")
     if window < 1 or min_tokens < 1:
@@ -63,8 +75,9 @@ def check_selection_arguments(
         raise ValueError(f"{name}: share must be one of {SHARES}, got {share!r}")
 
 
-def check_selection(name: str, q: Tensor, k: Tensor, indices: Tensor, counts: Tensor, heavy_indices: Tensor) -> None:
+def check_tokens(name: str, q: Tensor, k: Tensor, kept: Tokens) -> None:
     """Raise a ValueError naming operator `name`, unless the selection fits `q` and `k`."""
+    indices, counts, heavy_indices = kept
     check_lists(name, q, k, indices, counts)
     if heavy_indices.dtype != torch.int32 or heavy_indices.dim() != 3 or heavy_indices.device != q.device:
         raise ValueError(f"{name}: heavy_indices must be a 3-d int32 tensor on {q.device}, got {heavy_indices.dtype}")
@@ -85,8 +98,9 @@ def check_lists(name: str, q: Tensor, k: Tensor, indices: Tensor, counts: Tensor
         raise ValueError(f"{name}: indices {tuple(indices.shape)} and counts {tuple(counts.shape)} do not fit the keys")
 
 
-def check_block_arguments(name: str, block: int, pool: int, mass: float, sinks: int, local: int) -> None:
+def check_block_rule(name: str, rule: BlockRule) -> None:
     """Raise a ValueError naming operator `name` and the argument that is outside its range."""
+    block, pool, mass, sinks, local, _ = rule
     if block not in BLOCKS:
         raise ValueError(f"{name}: block must be one of {BLOCKS}, got {block}")
     if pool < 1 or block % pool or block // pool > 16:
@@ -97,8 +111,9 @@ def check_block_arguments(name: str, block: int, pool: int, mass: float, sinks: 
         raise ValueError(f"{name}: sinks must be at least 0 and local at least 1, got {sinks} and {local}")
 
 
-def check_blocks(name: str, q: Tensor, k: Tensor, blocks: Tensor, block_counts: Tensor, block: int) -> None:
+def check_blocks(name: str, q: Tensor, k: Tensor, lists: BlockLists, block: int) -> None:
     """Raise a ValueError naming operator `name`, unless the block lists fit `q` and `k`."""
+    blocks, block_counts = lists
     if block not in BLOCKS:
         raise ValueError(f"{name}: block must be one of {BLOCKS}, got {block}")
     expected = (*q.shape[:2], -(-k.shape[2] // block))
@@ -108,68 +123,69 @@ def check_blocks(name: str, q: Tensor, k: Tensor, blocks: Tensor, block_counts: 
         raise ValueError(f"{name}: block_counts must be int32 {expected}, got {block_counts.dtype} {tuple(block_counts.shape)}")
 
 
-# ---- one check for each operator, of all its arguments in the order of its schema
+# ---- one check for each operator, of what arguments.py makes of its arguments
 
 
-def select_tokens(q: Tensor, k: Tensor, key_mask: Tensor | None, scale: float, *numbers: Any, share: str = "head") -> None:
-    check_attention("tsa::select_tokens", q, k, None, key_mask)
-    check_selection_arguments("tsa::select_tokens", *numbers, share=share)
+def key_view(key_mask: Tensor) -> None:
+    if key_mask.dtype != torch.bool or key_mask.dim() != 2:
+        raise ValueError(f"tsa::key_view: key_mask must be bool [batch, keys], got {key_mask.dtype} {tuple(key_mask.shape)}")
+
+
+def select_tokens(x: Operands, scale: float, rule: TokenRule, share: str) -> None:
+    check_operands("tsa::select_tokens", x)
+    check_rule("tsa::select_tokens", rule, share)
 
 
 def sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, heavy: Tensor, key_mask: Tensor | None, *numbers: Any
+    x: Operands, kept: Tokens, scale: float, strip: Strip, dense_below: int, engine: str, need_lse: bool
 ) -> None:
     name = "tsa::sparse_attention"
-    check_attention(name, q, k, v, key_mask)
-    check_selection(name, q, k, indices, counts, heavy)
-    check_engine(name, numbers[-1], ("auto", "fused", "packed", "reference"))
+    check_operands(name, x)
+    check_tokens(name, x.q, x.k, kept)
+    check_engine(name, engine, ("auto", "fused", "packed", "reference"))
 
 
-def token_sparse_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, *numbers: Any) -> None:
-    check_attention("tsa::token_sparse_attention", q, k, v, key_mask)
+def token_sparse_attention(x: Operands, scale: float, rule: TokenRule, strip: Strip, engine: str) -> None:
+    check_operands("tsa::token_sparse_attention", x)
 
 
-def select_keys(q: Tensor, k: Tensor, key_mask: Tensor | None, scale: float, coverage: float, probes: int, min_keys: int) -> None:
+def select_keys(x: Operands, scale: float, coverage: float, probes: int, min_keys: int) -> None:
     name = "tsa::select_keys"
-    check_attention(name, q, k, None, key_mask, causal=False)
+    check_operands(name, x, causal=False)
     if not 0 <= coverage < 1:
         raise ValueError(f"{name}: coverage must be in [0, 1), got {coverage}")
     if probes < 1 or min_keys < 1:
         raise ValueError(f"{name}: probes and min_keys must be at least 1, got {probes} and {min_keys}")
 
 
-def key_attention(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, scale: float) -> None:
-    check_attention("tsa::key_attention", q, k, v, None, causal=False)
-    check_lists("tsa::key_attention", q, k, indices, counts)
+def key_attention(x: Operands, kept: Keys, scale: float, need_lse: bool) -> None:
+    check_operands("tsa::key_attention", x, causal=False)
+    check_lists("tsa::key_attention", x.q, x.k, *kept)
 
 
-def select_blocks(q: Tensor, k: Tensor, indices: Tensor, counts: Tensor, scale: float, *numbers: Any) -> None:
-    check_attention("tsa::select_blocks", q, k, None, None)
-    check_selection("tsa::select_blocks", q, k, indices, counts, indices[..., :0])
-    check_block_arguments("tsa::select_blocks", *numbers[:5])
+def select_blocks(x: Operands, kept: Keys, scale: float, rule: BlockRule) -> None:
+    check_operands("tsa::select_blocks", x)
+    check_lists("tsa::select_blocks", x.q, x.k, *kept)
+    check_block_rule("tsa::select_blocks", rule)
 
 
 def block_sparse_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    indices: Tensor,
-    counts: Tensor,
-    heavy: Tensor,
-    blocks: Tensor,
-    block_counts: Tensor,
-    key_mask: Tensor | None,
-    scale: float,
-    strip_window: int,
-    strip_sinks: int,
-    block: int,
-    engine: str,
+    x: Operands, kept: Tokens, lists: BlockLists, scale: float, strip: Strip, block: int, engine: str, need_lse: bool
 ) -> None:
     name = "tsa::block_sparse_attention"
-    check_attention(name, q, k, v, key_mask)
-    check_selection(name, q, k, indices, counts, heavy)
-    check_blocks(name, q, k, blocks, block_counts, block)
+    check_operands(name, x)
+    check_tokens(name, x.q, x.k, kept)
+    check_blocks(name, x.q, x.k, lists, block)
     check_engine(name, engine, ("auto", "fused", "reference"))
+
+
+def merge(part: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> None:
+    for label, (out, lse) in (("the first part", part), ("the second part", other)):
+        shape = part[0].shape[:3]
+        if out.dim() != 4 or out.shape != part[0].shape or out.dtype not in DTYPES or out.device != part[0].device:
+            raise ValueError(f"tsa::merge: out of {label} must be {tuple(part[0].shape)}, got {out.dtype} {tuple(out.shape)}")
+        if lse.dtype != torch.float32 or lse.shape != shape or lse.device != out.device:
+            raise ValueError(f"tsa::merge: lse of {label} must be float32 {tuple(shape)}, got {lse.dtype} {tuple(lse.shape)}")
 
 
 def check_engine(name: str, engine: str, allowed: tuple[str, ...]) -> None:

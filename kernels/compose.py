@@ -1,29 +1,61 @@
-"""Operators that are made of others, on every device."""
+"""Operators that are made of several operations: a selection is scores, then the choice."""
 
 from __future__ import annotations
 
 import torch
 
+from tsa_compile.kernels.common.ranks import order_or_unread
+from tsa_compile.kernels.score.probes.host import probe_means, probing_queries
+from tsa_compile.kernels.score.window.host import window_scores
+from tsa_compile.kernels.select.tokens.host import select_everything, select_from_means, zeros
+from tsa_compile.kernels.types import Keys, Operands, Strip, TokenRule, Tokens
+
 Tensor = torch.Tensor
 
 
-def token_sparse_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_mask: Tensor | None,
-    scale: float,
-    coverage: float,
-    window: int,
-    pool: int,
-    min_tokens: int,
-    strip_window: int,
-    strip_sinks: int,
-    heavy: int,
-    engine: str,
-) -> Tensor:
-    """`tsa::token_sparse_attention`: `select_tokens`, then `sparse_attention`."""
-    selection = torch.ops.tsa.select_tokens(q, k, key_mask, scale, coverage, window, pool, min_tokens, heavy)
-    return torch.ops.tsa.sparse_attention(
-        q, k, v, *selection, key_mask, scale, strip_window, strip_sinks, min_tokens + window, engine
-    )
+def token_sparse_attention(x: Operands, scale: float, rule: TokenRule, strip: Strip, engine: str) -> Tensor:
+    """`tsa::token_sparse_attention`, on every device: `key_view`, `select_tokens`, `sparse_attention`."""
+    order = (None, None) if x.key_mask is None else torch.ops.tsa.key_view(x.key_mask)
+    kept = torch.ops.tsa.select_tokens(x.q, x.k, *order, scale, *rule)
+    dense_below = rule.min_tokens + rule.window
+    return torch.ops.tsa.sparse_attention(x.q, x.k, x.v, *kept, *order, scale, *strip, dense_below, engine)[0]
+
+
+def select_tokens(x: Operands, scale: float, rule: TokenRule, share: str = "head") -> Tokens:
+    """`tsa::select_tokens` by Triton: (indices `[B, G, Lk]`, counts `[B]`, heavy_indices `[B, G, heavy]`), all int32.
+
+    Nothing waits for the device, and lengths are run-time arguments: a new length compiles nothing.
+    Source: arXiv 2602.03216, section 3.
+
+    Raises:
+        ValueError: float64, which Triton's dot does not take.
+    """
+    q, k = x.q, x.k
+    if q.dtype == torch.float64:
+        raise ValueError("tsa::select_tokens: float64 runs on CPU only")
+    lists = (q if share == "head" else k).shape[1]
+    if k.shape[2] <= rule.min_tokens + rule.window or rule.coverage == 0 or q.shape[2] == 0 or q.shape[0] == 0:
+        return select_everything(k, x.view, rule.heavy, lists)
+    zeroed = zeros(q.shape[0], lists, q.shape[1], q.device)
+    order, ranks = order_or_unread(x.view, q.device)
+    mean = window_scores(q, k, order, ranks, x.view.ranks is not None, scale, rule.window, zeroed.through)
+    return select_from_means(mean, q.shape[2], x.view, rule, lists, zeroed)
+
+
+def select_keys(x: Operands, scale: float, coverage: float, probes: int, min_keys: int) -> Keys:
+    """`tsa::select_keys` by Triton: (indices `[B, H, Lk]`, counts `[B]`), int32. The contract is docs/operators.md.
+
+    Nothing waits for the device, and lengths are run-time arguments.
+
+    Raises:
+        ValueError: float64, which Triton's dot does not take.
+    """
+    q, k, view = x.q, x.k, x.view
+    if q.dtype == torch.float64:
+        raise ValueError("tsa::select_keys: float64 runs on CPU only")
+    q_len, k_len = q.shape[2], k.shape[2]
+    if k_len <= min_keys + 1 or coverage == 0 or q_len == 0 or q.shape[0] == 0:
+        return Keys(*select_everything(k, view, 0, q.shape[1])[:2])
+    mean = probe_means(probing_queries(q, k_len, view, probes), k, view, scale)
+    rule = TokenRule(coverage, window=1, pool=1, min_tokens=min_keys)
+    return Keys(*select_from_means(mean, k_len, view, rule, q.shape[1])[:2])

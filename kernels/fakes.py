@@ -6,32 +6,44 @@ from typing import Any
 
 import torch
 
+from tsa_compile.kernels.common.results import empty_result, no_lse
+from tsa_compile.kernels.types import BlockRule, Keys, Operands, TokenRule
+
 Tensor = torch.Tensor
 
 
-def empty_result(q: Tensor, v: Tensor) -> Tensor:
-    """`[B, H, Lq, Dv]`, stored as `[B, Lq, H, Dv]`."""
-    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
+def attention(x: Operands, *rest: Any) -> tuple[Tensor, Tensor]:
+    """The results of every attention; the last argument says whether the log-sum-exp is needed."""
+    lse = x.q.new_empty(x.q.shape[:3], dtype=torch.float32) if rest[-1] else no_lse(x.q)
+    return empty_result(x.q, x.v), lse
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
-    """The result of every attention."""
-    return empty_result(q, v)
+def token_sparse_attention(x: Operands, *rest: Any) -> Tensor:
+    return empty_result(x.q, x.v)
 
 
-def select_tokens(q: Tensor, k: Tensor, *rest: Any, share: str = "head") -> tuple[Tensor, Tensor, Tensor]:
-    (batch, heads), (kv_heads, k_len), heavy = q.shape[:2], k.shape[1:3], rest[-1]
+def key_view(key_mask: Tensor) -> tuple[Tensor, Tensor]:
+    return _int32(key_mask, *key_mask.shape), _int32(key_mask, *key_mask.shape)
+
+
+def select_tokens(x: Operands, scale: float, rule: TokenRule, share: str) -> tuple[Tensor, Tensor, Tensor]:
+    q, (batch, heads), (kv_heads, k_len) = x.q, x.q.shape[:2], x.k.shape[1:3]
     lists = heads if share == "head" else kv_heads
-    return _int32(q, batch, lists, k_len), _int32(q, batch), _int32(q, batch, lists, heavy)
+    return _int32(q, batch, lists, k_len), _int32(q, batch), _int32(q, batch, lists, rule.heavy)
 
 
-def select_keys(q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _int32(q, q.shape[0], q.shape[1], k.shape[2]), _int32(q, q.shape[0])
+def select_keys(x: Operands, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _int32(x.q, *x.q.shape[:2], x.k.shape[2]), _int32(x.q, x.q.shape[0])
 
 
-def select_blocks(q: Tensor, k: Tensor, indices: Tensor, counts: Tensor, scale: float, block: int, *rest: Any) -> Any:
-    (batch, heads), n = q.shape[:2], -(-k.shape[2] // block)
-    return q.new_empty(batch, heads, n, n, dtype=torch.int16), _int32(q, batch, heads, n)
+def select_blocks(x: Operands, kept: Keys, scale: float, rule: BlockRule) -> tuple[Tensor, Tensor]:
+    (batch, heads), n = x.q.shape[:2], -(-x.k.shape[2] // rule.block)
+    return x.q.new_empty(batch, heads, n, n, dtype=torch.int16), _int32(x.q, batch, heads, n)
+
+
+def merge(part: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    out, lse = part
+    return empty_result(out, out), torch.empty_like(lse, memory_format=torch.contiguous_format)
 
 
 def decode_attention(

@@ -1,6 +1,7 @@
 """The operators, `torch.ops.tsa.*`: one row each. docs/operators.md is the contract; registry.py says what a row becomes.
 
-To add one: a reference and a host function in kernels/<operation>/, a check (checks.py), a fake (fakes.py), and a row below.
+To add one: a reference and a host function in kernels/<operation>/, a check (checks.py), a fake (fakes.py), how its flat
+arguments become the types that these take (arguments.py), and a row below.
 Importing this file imports neither Triton nor any implementation.
 """
 
@@ -9,55 +10,70 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from tsa_compile.kernels import checks, decode_checks, fakes
+from tsa_compile.kernels import arguments, checks, decode_checks, fakes
 from tsa_compile.kernels.registry import LIBRARY, Operator, add, observing, register
 
 _RULE = "float coverage, int window, int pool, int min_tokens"
 _LISTS = "Tensor indices, Tensor counts"
+_ORDER = "Tensor? order, Tensor? ranks"  # of tsa::key_view
+_STRIP = "int strip_window, int strip_sinks"
+_ATTENDED = "(Tensor out, Tensor lse)"
 _CACHE = "Tensor? blocks, int block, Tensor? start, Tensor? lengths, Tensor? key_mask, float scale"  # KvView, then what is read
 _MASKS = "Tensor? mask=None, Tensor? sinks=None, float softcap=0.0"
 
 OPERATORS = (
     Operator(
-        f"select_tokens(Tensor q, Tensor k, Tensor? key_mask, float scale, {_RULE}, int heavy, *, str share='head')"
+        "key_view(Tensor key_mask) -> (Tensor order, Tensor ranks)",
+        check=checks.key_view,
+        fake=fakes.key_view,
+        reference="common.ranks:rank_order_reference",
+        host="common.ranks:rank_order",
+    ),
+    Operator(
+        f"select_tokens(Tensor q, Tensor k, {_ORDER}, float scale, {_RULE}, int heavy, *, str share='head')"
         " -> (Tensor indices, Tensor counts, Tensor heavy_indices)",
         check=checks.select_tokens,
         fake=fakes.select_tokens,
-        reference="select.tokens.reference:select_tokens_reference",
-        host="select.tokens.host:select_tokens",
+        reference="compose_reference:select_tokens_reference",
+        host="compose:select_tokens",
+        arguments=arguments.select_tokens,
         selects=True,
     ),
     Operator(
-        f"sparse_attention(Tensor q, Tensor k, Tensor v, {_LISTS}, Tensor heavy_indices, Tensor? key_mask, float scale,"
-        " int strip_window, int strip_sinks, int dense_below, str engine) -> Tensor",
+        f"sparse_attention(Tensor q, Tensor k, Tensor v, {_LISTS}, Tensor heavy_indices, {_ORDER}, float scale, {_STRIP},"
+        f" int dense_below, str engine, bool need_lse=False) -> {_ATTENDED}",
         check=checks.sparse_attention,
         fake=fakes.attention,
         reference="attend.tokens.reference:sparse_attention_reference",
         host="attend.tokens.host:sparse_attention",
+        arguments=arguments.sparse_attention,
     ),
     Operator(
-        f"token_sparse_attention(Tensor q, Tensor k, Tensor v, Tensor? key_mask, float scale, {_RULE},"
-        " int strip_window, int strip_sinks, int heavy, str engine) -> Tensor",
+        f"token_sparse_attention(Tensor q, Tensor k, Tensor v, Tensor? key_mask, float scale, {_RULE}, {_STRIP}, int heavy,"
+        " str engine) -> Tensor",
         check=checks.token_sparse_attention,
-        fake=fakes.attention,
+        fake=fakes.token_sparse_attention,
         reference="compose:token_sparse_attention",
         host="compose:token_sparse_attention",
+        arguments=arguments.token_sparse_attention,
     ),
     Operator(
-        "select_keys(Tensor q, Tensor k, Tensor? key_mask, float scale, float coverage, int probes, int min_keys)"
+        f"select_keys(Tensor q, Tensor k, {_ORDER}, float scale, float coverage, int probes, int min_keys)"
         " -> (Tensor indices, Tensor counts)",
         check=checks.select_keys,
         fake=fakes.select_keys,
-        reference="select.keys.reference:select_keys_reference",
-        host="select.keys.host:select_keys",
+        reference="compose_reference:select_keys_reference",
+        host="compose:select_keys",
+        arguments=arguments.select_keys,
         selects=True,
     ),
     Operator(
-        f"key_attention(Tensor q, Tensor k, Tensor v, {_LISTS}, float scale) -> Tensor",
+        f"key_attention(Tensor q, Tensor k, Tensor v, {_LISTS}, float scale, bool need_lse=False) -> {_ATTENDED}",
         check=checks.key_attention,
         fake=fakes.attention,
         reference="attend.keys.reference:key_attention_reference",
         host="attend.keys.host:key_attention",
+        arguments=arguments.key_attention,
     ),
     Operator(
         f"select_blocks(Tensor q, Tensor k, {_LISTS}, float scale, int block, int pool, float mass, int sinks, int local,"
@@ -66,15 +82,24 @@ OPERATORS = (
         fake=fakes.select_blocks,
         reference="attend.blocks.reference:select_blocks_reference",
         host="attend.blocks.host:select_blocks",
+        arguments=arguments.select_blocks,
     ),
     Operator(
         f"block_sparse_attention(Tensor q, Tensor k, Tensor v, {_LISTS}, Tensor heavy_indices, Tensor blocks,"
-        " Tensor block_counts, Tensor? key_mask, float scale, int strip_window, int strip_sinks, int block,"
-        " str engine) -> Tensor",
+        f" Tensor block_counts, {_ORDER}, float scale, {_STRIP}, int block, str engine, bool need_lse=False) -> {_ATTENDED}",
         check=checks.block_sparse_attention,
         fake=fakes.attention,
         reference="attend.blocks.reference:block_sparse_attention_reference",
         host="attend.blocks.host:block_sparse_attention",
+        arguments=arguments.block_sparse_attention,
+    ),
+    Operator(
+        f"merge(Tensor out, Tensor lse, Tensor other, Tensor other_lse) -> {_ATTENDED}",
+        check=checks.merge,
+        fake=fakes.merge,
+        reference="common.merge:merge_reference",
+        host="common.merge:merge",
+        arguments=arguments.merge,
     ),
     Operator(
         f"decode_attention(Tensor q, Tensor k, Tensor v, {_CACHE}, {_MASKS}, int window=0, bool causal=True,"
@@ -100,7 +125,8 @@ for _operator in OPERATORS:
 
 def source_tag() -> str:
     """A hash of the table and of what it registers: compile caches see a schema, but neither its fake nor its gradient."""
-    files = (Path(__file__).with_name(f"{name}.py") for name in ("ops", "registry", "fakes", "checks", "decode_checks"))
+    names = ("ops", "registry", "arguments", "types", "fakes", "common/results", "checks", "decode_checks")
+    files = (Path(__file__).parent / f"{name}.py" for name in names)
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:16]
 
 

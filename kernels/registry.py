@@ -22,7 +22,7 @@ LIBRARY = torch.library.Library("tsa", "DEF")
 
 
 class Operator(NamedTuple):
-    """One row of the table. Its first argument is a tensor. All functions take the arguments of the schema, in its order.
+    """One row of the table. Its first argument is a tensor.
 
     Args:
         schema: as `torch.library` reads it: `name(Tensor q, ...) -> Tensor`.
@@ -30,6 +30,7 @@ class Operator(NamedTuple):
         fake: uninitialised results of the real shapes, dtypes and strides.
         reference: "module:function" below `tsa_compile.kernels`, in plain PyTorch: what runs on CPU tensors.
         host: "module:function" that launches the kernels: what runs on CUDA tensors. Both are imported at the first call.
+        arguments: from the arguments of the schema to those of the four functions above; None: they take the schema's own.
         selects: whether recorders see its calls: its second result are the kept counts `[B]`, its second argument the keys.
     """
 
@@ -38,6 +39,7 @@ class Operator(NamedTuple):
     fake: Callable[..., Any]
     reference: str
     host: str
+    arguments: Callable[..., tuple[Any, ...]] | None = None
     selects: bool = False
 
     @property
@@ -49,17 +51,23 @@ def add(operator: Operator) -> None:
     """Define and register one operator."""
     LIBRARY.define(operator.schema)
 
-    def fake(*args: Any, **kwargs: Any) -> Any:
+    def checked(args: Any, kwargs: Any) -> tuple[Any, Any]:
+        if operator.arguments is not None:
+            args, kwargs = operator.arguments(*args, **kwargs), {}
         operator.check(*args, **kwargs)
+        return args, kwargs
+
+    def fake(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = checked(args, kwargs)
         return operator.fake(*args, **kwargs)
 
     def run(where: str) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            operator.check(*args, **kwargs)
+        def call(*flat: Any, **named: Any) -> Any:
+            args, kwargs = checked(flat, named)
             result = resolve(where)(*args, **kwargs)
             if operator.selects:
-                _observe(result[1], args[1].shape[2])
-            return result
+                _observe(result[1], flat[1].shape[2])
+            return tuple(result) if isinstance(result, tuple) else result  # the dispatcher takes no NamedTuple
 
         return call
 

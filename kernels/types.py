@@ -23,17 +23,30 @@ class KvView(NamedTuple):
         block: rows of a block. 1 with `blocks`: each key by its own index (gather).
         start: int32 `[B]`, the first position that is a key; None: 0 in every row.
         lengths: int32 `[B]`, positions from `start` on that are keys; None: all of the tensor.
+        ranks: int32 `[B, Lk]`, with `block = 1` and `blocks = order`: what `tsa::key_view` makes of a mask with holes. How many
+            keys lie in the tensor up to and with this row of it; `ranks[:, -1]` are the lengths.
     """
 
     blocks: T | None
     block: int
     start: T | None
     lengths: T | None
+    ranks: T | None = None
 
     @property
     def is_identity(self) -> bool:
         """Every row of the tensors is a key, in its own place."""
         return self.blocks is None and self.start is None and self.lengths is None
+
+    @classmethod
+    def ordered(cls, order: T | None, ranks: T | None) -> KvView:
+        """By the results of `tsa::key_view`, or by None and None: every row of the tensors is a key."""
+        return cls(order, 1, None, None, ranks)
+
+    @property
+    def order(self) -> tuple[T | None, T | None]:
+        """(order, ranks), as operators of prefill take them; (None, None) without padding."""
+        return self.blocks, self.ranks
 
 
 IDENTITY = KvView(None, 1, None, None)
@@ -47,7 +60,7 @@ class Operands(NamedTuple):
         k: `[B, Hk, Lk, D]`, `H % Hk == 0`.
         v: `[B, Hk, Lk, Dv]`.
         key_mask: bool `[B, Lk]`, true: a real token; None: all.
-        view: where keys lie; made from `key_mask` once a graph.
+        view: where keys lie, made from `key_mask` once a graph (`tsa::key_view`): prefill reads this, and not the mask.
         mask: what else hides or weighs keys, as data: bool, or numbers added to the logits, `[B or 1, H or 1, Lq or 1, Lk]`.
             Only decode policies read it.
         sinks: `[H]`, a logit without a value that joins each head's softmax. Only decode policies read it.
@@ -68,12 +81,12 @@ class Tokens(NamedTuple):
     Args:
         indices: int32 `[B, G, Lk]`, ascending positions, -1 behind the last; `G` is `H` or `Hk`.
         counts: int32 `[B]`, kept tokens of the row, one number for all its lists.
-        heavy: int32 `[B, G, heavy]`, the list's heaviest tokens, ascending, -1 behind the last.
+        heavy_indices: int32 `[B, G, heavy]`, the list's heaviest tokens, ascending, -1 behind the last.
     """
 
     indices: T
     counts: T
-    heavy: T
+    heavy_indices: T
 
 
 class Keys(NamedTuple):
@@ -92,6 +105,18 @@ class Pages(NamedTuple):
     """
 
     indices: T
+    counts: T
+
+
+class BlockLists(NamedTuple):
+    """Key blocks that each block of kept queries reads (blocks of slots, places in a kept list).
+
+    Args:
+        blocks: int16 `[B, H, N, N]`, ascending, -1 behind the last; `N = ceil(Lk / block)`.
+        counts: int32 `[B, H, N]`, how many these are; 0 for a block without queries.
+    """
+
+    blocks: T
     counts: T
 
 
@@ -131,6 +156,30 @@ class Strip(NamedTuple):
     window: int = 0
     sinks: int = 0
 
+    def reads(self, heavy_indices: T) -> bool:
+        """Whether, with these heaviest tokens `[B, G, heavy]`, there is a strip at all."""
+        return self.window > 0 or self.sinks > 0 or heavy_indices.shape[-1] > 0
+
+
+class BlockRule(NamedTuple):
+    """How blocks of kept tokens are chosen (arXiv 2502.20766); the numbers of `tsa::select_blocks`, in its order.
+
+    Args:
+        block: tokens of a block.
+        pool: tokens whose mean stands for them in the scores; divides `block`.
+        mass: share of a row block's estimated mass that its key blocks hold, in (0, 1].
+        sinks: first blocks, always kept.
+        local: last blocks up to the own, always kept.
+        dense_below: rows that keep up to so many tokens read all blocks.
+    """
+
+    block: int
+    pool: int
+    mass: float
+    sinks: int
+    local: int
+    dense_below: int
+
 
 class TokenRule(NamedTuple):
     """How tokens are selected (arXiv 2602.03216, section 3); the numbers of `tsa::select_tokens`, in its order.
@@ -155,7 +204,8 @@ class Attended(NamedTuple):
 
     Args:
         out: `[B, H, Lq, Dv]`, stored as `[B, Lq, H, Dv]`; zero in a row that read no key.
-        lse: float32 `[B, H, Lq]`, natural log of the sum of exponentials; -inf in a row that read no key.
+        lse: float32 `[B, H, Lq]`, natural log of the sum of exponentials; -inf in a row that read no key. Empty (`[0]`) where
+            the caller said that it needs none.
     """
 
     out: T

@@ -8,7 +8,7 @@ import operator
 import torch
 import torch.fx as fx
 
-from tsa_compile.kernels.types import Operands
+from tsa_compile.kernels.types import IDENTITY, KvView, Operands
 from tsa_compile.passes.context import GraphSite
 from tsa_compile.passes.facts.names import tensor_of
 from tsa_compile.passes.prove_mask.proven import KeyTerm
@@ -29,7 +29,8 @@ def operands_of(graph: fx.Graph, at: GraphSite) -> Operands:
     q, k, v = (_operand(graph, at.site.dtype, x, layout) for x, layout in pairs)
     if used is not None:
         k, v = (graph.call_function(aten.slice.Tensor, (x, 2, 0, used)) for x in (k, v))
-    return Operands(q, k, v, _key_mask(graph, at, used))
+    key_mask = _key_mask(graph, at, used)
+    return Operands(q, k, v, key_mask, _view(graph, key_mask))
 
 
 def _operand(graph: fx.Graph, dtype: torch.dtype, x: fx.Node, layout: str) -> fx.Node:
@@ -51,6 +52,14 @@ def _keys_used(graph: fx.Graph, at: GraphSite) -> fx.Node | int | None:
 def _size(graph: fx.Graph, x: fx.Node, dim: int) -> fx.Node | int:
     size = tensor_of(x).shape[dim]  # type: ignore[union-attr]
     return size if isinstance(size, int) else graph.call_function(aten.sym_size.int, (x, dim))
+
+
+def _view(graph: fx.Graph, key_mask: fx.Node | None) -> KvView:
+    """Where the real keys are; `rewrite_attention` leaves one such node for all sites with the same mask."""
+    if key_mask is None:
+        return IDENTITY
+    both = graph.call_function(torch.ops.tsa.key_view.default, (key_mask,))
+    return KvView.ordered(*(graph.call_function(operator.getitem, (both, i)) for i in range(2)))
 
 
 def _key_mask(graph: fx.Graph, at: GraphSite, used: fx.Node | int | None) -> fx.Node | None:

@@ -11,6 +11,7 @@ from tsa_compile.passes.context import Context, Decision, Replacement
 from tsa_compile.passes.emit import describe_new, emit_into
 from tsa_compile.passes.facts.dead_code import erase_dead
 from tsa_compile.passes.operands import LAYOUT, operands_of
+from tsa_compile.passes.share_views import share_views
 
 
 def rewrite_attention(context: Context) -> int:
@@ -22,6 +23,7 @@ def rewrite_attention(context: Context) -> int:
         if decision.reason is None:
             context.replacements.append(_replace(context.gm.graph, decision))
     if context.replacements:
+        share_views(context.gm.graph, context.replacements)
         erase_dead(context.gm.graph, [r.at.node for r in context.replacements])
         context.gm.recompile()
     return len(context.replacements)

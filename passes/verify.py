@@ -34,7 +34,8 @@ def verify_graph(context: Context) -> int:
         if not emitted:
             raise VerificationError(f"{r.at}: its policy emitted no tsa operator")
         for node in r.created:
-            _check_operator(r.at, node)
+            if node in present:
+                _check_operator(r.at, node)
     return sum(_is_ours(n) for n in graph.nodes)
 
 
@@ -65,11 +66,12 @@ def _check_operator(at: GraphSite, node: fx.Node) -> None:
     if target.namespace not in ("tsa", "aten"):
         raise VerificationError(f"{at}: {node.name} calls {target}, outside tsa and aten")
     names = [a.name for a in target._schema.arguments]
-    if _is_ours(node) and "key_mask" in names:
-        given = arg(node, names.index("key_mask"), "key_mask")
-        if (given is None) == at.site.mask.padded:
-            happened = "lost the key mask" if given is None else "got a key mask that was not proven"
-            raise VerificationError(f"{at}: {node.name} {happened}")
+    for name in ("key_mask", "order"):  # the mask, or the view that was made of it
+        if _is_ours(node) and name in names:
+            given = arg(node, names.index(name), name)
+            if (given is None) == at.site.mask.padded:
+                happened = "lost the key mask" if given is None else "got a key mask that was not proven"
+                raise VerificationError(f"{at}: {node.name} {happened}")
 
 
 def _is_ours(node: fx.Node) -> bool:

@@ -68,8 +68,6 @@ class AotKernel:
     def _type(self, parameter: str) -> str:
         if parameter in ("q", "k", "v", "out", "part"):
             return f"*{self.form.dtype}"
-        if parameter == "heavy":  # the list itself where its length is another parameter, else that length
-            return "*i32" if "n_heavy" in parameters(self.function) else "i32"
         if parameter in _POINTERS:
             return _POINTERS[parameter]
         if parameter == "scale_log2":

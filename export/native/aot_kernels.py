@@ -18,7 +18,7 @@ from tsa_compile.kernels.score.window import hopper as scores_hopper
 from tsa_compile.kernels.score.window import host as token_scores
 
 _STRIP_BINDS = {
-    "heavy": "heavy_indices", "n_heavy": "heavy", "window": "strip_window", "sinks": "strip_sinks", "order": "strip_order",
+    "window": "strip_window", "sinks": "strip_sinks", "order": "strip_order",
     "ranks": "strip_ranks", "part": "out", "part_lse": "lse", "s_sb": "i_sb", "s_sg": "i_sg", "p_sb": "o_sb", "p_sh": "o_sh",
 }  # fmt: skip
 
@@ -47,7 +47,8 @@ def takes_hopper(form: Form, capability: tuple[int, int]) -> bool:
 def kernels_of(form: Form, capability: tuple[int, int]) -> Iterator[AotKernel]:
     """All kernels of a form, for GPUs of one compute capability."""
     from tsa_compile.export.native.rank_device import rank_kernel
-    from tsa_compile.kernels.attend.tokens.pack_device import invert_kernel, order_kernel
+    from tsa_compile.kernels.attend.tokens.pack_device import invert_kernel
+    from tsa_compile.kernels.common.ranks_device import order_kernel
 
     yield from _scores(form, capability)
     yield from _selection(form)
@@ -129,6 +130,7 @@ def _strip(form: Form, capability: tuple[int, int]) -> AotKernel:
     constants = {
         "D": form.dim, "DV": form.v_dim, "BLOCK_D": block_d, "BLOCK_DV": block_dv, "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n, "PADDED": form.masked, "PACKED": False, "PRECISION": precision(form.torch_dtype),
+        "lse": None,
     }  # fmt: skip
     options = config.options
     blocks = (config.block_m, config.block_n)

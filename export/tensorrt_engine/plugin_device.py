@@ -60,16 +60,16 @@ def prefill_lse_plugin_kernel(
 
 @triton.jit
 def strip_plugin_kernel(
-    q, k, v, part, part_lse, slots, heavy, heads, kv_heads, q_len, k_len, n_heavy, out,
+    q, k, v, part, part_lse, slots, heavy_indices, heads, kv_heads, q_len, k_len, heavy, out,
     SCALE_LOG2: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out [B, H, Lq, Dv]: every row's strip, merged with `part` where the row is kept."""
     q_sh, k_sh, v_sh, o_sh = wide(q_len) * D, wide(k_len) * D, wide(k_len) * DV, wide(q_len) * DV
     strip_kernel(
-        q, k, v, out, part, part_lse, slots, heavy, slots, slots,
+        q, k, v, out, part, part_lse, slots, heavy_indices, slots, slots,
         heads * q_sh, q_sh, D, 1, kv_heads * k_sh, k_sh, D, 1, kv_heads * v_sh, v_sh, DV, 1, heads * o_sh, o_sh, DV,
         heads * o_sh, o_sh, DV, wide(q_len) * heads, wide(q_len), wide(k_len) * heads, wide(k_len),
-        wide(n_heavy) * heads, wide(n_heavy), heads, kv_heads, heads, q_len, k_len, n_heavy, WINDOW, SINKS, SCALE_LOG2,
+        wide(heavy) * heads, wide(heavy), heads, kv_heads, heads, q_len, k_len, heavy, WINDOW, SINKS, SCALE_LOG2,
         D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, False, False, PRECISION,
     )  # fmt: skip

@@ -17,8 +17,8 @@ from tsa_compile.export.native.aot import compile_triton
 from tsa_compile.export.native.aot_form import TYPES, parameters
 from tsa_compile.kernels.common.tiles import LOG2_E, precision, prefill_config, strip_config
 
-SIZES = ("heads", "kv_heads", "q_len", "k_len", "n_heavy")
-_POINTERS = {"indices": "*i32", "counts": "*i32", "slots": "*i32", "heavy": "*i32", "lse": "*fp32", "part_lse": "*fp32"}
+SIZES = ("heads", "kv_heads", "q_len", "k_len", "heavy")
+_POINTERS = {"indices": "*i32", "counts": "*i32", "slots": "*i32", "heavy_indices": "*i32", "lse": "*fp32", "part_lse": "*fp32"}
 
 
 class PluginKernel(NamedTuple):

@@ -19,7 +19,7 @@ class RepeatedHeads:
         found = self._unrepeated(x, layout.index("h"))
         if found is not None:
             return found, layout
-        before = _before_permutation(x, layout)  # repeated first, transposed then
+        before = before_permutation(x, layout)  # repeated first, transposed then
         if before is not None:
             found = self._unrepeated(before[0], before[1].index("h"))
             if found is not None:
@@ -35,7 +35,7 @@ class RepeatedHeads:
         if name == "expand":  # one KV head for all
             source = x.args[0]
             return source if self._expands_only(source, x, head) else None  # type: ignore[arg-type,return-value]
-        if name != "view":
+        if name not in ("view", "flatten"):
             return None
         grouped = _skip_copies(x.args[0])  # type: ignore[arg-type]
         if op_name(grouped) != "expand" or tensor_of(grouped) is None:
@@ -91,7 +91,7 @@ def _skip_copies(x: fx.Node) -> fx.Node:
     return x
 
 
-def _before_permutation(x: fx.Node, layout: str) -> tuple[fx.Node, str] | None:
+def before_permutation(x: fx.Node, layout: str) -> tuple[fx.Node, str] | None:
     """The source of a transpose or permute, and its layout."""
     x = _skip_copies(x)
     if op_name(x) == "transpose":

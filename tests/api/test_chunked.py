@@ -8,9 +8,8 @@ import torch.nn.functional as F
 
 import tsa_compile as tsa
 from tests.api.tiny import LAYERS, tiny_llama, token_ids
+from tests.kernels.flat import select_tokens_reference, sparse_attention_reference
 from tsa_compile.frontends import hf
-from tsa_compile.kernels.attend.tokens.reference import sparse_attention_reference
-from tsa_compile.kernels.select.tokens.reference import select_tokens_reference
 
 CHUNK, LENGTH = 512, 1536
 POLICY = tsa.TokenSparse(coverage=0.3, window=32, min_tokens=64, completion=tsa.Completion(16, 4, 32))

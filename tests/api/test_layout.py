@@ -103,6 +103,23 @@ def test_optional_packages_are_imported_lazily(folder):
             assert lazy or module.split(".")[0] not in OPTIONAL, f"{path.relative_to(ROOT)} imports {module}"
 
 
+OPERATIONS = ("attend", "select", "score", "state")
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_operations_of_kernels_never_import_one_another(operation):
+    """An implementation, a folder such as attend/tokens, sees common, types and checks. What joins them is in compose.py."""
+    allowed = ("common", "types", "checks")
+    replaced_soon = {("attend/blocks", "attend.tokens")}
+    for path in sorted((ROOT / "kernels" / operation).rglob("*.py")):
+        own = path.parent.relative_to(ROOT / "kernels").as_posix()
+        for module, _ in imports(path):
+            if module.startswith("tsa_compile."):
+                part = module.removeprefix("tsa_compile.kernels.")
+                fine = part.split(".")[0] in allowed or part.startswith(own.replace("/", "."))
+                assert fine or any(own == a and part.startswith(b) for a, b in replaced_soon), f"{path} imports {module}"
+
+
 def run(code: str, *args: str) -> str:
     done = subprocess.run([sys.executable, *args, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

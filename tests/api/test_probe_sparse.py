@@ -8,8 +8,7 @@ import torch.nn.functional as F
 
 import tsa_compile as tsa
 from tests.api.tiny import tiny_llama, token_ids
-from tsa_compile.kernels.attend.keys.reference import key_attention_reference
-from tsa_compile.kernels.select.keys.reference import select_keys_reference
+from tests.kernels.flat import key_attention_reference, select_keys_reference
 from tsa_compile.plan import as_plan
 
 KEEP_ALL = tsa.ProbeSparse(coverage=0.0, probes=4, min_keys=1)

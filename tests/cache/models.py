@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -57,3 +58,8 @@ def hooked(model: Any, pool: Pool | None = None, states_for: Any = None) -> tupl
 
 def token_ids(length: int, batch: int = 1, seed: int = 0) -> torch.Tensor:
     return torch.randint(2, 128, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def cache_name(model: Any) -> str:
+    """The cache's argument: `past_key_values`, and `cache` in later versions."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"

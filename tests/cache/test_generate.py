@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.cache.models import FAMILIES, hooked, tiny, token_ids
+from tests.cache.models import FAMILIES, cache_name, hooked, tiny, token_ids
 
 transformers = pytest.importorskip("transformers")
 
@@ -89,13 +89,6 @@ def test_one_prefix_for_two_prompts(family):
     for got, want in zip(answers(model), answers(tiny(family)), strict=True):
         assert torch.equal(got, want)
     assert all(p.ours == (0, 1) for p in seen)
-
-
-def cache_name(model: Any) -> str:
-    """The cache's argument: `past_key_values`, and `cache` in later versions."""
-    import inspect
-
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -91,7 +91,7 @@ def test_the_ptx_of_the_tensorrt_plugins_runs_with_inputs_sizes_and_outputs(site
     s = site.strip if strip else site.paper
     q, k, v = (x.cuda() for x in site.operands(2, 700, 700, dim=64, v_dim=64, dtype=torch.float16))
     numbers = (site.scale, s["coverage"], s["window"], s["pool"], s["min_tokens"])
-    indices, counts, heavy = torch.ops.tsa.select_tokens(q, k, None, *numbers, s["heavy"])
+    indices, counts, heavy = torch.ops.tsa.select_tokens(q, k, None, None, *numbers, s["heavy"])
     driver = ctypes.CDLL("libcuda.so.1")
 
     def launch(name, inputs, sizes, outputs, by_rows):

@@ -152,8 +152,7 @@ def recorded(monkeypatch):
 @pytest.mark.parametrize(("batch", "q_len", "k_len"), [(2, 90, 1100), (1, 9000, 9000), (1, 60, 17000)])
 def test_the_library_launches_what_the_host_code_launches(site, machine, recorded, form, masked, batch, q_len, k_len):
     """Same kernels, grids, numbers, constants and options, in the same order: `aot_kernels` and cuda.cc follow the host code."""
-    from tsa_compile.kernels.attend.tokens.host import sparse_attention
-    from tsa_compile.kernels.select.tokens.host import select_tokens
+    from tests.kernels.flat import select_tokens, sparse_attention
 
     s = getattr(site, form)
     q, k, v = site.operands(batch, q_len, k_len, dim=DIM, v_dim=V_DIM)
@@ -176,10 +175,9 @@ def test_the_same_with_the_kernels_for_hopper(site, machine, recorded, monkeypat
     from triton.experimental.gluon._runtime import GluonJITFunction
     from triton.runtime.interpreter import InterpretedFunction
 
+    from tests.kernels.flat import select_tokens, sparse_attention
     from tsa_compile.kernels.attend.tokens import hopper as prefill
-    from tsa_compile.kernels.attend.tokens.host import sparse_attention
     from tsa_compile.kernels.score.window import hopper as scores
-    from tsa_compile.kernels.select.tokens.host import select_tokens
 
     monkeypatch.setattr(GluonJITFunction, "run", InterpretedFunction.run)
     for module in (prefill, scores):

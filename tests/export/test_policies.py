@@ -42,7 +42,7 @@ def test_an_operator_of_another_policy_is_named():
 
     class Selects(torch.nn.Module):
         def forward(self, q, k):
-            return torch.ops.tsa.select_tokens(q, k, None, 0.25, 0.3, 16, 7, 32, 0)[1]
+            return torch.ops.tsa.select_tokens(q, k, None, None, 0.25, 0.3, 16, 7, 32, 0)[1]
 
     program = torch.export.export(Selects(), (torch.randn(1, 2, 90, 16), torch.randn(1, 2, 90, 16)))
     with pytest.raises(

@@ -252,7 +252,7 @@ def test_registration_and_launch(trtp, compiled, monkeypatch, name):
     assert list(sizes) == [8, 4, 300, 500, 20][: len(sizes)]
     names = parameters(plugin_function(name))
     tensors = [n for n in plugin["names"] if n not in settings]
-    size_names = ["heads", "kv_heads", "q_len", "k_len", "n_heavy"][: len(sizes)]
+    size_names = ["heads", "kv_heads", "q_len", "k_len", "heavy"][: len(sizes)]
     assert names[: len(tensors) + len(sizes) + len(described)] == [*tensors, *size_names, *OUTPUTS[name]]
 
 

@@ -13,19 +13,20 @@ from hypothesis import strategies as st
 
 import tsa_compile as tsa
 from tests.api.tiny import tiny_llama, token_ids
-from tsa_compile.export.common import ExportError
-from tsa_compile.export.trace import trace
-from tsa_compile.kernels.attend.blocks.reference import (
-    block_masses,
+from tests.kernels.flat import (
+    block_sparse_attention,
     block_sparse_attention_reference,
-    kept_by_mass,
+    order,
+    select_blocks,
     select_blocks_reference,
 )
+from tsa_compile.export.common import ExportError
+from tsa_compile.export.trace import trace
+from tsa_compile.kernels.attend.blocks.reference import block_masses, kept_by_mass
 from tsa_compile.kernels.attend.tokens.definition import sparse_attention_oracle
 from tsa_compile.policies.base import from_dict
 
 pytest.importorskip("triton")
-from tsa_compile.kernels.attend.blocks import host
 
 _spec = importlib.util.spec_from_file_location("sparse_prefill_cases", Path(__file__).with_name("test_sparse_prefill.py"))
 cases = importlib.util.module_from_spec(_spec)
@@ -113,7 +114,7 @@ def triton_error(args, blocks, strip, block, dtype):
     expected = block_sparse_attention_reference(*reference, *blocks, args[6], 0.3, *strip, block)
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills fresh memory with NaN
     try:
-        got = host.block_sparse_attention(*args[:6], *blocks, args[6], 0.3, *strip, block, "fused")
+        got = block_sparse_attention(*args[:6], *blocks, args[6], 0.3, *strip, block, "fused")
     finally:
         torch.use_deterministic_algorithms(False)
     assert got.transpose(1, 2).is_contiguous()
@@ -207,7 +208,7 @@ def test_choice_of_blocks(k_len, q_share, keep, block, parts, mass, grouped, see
     q, k = q.to(DEVICE), k.to(DEVICE)
     reference = select_blocks_reference(q.double(), k.double(), indices, counts, *arguments)
     check_choice(q, k, indices, counts, arguments, reference)
-    check_choice(q, k, indices, counts, arguments, host.select_blocks(q, k, indices, counts, *arguments))
+    check_choice(q, k, indices, counts, arguments, select_blocks(q, k, indices, counts, *arguments))
 
 
 @pytest.mark.gpu
@@ -217,7 +218,7 @@ def test_choice_in_half_precision_on_a_long_row(dtype):
     case = cases.make_case([40_000], 40_000, 1, heads=2, kv_heads=1)
     indices, counts = case[3].cuda(), case[4].cuda()
     q, k = q.to("cuda", dtype), k.to("cuda", dtype)
-    got = host.select_blocks(q, k, indices, counts, 0.125, 128, 16, 0.9, 1, 3, 1000)
+    got = select_blocks(q, k, indices, counts, 0.125, 128, 16, 0.9, 1, 3, 1000)
     want = select_blocks_reference(q, k, indices, counts, 0.125, 128, 16, 0.9, 1, 3, 1000)
     assert ((got[1] - want[1]).abs() <= 2).all()  # means are rounded to the dtype
     assert (got[1] < torch.arange(1, got[1].shape[-1] + 1, device="cuda")).float().mean() > 0.3
@@ -241,7 +242,8 @@ def test_opcheck():
     choose = (*args[:2], *args[3:5], 0.3, 16, 4, 0.8, 1, 2, 20)
     torch.library.opcheck(torch.ops.tsa.select_blocks.default, choose)
     blocks = torch.ops.tsa.select_blocks(*choose)
-    attend = (*args[:6], *blocks, args[6], 0.3, 16, 4, 16, "auto")
+    attend = (*args[:6], *blocks, *order(args[6]), 0.3, 16, 4, 16, "auto")
+    torch.library.opcheck(torch.ops.tsa.block_sparse_attention.default, (*attend, True))
     torch.library.opcheck(torch.ops.tsa.block_sparse_attention.default, attend)
 
 
@@ -295,8 +297,8 @@ def test_no_synchronisation_and_graph_replay():
     args = moved(cases.make_case(lengths=[1500, 700], k_len=1500, q_len=1500, heads=8, dim=64, heavy=16), torch.bfloat16)
 
     def run():
-        blocks = host.select_blocks(*args[:2], *args[3:5], 0.125, 64, 8, 0.8, 1, 2, 100)
-        return host.block_sparse_attention(*args[:6], *blocks, args[6], 0.125, 64, 4, 64)
+        blocks = select_blocks(*args[:2], *args[3:5], 0.125, 64, 8, 0.8, 1, 2, 100)
+        return block_sparse_attention(*args[:6], *blocks, args[6], 0.125, 64, 4, 64)
 
     want = run()
     torch.cuda.synchronize()

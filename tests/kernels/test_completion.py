@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.kernels.flat import sparse_attention
 from tsa_compile.kernels.attend.tokens.definition import sparse_attention_oracle
-from tsa_compile.kernels.attend.tokens.host import sparse_attention
 
 pytest.importorskip("triton")
 _spec = importlib.util.spec_from_file_location("sparse_prefill_cases", Path(__file__).with_name("test_sparse_prefill.py"))

@@ -9,9 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.kernels.flat import key_attention, key_attention_reference, order, select_keys, select_keys_reference
 from tsa_compile.kernels import ops  # noqa: F401
-from tsa_compile.kernels.attend.keys.reference import key_attention_reference
-from tsa_compile.kernels.select.keys.reference import probe_ranks, probe_scores_reference, select_keys_reference
+from tsa_compile.kernels.common.ranks import view_of_mask
+from tsa_compile.kernels.score.probes.reference import probe_ranks, probe_scores_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SELECT = (0.3, 0.1, 8, 8)  # scale, coverage, probes, min_keys
@@ -60,28 +61,28 @@ def test_the_reference_is_the_literal_form(case):
     coverage, probes, min_keys = pick(0.0, 0.05, 0.5, 0.95), pick(1, 8, 13), pick(1, 8)
     q, k, v = qkv(pick(1, 5, 40), pick(1, 9, 10, 50), 1, heads, kv_heads, v_dim=pick(8, 16), dtype=torch.float64, device="cpu")
     out, sets = literal(q[0], k[0], v[0], coverage, probes, min_keys, 0.3)
-    indices, counts = torch.ops.tsa.select_keys(q, k, None, 0.3, coverage, probes, min_keys)
+    indices, counts = torch.ops.tsa.select_keys(q, k, None, None, 0.3, coverage, probes, min_keys)
     assert indices[0, :, : counts[0]].tolist() == sets
     assert (indices[0, :, counts[0] :] == -1).all()
-    torch.testing.assert_close(torch.ops.tsa.key_attention(q, k, v, indices, counts, 0.3)[0], out, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(torch.ops.tsa.key_attention(q, k, v, indices, counts, 0.3)[0][0], out, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("q_len", [60, 17])
 def test_a_padded_row_gives_what_the_row_without_padding_gives(q_len):
     q, k, v = qkv(q_len, dtype=torch.float64, device="cpu")
     mask = padding(60, "cpu")
-    together = torch.ops.tsa.key_attention(q, k, v, *torch.ops.tsa.select_keys(q, k, mask, *SELECT), 0.3)
+    together = torch.ops.tsa.key_attention(q, k, v, *torch.ops.tsa.select_keys(q, k, *order(mask), *SELECT), 0.3)[0]
     real = mask[1]
     rows = real if q_len == 60 else torch.ones(q_len, dtype=torch.bool)
     q, k, v = q[1:, :, rows], k[1:, :, real], v[1:, :, real]
-    alone = torch.ops.tsa.key_attention(q, k, v, *torch.ops.tsa.select_keys(q, k, None, *SELECT), 0.3)
+    alone = torch.ops.tsa.key_attention(q, k, v, *torch.ops.tsa.select_keys(q, k, None, None, *SELECT), 0.3)[0]
     torch.testing.assert_close(together[1:, :, rows], alone, rtol=1e-12, atol=1e-12)
 
 
 def test_coverage_zero_is_dense_attention():
     q, k, v = qkv(30, 50, v_dim=8, dtype=torch.float64, device="cpu")
     mask = padding(50, "cpu")
-    got = torch.ops.tsa.key_attention(q, k, v, *torch.ops.tsa.select_keys(q, k, mask, 0.3, 0.0, 8, 4), 0.3)
+    got = torch.ops.tsa.key_attention(q, k, v, *torch.ops.tsa.select_keys(q, k, *order(mask), 0.3, 0.0, 8, 4), 0.3)[0]
     want = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask[:, None, None], scale=0.3, enable_gqa=True)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
@@ -93,7 +94,7 @@ def test_coverage_zero_is_dense_attention():
 def host():
     pytest.importorskip("triton")
     from tsa_compile.kernels.attend.keys import host as attention
-    from tsa_compile.kernels.select.keys import host as select
+    from tsa_compile.kernels.score.probes import host as select
 
     return select, attention
 
@@ -104,9 +105,8 @@ def host():
 def test_probe_scores_against_float64(host, dtype, q_len, k_len, dim, probes, padded):
     q, k, _ = qkv(q_len, k_len, dim=dim, dtype=dtype)
     mask = padding(k_len) if padded else None
-    order, ranks = host[0]._order(q, k, mask)
-    probing = host[0].probing_queries(q, k_len, order, ranks, padded, probes)
-    got = host[0].probe_means(probing, k, order, ranks, padded, 0.3)
+    view = view_of_mask(mask)
+    got = host[0].probe_means(host[0].probing_queries(q, k_len, view, probes), k, view, 0.3)
     for b in range(2):
         real = mask[b] if padded else torch.ones(k_len, dtype=torch.bool, device=DEVICE)
         rows = q[b].double()[:, real] if padded and q_len == k_len else q[b].double()
@@ -119,8 +119,6 @@ def test_probe_scores_against_float64(host, dtype, q_len, k_len, dim, probes, pa
 def test_the_same_sets_as_the_reference(data):
     """Keys on a grid, so that scores of float32 and float64 order alike; ties are broken by position in both."""
     pytest.importorskip("triton")
-    from tsa_compile.kernels.select.keys.host import select_keys
-
     torch.manual_seed(data.draw(st.integers(0, 1000)))
     q_len, k_len = data.draw(st.sampled_from([(70, 70), (3, 70), (90, 41), (1, 1), (5, 10)]))
     coverage, probes = data.draw(st.sampled_from([0.0, 0.02, 0.3, 0.9])), data.draw(st.sampled_from([1, 8, 20]))
@@ -144,7 +142,7 @@ def attention_error(host, q, k, v, indices, counts):
     exact = key_attention_reference(q.double(), k.double(), v.double(), indices, counts, 0.3)
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills fresh memory with NaN
     try:
-        got = host[1].key_attention(q, k, v, indices, counts, 0.3)
+        got = key_attention(q, k, v, indices, counts, 0.3)
     finally:
         torch.use_deterministic_algorithms(False)
     assert got.transpose(1, 2).is_contiguous()
@@ -173,11 +171,11 @@ def test_attention_against_float64(host, dtype, q_len, k_len, dim, v_dim, lists,
 def test_empty(host, q_len, k_len):
     q, k, v = qkv(q_len, k_len)
     for mask in (None, torch.zeros(2, k_len, dtype=torch.bool, device=DEVICE)):
-        selection = host[0].select_keys(q, k, mask, *SELECT)
-        assert host[1].key_attention(q, k, v, *selection, 0.3).shape == (2, 4, q_len, 16)
+        selection = select_keys(q, k, mask, *SELECT)
+        assert key_attention(q, k, v, *selection, 0.3).shape == (2, 4, q_len, 16)
         if mask is not None:
             assert selection[1].tolist() == [0, 0]
-            assert (host[1].key_attention(q, k, v, *selection, 0.3) == 0).all()
+            assert (key_attention(q, k, v, *selection, 0.3) == 0).all()
 
 
 # ---- the operators
@@ -187,7 +185,7 @@ def test_empty(host, q_len, k_len):
 @pytest.mark.parametrize("masked", [False, True])
 def test_opcheck(device, masked):
     q, k, v = qkv(40, 60, v_dim=32, device=device)
-    select = (q, k, padding(60, device) if masked else None, *SELECT)
+    select = (q, k, *order(padding(60, device) if masked else None), *SELECT)
     torch.library.opcheck(torch.ops.tsa.select_keys.default, select)
     torch.library.opcheck(torch.ops.tsa.key_attention.default, (q, k, v, *torch.ops.tsa.select_keys(*select), 0.3))
 
@@ -197,20 +195,21 @@ def test_opcheck(device, masked):
     [
         ({"coverage": 1.0}, "select_keys: coverage must be in"),
         ({"probes": 0}, "probes and min_keys must be at least 1, got 0 and 8"),
-        ({"mask": torch.ones(2, 60)}, "key_mask must be bool"),
+        ({"ranks": torch.ones(2, 60, dtype=torch.int32)}, "order and ranks come together"),
+        ({"order": torch.ones(2, 60), "ranks": torch.ones(2, 60)}, r"order must be int32 \(2, 60\) on cpu, got torch.float32"),
         ({"k": torch.randn(2, 3, 60, 16)}, "4 query heads are no multiple of 3"),
     ],
 )
 def test_bad_arguments_name_the_argument(changes, message):
     q, k, _ = qkv(device="cpu")
-    names = ("q", "k", "mask", "scale", "coverage", "probes", "min_keys")
+    names = ("q", "k", "order", "ranks", "scale", "coverage", "probes", "min_keys")
     with pytest.raises(ValueError, match=message):
-        torch.ops.tsa.select_keys(*(dict(zip(names, (q, k, None, *SELECT), strict=True)) | changes).values())
+        torch.ops.tsa.select_keys(*(dict(zip(names, (q, k, None, None, *SELECT), strict=True)) | changes).values())
 
 
 def test_a_gradient_is_refused_with_the_operators_name():
     q, k, v = (x.requires_grad_() for x in qkv(device="cpu"))
-    out = torch.ops.tsa.key_attention(q, k, v, *torch.ops.tsa.select_keys(q, k, None, *SELECT), 0.3)
+    out = torch.ops.tsa.key_attention(q, k, v, *torch.ops.tsa.select_keys(q, k, None, None, *SELECT), 0.3)[0]
     with pytest.raises(NotImplementedError, match="tsa::key_attention is forward only"):
         out.sum().backward()
 
@@ -228,7 +227,7 @@ def test_probes_are_the_middles_of_equal_parts():
 @pytest.mark.parametrize(("dim", "v_dim"), [(64, 64), (80, 80), (128, 64), (256, 256)])
 def test_large(host, dtype, dim, v_dim):
     q, k, v = qkv(700, 1500, heads=8, dim=dim, v_dim=v_dim, dtype=dtype)
-    selection = host[0].select_keys(q, k, padding(1500), dim**-0.5, 0.3, 64, 64)
+    selection = select_keys(q, k, padding(1500), dim**-0.5, 0.3, 64, 64)
     assert int(selection[1].max()) < 1400
     assert attention_error(host, q, k, v, *selection) < TOLERANCE[dtype]
 
@@ -236,10 +235,10 @@ def test_large(host, dtype, dim, v_dim):
 @pytest.mark.gpu
 def test_no_synchronisation_graph_replay_and_no_recompile():
     from tsa_compile.kernels.attend.keys.device import key_attention_kernel, pack_keys_kernel
-    from tsa_compile.kernels.select.keys.device import probe_lse_kernel
+    from tsa_compile.kernels.score.probes.device import probe_lse_kernel
 
     def call(q, k, v, mask):
-        return torch.ops.tsa.key_attention(q, k, v, *torch.ops.tsa.select_keys(q, k, mask, 0.125, 0.3, 64, 64), 0.125)
+        return torch.ops.tsa.key_attention(q, k, v, *torch.ops.tsa.select_keys(q, k, *order(mask), 0.125, 0.3, 64, 64), 0.125)[0]
 
     kernels = (key_attention_kernel, pack_keys_kernel, probe_lse_kernel)
 

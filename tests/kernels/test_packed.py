@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.kernels.flat import packed_attention
 from tsa_compile.kernels.attend.tokens import chunks
 from tsa_compile.kernels.attend.tokens.definition import sparse_attention_oracle
 from tsa_compile.kernels.attend.tokens.engines import InnerEngine
-from tsa_compile.kernels.attend.tokens.packed import packed_attention
 
 pytest.importorskip("triton")
 _spec = importlib.util.spec_from_file_location("sparse_prefill_cases", Path(__file__).with_name("test_sparse_prefill.py"))

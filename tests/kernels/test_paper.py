@@ -51,7 +51,7 @@ def test_the_paper_to_the_letter(case):
     make = lambda h: torch.randn(1, h, length, 16, dtype=torch.float64, generator=g) * pick(0.5, 2.0)  # noqa: E731
     q, k, v = make(kv_heads * groups), make(kv_heads), make(kv_heads)
     out, sets = paper(q[0], k[0], v[0], tau, window, pool, min_tokens)
-    selection = torch.ops.tsa.select_tokens(q, k, None, 0.25, tau, window, pool, min_tokens, 0)
+    selection = torch.ops.tsa.select_tokens(q, k, None, None, 0.25, tau, window, pool, min_tokens, 0)
     count = int(selection[1][0])
     assert selection[0][0, :, :count].tolist() == sets
     assert (selection[0][0, :, count:] == -1).all()

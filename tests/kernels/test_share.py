@@ -7,6 +7,7 @@ import torch
 
 import tsa_compile as tsa
 from tests.api.tiny import SPARSE, tiny_llama, token_ids
+from tests.kernels.flat import order
 
 NUMBERS = (0.25, 0.3, 8, 3, 16, 4)  # scale, coverage, window, pool, min_tokens, heavy
 
@@ -15,8 +16,8 @@ def test_the_groups_heads_choose_by_the_sum_of_their_scores():
     """By hand: eight heads in two groups; heads of a group disagree, and the sum decides."""
     torch.manual_seed(0)
     q, k = torch.randn(2, 8, 90, 16, dtype=torch.float64), torch.randn(2, 2, 90, 16, dtype=torch.float64)
-    indices, counts, heavy = torch.ops.tsa.select_tokens(q, k, None, *NUMBERS, share="group")
-    own = torch.ops.tsa.select_tokens(q, k, None, *NUMBERS)
+    indices, counts, heavy = torch.ops.tsa.select_tokens(q, k, None, None, *NUMBERS, share="group")
+    own = torch.ops.tsa.select_tokens(q, k, None, None, *NUMBERS)
     assert torch.equal(counts, own[1])
     n = int(counts[0])
     assert (own[0][:, :4, :n] != indices[:, :1, :n]).any()
@@ -36,8 +37,8 @@ def test_the_groups_heads_choose_by_the_sum_of_their_scores():
 
 def test_without_groups_it_changes_nothing():
     q, k = torch.randn(2, 4, 80, 16), torch.randn(2, 4, 80, 16)
-    shared = torch.ops.tsa.select_tokens(q, k, None, *NUMBERS, share="group")
-    assert all(map(torch.equal, shared, torch.ops.tsa.select_tokens(q, k, None, *NUMBERS)))
+    shared = torch.ops.tsa.select_tokens(q, k, None, None, *NUMBERS, share="group")
+    assert all(map(torch.equal, shared, torch.ops.tsa.select_tokens(q, k, None, None, *NUMBERS)))
 
 
 @pytest.mark.parametrize("k_len", [24, 80])
@@ -45,8 +46,8 @@ def test_padding_and_short_rows(k_len):
     """A row of 24 tokens keeps all of them, in one list a group; a padded row gives what it gives alone."""
     q, k = torch.randn(2, 4, k_len, 16), torch.randn(2, 2, k_len, 16)
     mask = torch.arange(k_len) >= torch.tensor([[0], [7]])
-    indices, counts, heavy = torch.ops.tsa.select_tokens(q, k, mask, *NUMBERS, share="group")
-    alone = torch.ops.tsa.select_tokens(q[1:, :, 7:], k[1:, :, 7:], None, *NUMBERS, share="group")
+    indices, counts, heavy = torch.ops.tsa.select_tokens(q, k, *order(mask), *NUMBERS, share="group")
+    alone = torch.ops.tsa.select_tokens(q[1:, :, 7:], k[1:, :, 7:], None, None, *NUMBERS, share="group")
     assert indices.shape == (2, 2, k_len)
     n = int(counts[1])
     assert n == int(alone[1][0])
@@ -78,4 +79,4 @@ def test_a_bad_value_is_named(value):
         tsa.TokenSparse(share=value)
     if isinstance(value, str):
         with pytest.raises(ValueError, match=r"tsa::select_tokens: share must be one of .* got 'heads'"):
-            torch.ops.tsa.select_tokens(torch.randn(1, 2, 8, 16), torch.randn(1, 1, 8, 16), None, *NUMBERS, share=value)
+            torch.ops.tsa.select_tokens(torch.randn(1, 2, 8, 16), torch.randn(1, 1, 8, 16), None, None, *NUMBERS, share=value)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.kernels.flat import sparse_attention_reference
 from tsa_compile.kernels.attend.tokens.definition import sparse_attention_oracle
-from tsa_compile.kernels.attend.tokens.reference import sparse_attention_reference
 
 STRIPS = [(0, 0, 0), (16, 4, 8), (0, 0, 5), (0, 3, 0), (40, 0, 0), (1, 0, 0)]
 

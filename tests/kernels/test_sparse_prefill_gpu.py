@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.kernels.flat import sparse_attention
 from tsa_compile.kernels.attend.tokens import chunks, engines, hopper
 from tsa_compile.kernels.attend.tokens.definition import sparse_attention_oracle
-from tsa_compile.kernels.attend.tokens.host import sparse_attention
 
 _spec = importlib.util.spec_from_file_location("sparse_prefill_cases", Path(__file__).with_name("test_sparse_prefill.py"))
 cases = importlib.util.module_from_spec(_spec)
@@ -172,8 +172,9 @@ def test_no_synchronisation_and_graph_replay(engine, strip):
 def test_new_lengths_compile_nothing(engine):
     from tsa_compile.kernels.attend.tokens.device import sparse_prefill_kernel
     from tsa_compile.kernels.attend.tokens.hopper_device import sparse_prefill_hopper_kernel
-    from tsa_compile.kernels.attend.tokens.pack_device import invert_kernel, order_kernel, pack_kernel
+    from tsa_compile.kernels.attend.tokens.pack_device import invert_kernel, pack_kernel
     from tsa_compile.kernels.attend.tokens.strip_device import strip_kernel
+    from tsa_compile.kernels.common.ranks_device import order_kernel
 
     def run(length):
         case = dict(lengths=[length, length // 2], k_len=length, q_len=length, heads=8, dim=64, heavy=16)

@@ -5,10 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tsa_compile.kernels.attend.tokens.strip import rank_order
+from tests.kernels.flat import select_tokens, select_tokens_reference
+from tsa_compile.kernels.common.coverage_reference import count_dropped, largest
+from tsa_compile.kernels.common.ranks import order_or_unread, rank_order, rank_order_reference, view_of_mask
+from tsa_compile.kernels.score.window.host import window_scores
 from tsa_compile.kernels.score.window.reference import token_scores_reference
 from tsa_compile.kernels.select.tokens import host
-from tsa_compile.kernels.select.tokens.reference import count_dropped, largest, select_tokens_reference
+from tsa_compile.kernels.types import IDENTITY, TokenRule
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -66,7 +69,6 @@ def test_the_same_sets_as_the_reference(case, monkeypatch):
         mask = position >= k_len - lengths if side == "left" else position < lengths
         mask = torch.rand(batch, k_len, generator=g) < 0.7 if side == "holes" else mask
         mask = mask.to(DEVICE)
-    order, ranks = rank_order(mask) if mask is not None else (torch.empty(1, dtype=torch.int32, device=DEVICE),) * 2
     means = torch.full((batch, heads, k_len), float("nan"), device=DEVICE)
     rows = []
     for b in range(batch):
@@ -76,7 +78,8 @@ def test_the_same_sets_as_the_reference(case, monkeypatch):
         has_query = bool((real >= k_len - q_len).any())
         kept, top = expected(means[b, :, :n], coverage, window, pool, min_tokens if has_query else k_len, heavy, lists)
         rows.append((real, kept if n else [list(range(len(real)))] * lists, top if n else [[]] * lists))
-    got = host.select_from_means(means, q_len, order, ranks, mask is not None, coverage, window, pool, min_tokens, heavy, lists)
+    rule = TokenRule(coverage, window, pool, min_tokens, heavy)
+    got = host.select_from_means(means, q_len, view_of_mask(mask), rule, lists)
     for b, (real, kept, top) in enumerate(rows):
         for h in range(lists):
             want = [int(real[i]) for i in kept[h]]
@@ -109,8 +112,8 @@ def test_scores_against_float64(dtype, dim, window, q_len, padded):
     k_len = 200
     q, k = structured(2, 4, 2, q_len, k_len, dim, dtype, seed=dim + window)
     mask = (torch.arange(k_len, device=DEVICE) >= torch.tensor([[0], [29]], device=DEVICE)) if padded else None
-    order, ranks = host._order(q, k, mask)
-    got = host.window_scores(q, k, order, ranks, padded, dim**-0.5, window)
+    order, ranks = order_or_unread(view_of_mask(mask), q.device)
+    got = window_scores(q, k, order, ranks, padded, dim**-0.5, window)
     for b in range(2):
         real = slice(29, None) if padded and b else slice(None)
         length = 171 if padded and b else 200
@@ -129,7 +132,7 @@ def test_hopper_scores_against_float64(dim, window, q_len, heads, kv_heads, dtyp
     q, k = structured(2, heads, kv_heads, q_len, k_len, dim, dtype, seed=dim + window)
     for holes in (None, torch.rand(2, k_len, generator=torch.Generator().manual_seed(1)) < 0.9):
         mask = None if holes is None else holes.cuda()
-        got = host.window_scores(q, k, *host._order(q, k, mask), holes is not None, dim**-0.5, window)
+        got = window_scores(q, k, *order_or_unread(view_of_mask(mask), q.device), holes is not None, dim**-0.5, window)
         for b in range(2):
             real = torch.arange(k_len) if holes is None else holes[b].nonzero().squeeze(1)
             rows = real[real >= k_len - q_len] - (k_len - q_len)
@@ -143,7 +146,7 @@ def test_hopper_scores_in_two_launches():
     """Of more programs than the GPU runs at once, which therefore cannot wait for each other."""
     batch, k_len, window = 80, 700, 128
     q, k = structured(batch, 8, 4, k_len, k_len, 128, torch.bfloat16, seed=3)
-    got = host.window_scores(q, k, *host._order(q, k, None), False, 128**-0.5, window)
+    got = window_scores(q, k, *order_or_unread(IDENTITY, q.device), False, 128**-0.5, window)
     for b in (0, 41, 79):
         exact = token_scores_reference(q[b].double(), k[b].double(), 128**-0.5, window, 1)
         error = (got[b, :, : k_len - window].double() - exact).norm() / exact.norm()
@@ -164,7 +167,7 @@ def test_properties_of_any_selection(k_len, q_share, window, min_tokens, coverag
     q_len, heavy = max(1, int(k_len * q_share)), min(min_tokens, 4)
     q, k = structured(2, 2, 1, q_len, k_len, 16, torch.float32, seed)
     mask = (torch.rand(2, k_len, generator=torch.Generator().manual_seed(seed)) < 0.8).to(DEVICE) if padded else None
-    indices, counts, heaviest = host.select_tokens(q, k, mask, 0.25, coverage, window, 3, min_tokens, heavy)
+    indices, counts, heaviest = select_tokens(q, k, mask, 0.25, coverage, window, 3, min_tokens, heavy)
     for b in range(2):
         real = torch.ones(k_len, dtype=torch.bool) if mask is None else mask[b].cpu()
         positions, n = real.nonzero().squeeze(1), int(counts[b])
@@ -188,7 +191,7 @@ def test_whole_selection_agrees_with_float64_but_for_rounding_at_the_threshold(d
     q, k = structured(2, 4, 2, 300, 300, 64, dtype)
     mask = (torch.arange(300, device=DEVICE) < torch.tensor([[300], [251]], device=DEVICE)) if padded else None
     arguments = (0.125, 0.3, 16, 7, 32, 8, share)
-    got = host.select_tokens(q, k, mask, *arguments)
+    got = select_tokens(q, k, mask, *arguments)
     cpu_mask = None if mask is None else mask.cpu()
     want = select_tokens_reference(q.double().cpu(), k.double().cpu(), cpu_mask, *arguments)
     for b in range(2):
@@ -205,16 +208,16 @@ def test_no_synchronisation_and_graph_replay():
     mask = torch.arange(4096, device="cuda") >= torch.tensor([[0], [900]], device="cuda")
     arguments = (0.09, 0.1, 128, 7, 256, 64)
     for m in (None, mask):
-        want = host.select_tokens(q, k, m, *arguments)
+        want = select_tokens(q, k, m, *arguments)
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            host.select_tokens(q, k, m, *arguments)
+            select_tokens(q, k, m, *arguments)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            got = host.select_tokens(q, k, m, *arguments)
+            got = select_tokens(q, k, m, *arguments)
         for x in got:
             x.fill_(-7)
         graph.replay()
@@ -234,7 +237,17 @@ def test_a_new_length_compiles_nothing():
 
     for n, length in enumerate((2048, 2049, 3000, 3001, 4096, 5000, 1777, 6144, 7001, 8192)):
         q, k = structured(1, 4, 2, length, length, 64, torch.bfloat16)
-        host.select_tokens(q, k, None, 0.125, 0.1, 128, 7, 256, 64)
+        select_tokens(q, k, None, 0.125, 0.1, 128, 7, 256, 64)
         if n == 1:
             after_two = compiled()
     assert compiled() == after_two > 0
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 40), (2, 1500), (0, 5), (2, 0)])
+def test_order_and_ranks_are_the_references(shape):
+    for mask in (torch.rand(shape) < 0.5, torch.zeros(shape, dtype=torch.bool), torch.ones(shape, dtype=torch.bool)):
+        order, ranks = rank_order(mask.to(DEVICE))
+        want_order, want_ranks = rank_order_reference(mask)
+        assert torch.equal(order.cpu(), want_order)
+        assert torch.equal(ranks.cpu(), want_ranks)
+        assert order.dtype == ranks.dtype == torch.int32

@@ -118,3 +118,28 @@ def test_the_verifier_catches(how, message):
     pad = torch.ones(2, 9, dtype=torch.bool)
     with pytest.raises(Exception, match=message):
         by_dynamo(attention, *operands(), pad, policy=Broken(how))
+
+
+def test_sites_with_the_same_mask_share_its_view():
+    def two(q, k, v, pad, other):
+        x = attention(q, k, v, pad)
+        y = attention(x, k, v, pad)
+        return attention(y, k, v, other)
+
+    pad, other = torch.rand(2, 9) < 0.7, torch.rand(2, 9) < 0.7
+    graphs = []
+    args = (*operands(), pad, other)
+
+    def keep(gm, inputs):
+        pipeline.run_pipeline(gm, lambda site: KEEP_ALL)
+        graphs.append(gm)
+        return gm.forward
+
+    with torch.no_grad():
+        got = torch.compile(two, backend=keep)(*args)
+        want = two(*args)
+    views = graphs[0].graph.find_nodes(op="call_function", target=torch.ops.tsa.key_view.default)
+    assert len(views) == 2
+    assert [len(list(views[0].users)), len(list(views[1].users))] == [2, 2]
+    real = (pad & other)[:, None, :, None]
+    torch.testing.assert_close(got * real, want.nan_to_num() * real, rtol=1e-5, atol=1e-5)

@@ -65,10 +65,11 @@ class SlidingRows(Buffered):
             self._place(keys.index_select(0, index), values.index_select(0, index))
 
     def _views(self, *like: torch.Tensor) -> Pair:
+        """The present rows; `like` says what none look like."""
         self.settle()
-        if self.buffers is None:
-            return tuple(t[:, :, :0] for t in like)  # type: ignore[return-value]
-        return tuple(b[:, :, self.first : self.first + self.length] for b in self.buffers[:2])  # type: ignore[return-value]
+        keys, values = like if self.buffers is None else self.buffers[:2]
+        rows = slice(self.first, self.first + self.length)
+        return keys[:, :, rows], values[:, :, rows]
 
     def _written(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[Any, ...]:
         """Write the rows behind the present ones, and return the views of all."""

@@ -110,7 +110,7 @@ def evaluate(
     out: Annotated[str, typer.Option(help="folder for results.json, report.md and report.html; a second call goes on from it")],
     lengths: Annotated[str, typer.Option(help="prompt lengths in tokens, comma separated")] = "4096",
     samples: Annotated[int, typer.Option(help="for each task and length", min=1)] = 20,
-    tasks: Annotated[str | None, typer.Option(help="comma separated; default: all")] = None,
+    tasks: Annotated[str | None, typer.Option(help="comma separated; default: all; 'ruler': its 13 tasks")] = None,
     coverages: Annotated[str, typer.Option(help="of the standard variants, comma separated")] = "0.005,0.02,0.05,0.1,0.2",
     families: Annotated[str, typer.Option(help="of the standard variants, beside dense")] = "paper,all,inner,floor",
     policy: Annotated[list[str] | None, typer.Option(help="JSON file of a policy or plan to compare as well")] = None,

@@ -13,6 +13,7 @@ hands the rest to the model's own attention, with the reason logged once.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import sys
@@ -21,7 +22,7 @@ from typing import Any, cast
 
 import torch
 
-from tsa_compile.kernels.types import Operands
+from tsa_compile.kernels.types import KvView, Operands
 from tsa_compile.passes.site import AttentionSite, MaskFacts
 from tsa_compile.plan import Plan, as_plan
 from tsa_compile.policies.base import Policy, call, why_dense
@@ -158,7 +159,12 @@ def _sparse(
     site = AttentionSite.of(Operands(q, k, v, key_mask), mask, scale, module=path, layer=layer)
     policy = plan.policy_for(site)
     reason = why_dense(policy, site)
-    return (None, reason) if reason is not None else (policy.attend(call, site, policy.select(call, site, None)), None)
+    if reason is not None:
+        return None, reason
+    if key_mask is not None:
+        view = KvView.ordered(*torch.ops.tsa.key_view(key_mask))
+        site = dataclasses.replace(site, operands=site.operands._replace(view=view))
+    return policy.attend(call, site, policy.select(call, site, None)), None
 
 
 def _dense(

@@ -46,9 +46,9 @@ class ProbeSparse(Policy):
 
     def select(self, emit: Emit, site: AttentionSite, state: Any = None) -> Keys:
         x, rule = site.operands, (float(self.coverage), self.probes, self.min_keys)
-        return Keys(*emit(torch.ops.tsa.select_keys.default, x.q, x.k, x.key_mask, site.scale, *rule))
+        return Keys(*emit(torch.ops.tsa.select_keys.default, x.q, x.k, *x.view.order, site.scale, *rule))
 
     def attend(self, emit: Emit, site: AttentionSite, selection: Selection | None) -> Any:
         assert isinstance(selection, Keys)
         x = site.operands
-        return emit(torch.ops.tsa.key_attention.default, x.q, x.k, x.v, *selection, site.scale)
+        return emit(torch.ops.tsa.key_attention.default, x.q, x.k, x.v, *selection, site.scale)[0]

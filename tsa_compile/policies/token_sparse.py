@@ -137,7 +137,7 @@ class TokenSparse(Policy):
         x = site.operands
         heavy = self.completion.heavy if self.completion else 0
         rule = TokenRule(float(self.coverage), self.window, self.pool, self.min_tokens, heavy)
-        return Tokens(*emit(torch.ops.tsa.select_tokens.default, x.q, x.k, x.key_mask, site.scale, *rule, share=self.share))
+        return Tokens(*emit(torch.ops.tsa.select_tokens.default, x.q, x.k, *x.view.order, site.scale, *rule, share=self.share))
 
     def attend(self, emit: Emit, site: AttentionSite, selection: Selection | None) -> Any:
         assert isinstance(selection, Tokens)
@@ -145,11 +145,11 @@ class TokenSparse(Policy):
             return self._attend_blocks(emit, site, selection, self.inner)
         x = site.operands
         numbers = (site.scale, *self._strip, self._dense_below, self.engine)
-        return emit(torch.ops.tsa.sparse_attention.default, x.q, x.k, x.v, *selection, x.key_mask, *numbers)
+        return emit(torch.ops.tsa.sparse_attention.default, x.q, x.k, x.v, *selection, *x.view.order, *numbers)[0]
 
     def _attend_blocks(self, emit: Emit, site: AttentionSite, kept: Tokens, inner: BlockSparse) -> Any:
         x, i = site.operands, inner
         rule = (i.block, i.pool, float(i.mass), i.sinks, i.local, self._dense_below)
         blocks = emit(torch.ops.tsa.select_blocks.default, x.q, x.k, kept.indices, kept.counts, site.scale, *rule)
         numbers = (site.scale, *self._strip, i.block, self.engine)
-        return emit(torch.ops.tsa.block_sparse_attention.default, x.q, x.k, x.v, *kept, *blocks, x.key_mask, *numbers)
+        return emit(torch.ops.tsa.block_sparse_attention.default, x.q, x.k, x.v, *kept, *blocks, *x.view.order, *numbers)[0]

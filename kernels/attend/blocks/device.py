@@ -7,16 +7,9 @@ programs beyond the count return at once.
 import triton
 import triton.language as tl
 
-from tsa_compile.kernels.attend.tokens.device import (
-    diagonal_steps,
-    load_columns,
-    load_rows,
-    schedule,
-    softmax_step,
-    store_lse,
-    store_rows,
-    zero_rows,
-)
+from tsa_compile.kernels.attend.tokens.device import diagonal_steps, schedule
+from tsa_compile.kernels.common.rows_device import load_columns, load_rows, store_lse, store_rows, zero_rows
+from tsa_compile.kernels.common.softmax_device import softmax_step
 
 LENGTHS = (
     "heads", "x_heads", "kv_heads", "lists", "skipped", "n_pooled", "n_blocks", "sinks", "local", "dense_below", "q_len", "k_len",

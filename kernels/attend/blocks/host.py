@@ -5,28 +5,19 @@ from __future__ import annotations
 import torch
 
 from tsa_compile.kernels.attend.blocks.reference import block_sparse_attention_reference
-from tsa_compile.kernels.attend.tokens.host import check_triton
-from tsa_compile.kernels.attend.tokens.strip import add_strip, invert, rank_order
+from tsa_compile.kernels.attend.tokens.fused import new_result
+from tsa_compile.kernels.attend.tokens.strip import add_strip, invert
+from tsa_compile.kernels.common.launch import check_triton
+from tsa_compile.kernels.common.results import no_lse
 from tsa_compile.kernels.common.tiles import LOG2_E, capability_of, precision, prefill_config, section_heads
+from tsa_compile.kernels.types import Attended, BlockLists, BlockRule, Keys, Operands, Strip, Tokens
 
 Tensor = torch.Tensor
 _COLUMNS = 64  # pooled keys a step
 _CHUNK = 256  # masses a step
 
 
-def select_blocks(
-    q: Tensor,
-    k: Tensor,
-    indices: Tensor,
-    counts: Tensor,
-    scale: float,
-    block: int,
-    pool: int,
-    mass: float,
-    sinks: int,
-    local: int,
-    dense_below: int,
-) -> tuple[Tensor, Tensor]:
+def select_blocks(x: Operands, kept: Keys, scale: float, rule: BlockRule) -> BlockLists:
     """`tsa::select_blocks` by Triton: (blocks int16 `[B, H, N, N]`, block_counts int32 `[B, H, N]`), `N = ceil(Lk / block)`.
 
     Nothing waits for the device. Scratch: 4 bytes a pair of blocks and head, and the pooled rows.
@@ -35,6 +26,7 @@ def select_blocks(
     Raises:
         ValueError: float64, which Triton's dot does not take.
     """
+    q, k, (indices, counts), (block, pool, mass, sinks, local, dense_below) = x.q, x.k, kept, rule
     check_triton(q, k, scale, "fused")
     import triton
 
@@ -49,12 +41,12 @@ def select_blocks(
     blocks = new(batch, heads, n_blocks, n_blocks, dtype=torch.int16)
     block_counts = new(batch, heads, n_blocks, dtype=torch.int32)
     if blocks.numel() == 0:
-        return blocks, block_counts
+        return BlockLists(blocks, block_counts)
     lists_of = (*indices.stride()[:2],)
     sub = max(1, 64 // pool)
-    for x, pooled, skipped in ((q, queries, k_len - q_len), (k, keys, 0)):
+    for rows, pooled, skipped in ((q, queries, k_len - q_len), (k, keys, 0)):
         device.pool_rows_kernel[(triton.cdiv(n_pooled, sub), batch * pooled.shape[1])](
-            x, pooled, indices, counts, *x.stride(), *lists_of, pooled.shape[1], x.shape[1], lists, skipped, n_pooled,
+            rows, pooled, indices, counts, *rows.stride(), *lists_of, pooled.shape[1], rows.shape[1], lists, skipped, n_pooled,
             D=dim, BLOCK_D=block_d, POOL=pool, SUB=sub,
         )  # fmt: skip
     grid = (n_blocks, batch * heads)
@@ -66,62 +58,35 @@ def select_blocks(
         masses, blocks, block_counts, indices, counts, *lists_of, heads, lists, q_len, k_len, n_blocks, mass, sinks, local,
         dense_below, BLOCK=block, CHUNK=_CHUNK, num_warps=1,
     )  # fmt: skip
-    return blocks, block_counts
+    return BlockLists(blocks, block_counts)
 
 
 def block_sparse_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    indices: Tensor,
-    counts: Tensor,
-    heavy_indices: Tensor,
-    blocks: Tensor,
-    block_counts: Tensor,
-    key_mask: Tensor | None,
-    scale: float,
-    strip_window: int,
-    strip_sinks: int,
-    block: int,
-    engine: str = "auto",
-) -> Tensor:
-    """`tsa::block_sparse_attention`: `[B, H, Lq, Dv]`, stored as `[B, Lq, H, Dv]`.
-
-    Nothing waits for the device, except engine "reference".
+    x: Operands, kept: Tokens, lists: BlockLists, scale: float, strip: Strip, block: int, engine: str = "auto",
+    need_lse: bool = False,
+) -> Attended:  # fmt: skip
+    """`tsa::block_sparse_attention`. Nothing waits for the device, except engine "reference".
 
     Raises:
         ValueError: a dtype, head dim or scale that Triton does not take.
     """
     if engine == "reference":
-        rest = (blocks, block_counts, key_mask, scale, strip_window, strip_sinks, block)
-        return block_sparse_attention_reference(q, k, v, indices, counts, heavy_indices, *rest)
-    check_triton(q, v, scale, engine)
-    batch, heads, q_len, _ = q.shape
-    out = q.new_empty(batch, q_len, heads, v.shape[-1]).transpose(1, 2)
-    strip = strip_window > 0 or strip_sinks > 0 or heavy_indices.shape[-1] > 0
-    lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device) if strip else None
-    _launch(q, k, v, out, lse, indices, counts, blocks, block_counts, scale, block)
-    if strip:
-        order = None if key_mask is None else rank_order(key_mask)
-        slots = invert(indices, counts)
-        add_strip(q, k, v, out, out, lse, slots, heavy_indices, order, scale, strip_window, strip_sinks)  # type: ignore[arg-type]
-    return out
+        return block_sparse_attention_reference(x, kept, lists, scale, strip, block, engine, need_lse)
+    check_triton(x.q, x.v, scale, engine)
+    has_strip = strip.reads(kept.heavy_indices)
+    out, lse = new_result(x.q, x.v, has_strip, need_lse)
+    if out.numel() == 0:
+        return Attended(out, no_lse(x.q) if lse is None or not need_lse else lse.fill_(-torch.inf))
+    _launch(x, kept, lists, out, lse, scale, block)
+    if not has_strip or lse is None:
+        return Attended(out, no_lse(x.q) if lse is None else lse)
+    final = add_strip(x, out, Attended(out, lse), invert(kept.indices, kept.counts), kept.heavy_indices, strip, scale, need_lse)
+    return Attended(out, final)
 
 
-def _launch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor | None,
-    indices: Tensor,
-    counts: Tensor,
-    blocks: Tensor,
-    block_counts: Tensor,
-    scale: float,
-    block: int,
-) -> None:
+def _launch(x: Operands, kept: Tokens, lists: BlockLists, out: Tensor, lse: Tensor | None, scale: float, block: int) -> None:
     """Attention of the kept tokens in their blocks into `out`; `lse` None: the other rows are zeroed."""
+    q, k, v, (indices, counts, _), (blocks, block_counts) = x.q, x.k, x.v, kept, lists
     import triton
 
     from tsa_compile.kernels.attend.blocks.device import block_prefill_kernel

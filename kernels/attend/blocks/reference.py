@@ -8,29 +8,19 @@ from __future__ import annotations
 
 import torch
 
-from tsa_compile.kernels.attend.tokens.reference import Strip, by_row, merge_strip
+from tsa_compile.kernels.attend.tokens.reference import RowStrip, by_row, merge_strip
 from tsa_compile.kernels.checks import check_reference_engine
+from tsa_compile.kernels.types import Attended, BlockLists, BlockRule, Keys, Operands, Strip, Tokens
 
 Tensor = torch.Tensor
 
 
-def select_blocks_reference(
-    q: Tensor,
-    k: Tensor,
-    indices: Tensor,
-    counts: Tensor,
-    scale: float,
-    block: int,
-    pool: int,
-    mass: float,
-    sinks: int,
-    local: int,
-    dense_below: int,
-) -> tuple[Tensor, Tensor]:
+def select_blocks_reference(x: Operands, kept: Keys, scale: float, rule: BlockRule) -> BlockLists:
     """`tsa::select_blocks` for tensors on any device; it reads the counts, so it synchronises with the device.
 
-    Shapes, dtypes and meaning: docs/operators.md. Source: arXiv 2502.20766, section 3.
+    Meaning: docs/operators.md. Source: arXiv 2502.20766, section 3.
     """
+    q, k, (indices, counts), (block, pool, mass, sinks, local, dense_below) = x.q, x.k, kept, rule
     (batch, heads), n_blocks = q.shape[:2], -(-k.shape[2] // block)
     blocks = torch.full((batch, heads, n_blocks, n_blocks), -1, dtype=torch.int16, device=q.device)
     block_counts = torch.zeros(batch, heads, n_blocks, dtype=torch.int32, device=q.device)
@@ -45,7 +35,7 @@ def select_blocks_reference(
         listed = torch.where(wanted, column, n_blocks).sort(-1).values
         blocks[b, :, :rows, :rows] = torch.where(listed < n_blocks, listed, -1).short()
         block_counts[b, :, :rows] = wanted.sum(-1).int()
-    return blocks, block_counts
+    return BlockLists(blocks, block_counts)
 
 
 def block_masses(q: Tensor, k: Tensor, kept: Tensor, scale: float, block: int, pool: int) -> Tensor:
@@ -90,38 +80,26 @@ def kept_by_mass(masses: Tensor, mass: float) -> Tensor:
 
 
 def block_sparse_attention_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    indices: Tensor,
-    counts: Tensor,
-    heavy_indices: Tensor,
-    blocks: Tensor,
-    block_counts: Tensor,
-    key_mask: Tensor | None,
-    scale: float,
-    strip_window: int,
-    strip_sinks: int,
-    block: int,
-    engine: str = "reference",
-) -> Tensor:
+    x: Operands, kept: Tokens, lists: BlockLists, scale: float, strip: Strip, block: int, engine: str = "reference",
+    need_lse: bool = False,
+) -> Attended:  # fmt: skip
     """`tsa::block_sparse_attention` for tensors on any device; it reads the counts, so it synchronises with the device.
 
-    Shapes, dtypes and meaning: docs/operators.md.
+    Meaning: docs/operators.md.
     """
     check_reference_engine("tsa::block_sparse_attention", engine)
 
-    def attend(b: int, q_b: Tensor, k_b: Tensor, v_b: Tensor, kept: Tensor, strip: Strip) -> Tensor:
-        out = q_b.new_zeros(*q_b.shape[:2], v_b.shape[-1])
-        lse = q_b.new_full(q_b.shape[:2], -torch.inf)
-        member = _members(blocks[b].long(), block_counts[b])
-        for row in range(-(-kept.shape[1] // block)):
-            _attend_block(q_b, k_b, v_b, kept, member[:, row], row, scale, block, out, lse)
+    def attend(b: int, q: Tensor, k: Tensor, v: Tensor, own: Tensor, strip: RowStrip) -> tuple[Tensor, Tensor]:
+        out = q.new_zeros(*q.shape[:2], v.shape[-1])
+        lse = q.new_full(q.shape[:2], -torch.inf)
+        member = _members(lists.blocks[b].long(), lists.counts[b])
+        for row in range(-(-own.shape[1] // block)):
+            _attend_block(q, k, v, own, member[:, row], row, scale, block, out, lse)
         if not strip.empty:
-            merge_strip(q_b, k_b, v_b, kept, strip, scale, out, lse)
-        return out
+            merge_strip(q, k, v, own, strip, scale, out, lse)
+        return out, lse
 
-    return by_row(q, k, v, indices, counts, heavy_indices, key_mask, strip_window, strip_sinks, False, attend)
+    return by_row(x, kept, strip, False, need_lse, attend)
 
 
 def _members(blocks: Tensor, block_counts: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ No order among keys: only the last tile, up to the count that is read on the dev
 import triton
 import triton.language as tl
 
-from tsa_compile.kernels.attend.tokens.device import load_columns, load_rows, softmax_step
-from tsa_compile.kernels.attend.tokens.pack_device import copy_rows
+from tsa_compile.kernels.common.rows_device import copy_rows, load_columns, load_rows
+from tsa_compile.kernels.common.softmax_device import softmax_step
 
 LENGTHS = ("heads", "kv_heads", "lists", "q_len", "k_len", "tiles", "i_sb", "i_sg")
 
@@ -37,9 +37,12 @@ def key_attention_kernel(
     q, packed_k, packed_v, out, counts, q_sb, q_sh, q_sl, q_sd, o_sb, o_sh, o_sl,
     heads, lists, q_len, k_len, tiles, scale_log2,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, lse=None,
 ):  # fmt: skip
-    """One tile of BLOCK_M queries of one head; the tiles of a head run side by side and share its keys in L2."""
+    """One tile of BLOCK_M queries of one head; the tiles of a head run side by side and share its keys in L2.
+
+    lse: takes the natural log-sum-exp [B, H, Lq], -inf without a key; None: nobody needs it.
+    """
     head_index, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     b, h = (head_index // heads).to(tl.int64), (head_index % heads).to(tl.int64)
     n = tl.load(counts + b)
@@ -73,3 +76,7 @@ def key_attention_kernel(
     acc = acc / tl.where(n > 0, row_sum, 1.0)[:, None]
     o_at = out + b * o_sb + h * o_sh + rows.to(tl.int64)[:, None] * o_sl + dv[None, :]
     tl.store(o_at, acc.to(out.dtype.element_ty), mask=row_ok[:, None] & (dv < DV)[None, :])
+    if lse is not None:
+        ln2: tl.constexpr = 0.6931471805599453
+        value = tl.where(n > 0, (row_max + tl.log2(tl.where(n > 0, row_sum, 1.0))) * ln2, float("-inf"))
+        tl.store(lse + (b * heads + h) * q_len + rows, value, mask=row_ok)

@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import torch
 
+from tsa_compile.kernels.common.results import empty_result, no_lse
 from tsa_compile.kernels.common.tiles import LOG2_E, Config, capability_of, precision, prefill_config
+from tsa_compile.kernels.types import Attended, Keys, Operands
 
 Tensor = torch.Tensor
 
 
-def key_attention(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, scale: float) -> Tensor:
+def key_attention(x: Operands, kept: Keys, scale: float, need_lse: bool = False) -> Attended:
     """softmax(scale q k^T) v over each head's kept keys, for every query.
 
     Args:
-        q, k, v: [B, H, Lq, D], [B, Hk, Lk, D], [B, Hk, Lk, Dv]; fp16, bf16 or fp32, any strides.
-        indices, counts: int32 [B, G, Lk], [B] from `select_keys`; G is H or Hk.
+        x: q, k, v in fp16, bf16 or fp32, any strides.
+        kept: from `select_keys`.
         scale: positive factor of the scores.
+        need_lse: whether the log-sum-exp is returned.
 
     Returns:
-        [B, H, Lq, Dv], stored as [B, Lq, H, Dv]; zero in a row of the batch without a kept key. Scratch: K and V of each list.
+        Zero, and -inf, in a row of the batch without a kept key. Scratch: K and V of each list.
 
     Raises:
         ValueError: float64, or a scale that is not positive. Nothing here waits for the device.
     """
+    q, k, v, (indices, counts) = x.q, x.k, x.v, kept
     if q.dtype == torch.float64 or scale <= 0:
         raise ValueError(f"tsa::key_attention on a GPU takes no float64 and a positive scale, got {q.dtype} and {scale}")
     import triton
@@ -30,9 +34,10 @@ def key_attention(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tens
     from tsa_compile.kernels.attend.keys.device import key_attention_kernel, pack_keys_kernel
 
     (batch, heads, q_len, dim), (kv_heads, k_len), v_dim, lists = q.shape, k.shape[1:3], v.shape[3], indices.shape[1]
-    out = q.new_empty(batch, q_len, heads, v_dim).transpose(1, 2)
+    out = empty_result(q, v)
+    lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device) if need_lse else None
     if out.numel() == 0:
-        return out
+        return Attended(out, no_lse(q) if lse is None else lse.fill_(-torch.inf))
     packed_k, packed_v = (x.new_empty(batch, lists, k_len, x.shape[3]) for x in (k, v))
     block_d, block_dv = (max(16, triton.next_power_of_2(x)) for x in (dim, v_dim))
     shape = {"D": dim, "DV": v_dim, "BLOCK_D": block_d, "BLOCK_DV": block_dv}
@@ -47,9 +52,9 @@ def key_attention(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tens
         q, packed_k, packed_v, out, counts, *q.stride(), *out.stride()[:3],
         heads, lists, q_len, k_len, tiles, scale * LOG2_E, **shape,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, PRECISION=precision(q.dtype),
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        lse=lse, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    return out
+    return Attended(out, no_lse(q) if lse is None else lse)
 
 
 def _config(block_d: int, q: Tensor) -> Config:

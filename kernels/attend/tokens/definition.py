@@ -59,7 +59,7 @@ def sparse_attention_rows(
         real = torch.ones(k_len, dtype=torch.bool, device=q.device) if key_mask is None else key_mask[b]
         kept = members(indices[b, :, : int(counts[b])], k_len, heads)
         heavy = members(heavy_indices[b], k_len, heads)
-        allowed = _allowed(rows + (k_len - q_len), real, kept, heavy, strip_window, strip_sinks)
+        allowed = allowed_keys(rows + (k_len - q_len), real, kept, heavy, strip_window, strip_sinks)
         scores = (q[b][:, rows].to(dtype) @ k_b.mT * scale).masked_fill(~allowed, -torch.inf)
         out[b] = scores.softmax(-1).nan_to_num(0.0) @ v_b
     return out
@@ -72,7 +72,7 @@ def members(indices: Tensor, k_len: int, heads: int) -> Tensor:
     return member[:, :k_len].repeat_interleave(heads // indices.shape[0], 0)
 
 
-def _allowed(at: Tensor, real: Tensor, kept: Tensor, heavy: Tensor, window: int, sinks: int) -> Tensor:
+def allowed_keys(at: Tensor, real: Tensor, kept: Tensor, heavy: Tensor, window: int, sinks: int) -> Tensor:
     """[H, rows, k_len]: which keys the queries at positions `at` read (docs/operators.md, `sparse_attention`)."""
     position, rank = torch.arange(real.shape[0], device=at.device), real.cumsum(0) - 1
     local = (rank[None, :] > rank[at][:, None] - window) & (rank[None, :] <= rank[at][:, None])

@@ -7,36 +7,10 @@ kept tokens is read on the device: the grid covers the capacity, and programs be
 import triton
 import triton.language as tl
 
+from tsa_compile.kernels.common.rows_device import load_columns, load_rows, store_lse, store_rows, zero_rows
+from tsa_compile.kernels.common.softmax_device import softmax_step
+
 LENGTHS = ("heads", "kv_heads", "lists", "q_len", "k_len", "tiles", "section", "i_sb", "i_sg")
-
-
-@triton.jit
-def softmax_step(acc, row_max, row_sum, scores, scale_log2, v, PRECISION: tl.constexpr):
-    """One step of the online softmax, in base 2: scale_log2 > 0 is scale * log2(e). Every row has had a key."""
-    new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)
-    shrink = tl.exp2(row_max - new_max)
-    p = tl.exp2(scores * scale_log2 - new_max[:, None])
-    row_sum = row_sum * shrink + tl.sum(p, 1)
-    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
-    return acc, new_max, row_sum
-
-
-@triton.jit
-def load_rows(x, at, stride_l, stride_d, d, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The rows `at` of x [L, D] as a tile [len(at), BLOCK_D]; columns beyond D are zero."""
-    x += at[:, None] * stride_l + d[None, :] * stride_d
-    if D == BLOCK_D:
-        return tl.load(x)
-    return tl.load(x, mask=(d < D)[None, :], other=0.0)
-
-
-@triton.jit
-def load_columns(x, at, stride_l, stride_d, d, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The rows `at` of x [L, D], transposed: a tile [BLOCK_D, len(at)]."""
-    x += at[None, :] * stride_l + d[:, None] * stride_d
-    if D == BLOCK_D:
-        return tl.load(x)
-    return tl.load(x, mask=(d < D)[:, None], other=0.0)
 
 
 @triton.jit
@@ -59,21 +33,6 @@ def diagonal_steps(
 
 
 @triton.jit
-def store_rows(out, stride_l, tile, rows, row_ok, DV: tl.constexpr, BLOCK_DV: tl.constexpr):
-    """Stores a tile [len(rows), BLOCK_DV] as the rows `rows` of out [L, DV]."""
-    dv = tl.arange(0, BLOCK_DV)
-    at = out + rows.to(tl.int64)[:, None] * stride_l + dv[None, :]
-    tl.store(at, tile.to(out.dtype.element_ty), mask=row_ok[:, None] & (dv < DV)[None, :])
-
-
-@triton.jit
-def store_lse(lse, row_max, row_sum, rows, row_ok):
-    """Stores the natural log-sum-exp of the rows `rows` to lse [L]; row_max is in base 2."""
-    ln2: tl.constexpr = 0.6931471805599453
-    tl.store(lse + rows, (row_max + tl.log2(row_sum)) * ln2, mask=row_ok)
-
-
-@triton.jit
 def schedule(section, tiles):
     """Program id -> (batch * heads + head, tile counted from the longest).
 
@@ -82,16 +41,6 @@ def schedule(section, tiles):
     pid = tl.program_id(0)
     rest = pid % (section * tiles)
     return pid // (section * tiles) * section + rest % section, rest // section
-
-
-@triton.jit
-def zero_rows(out, stride_l, first, last, columns, column_ok, BLOCK: tl.constexpr):
-    """Zeroes the rows first..last-1 of one head, then waits for the whole program."""
-    for start in tl.range(first, last, BLOCK):
-        rows = start + tl.arange(0, BLOCK)
-        at = out + rows.to(tl.int64)[:, None] * stride_l + columns[None, :]
-        tl.store(at, 0.0, mask=(rows < last)[:, None] & column_ok[None, :])
-    tl.debug_barrier()  # the kept rows among them are stored later, by other threads
 
 
 @triton.jit(do_not_specialize=LENGTHS)

@@ -5,35 +5,37 @@ from __future__ import annotations
 import torch
 
 from tsa_compile.kernels.attend.tokens import hopper
-from tsa_compile.kernels.attend.tokens.strip import add_strip, invert, rank_order
+from tsa_compile.kernels.attend.tokens.strip import add_strip, invert
+from tsa_compile.kernels.common.results import empty_result, no_lse
 from tsa_compile.kernels.common.tiles import LOG2_E, capability_of, precision, prefill_config, section_heads
+from tsa_compile.kernels.types import Attended, Operands, Strip, Tokens
 
 Tensor = torch.Tensor
 
 
-def fused_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    indices: Tensor,
-    counts: Tensor,
-    heavy_indices: Tensor,
-    key_mask: Tensor | None,
-    scale: float,
-    strip_window: int,
-    strip_sinks: int,
-) -> Tensor:
+def fused_attention(x: Operands, kept: Tokens, scale: float, strip: Strip, need_lse: bool = False) -> Attended:
     """`sparse_attention` (host.py) for CUDA tensors. Scratch: 4 bytes a position and list, and a row, with a strip."""
-    batch, heads, q_len, _ = q.shape
-    out = q.new_empty(batch, q_len, heads, v.shape[-1]).transpose(1, 2)
-    strip = strip_window > 0 or strip_sinks > 0 or heavy_indices.shape[-1] > 0
-    lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device) if strip else None
-    launch_prefill(q, k, v, out, lse, indices, counts, scale)
-    if strip:
-        order = None if key_mask is None else rank_order(key_mask)
-        slots = invert(indices, counts)
-        add_strip(q, k, v, out, out, lse, slots, heavy_indices, order, scale, strip_window, strip_sinks)
-    return out
+    q, k, v = x.q, x.k, x.v
+    has_strip = strip.reads(kept.heavy_indices)
+    out, lse = new_result(q, v, has_strip, need_lse)
+    if out.numel() == 0:
+        return Attended(out, no_lse(q) if lse is None or not need_lse else lse.fill_(-torch.inf))
+    launch_prefill(q, k, v, out, lse, kept.indices, kept.counts, scale)
+    if not has_strip or lse is None:
+        return Attended(out, no_lse(q) if lse is None else lse)
+    final = add_strip(x, out, Attended(out, lse), invert(kept.indices, kept.counts), kept.heavy_indices, strip, scale, need_lse)
+    return Attended(out, final)
+
+
+def new_result(q: Tensor, v: Tensor, has_strip: bool, need_lse: bool) -> tuple[Tensor, Tensor | None]:
+    """(out, lse) for a prefill to write. It writes kept rows alone if it stores their log-sum-exp, so if no strip comes after it
+    the others are written here; `lse` None: nobody needs it, and it zeroes them."""
+    out = empty_result(q, v)
+    if has_strip:
+        return out, torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    if need_lse:
+        return out.zero_(), torch.full(q.shape[:3], -torch.inf, dtype=torch.float32, device=q.device)
+    return out, None
 
 
 def launch_prefill(

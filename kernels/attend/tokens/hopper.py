@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 
+from tsa_compile.kernels.common.launch import multiprocessors
 from tsa_compile.kernels.common.tiles import LOG2_E, capability_of, section_heads
 
 Tensor = torch.Tensor
@@ -48,7 +48,7 @@ def launch(
     tiles = min(triton.cdiv(k_len, BLOCK), triton.cdiv(q_len, BLOCK) + 1)
     section = section_heads(heads, kv_heads, k_len, 2 * dim * q.element_size())
     total = batch * heads * tiles
-    programs = min(total, _multiprocessors(q.device))
+    programs = min(total, multiprocessors(q.device))
     queued = total >= QUEUED_FROM * programs
     queue = torch.zeros(1, dtype=torch.int32, device=q.device) if queued else counts
     sparse_prefill_hopper_kernel[(programs,)](
@@ -66,8 +66,3 @@ def _descriptor(packed: Tensor) -> Any:
 
     rows = packed.view(-1, packed.shape[-1])
     return TensorDescriptor.from_tensor(rows, [BLOCK, rows.shape[1]], gl.NVMMASharedLayout(128, 16, 2))
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count

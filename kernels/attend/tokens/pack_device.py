@@ -1,7 +1,9 @@
-"""Memory movers: pack kept rows to contiguous storage, put packed results back, invert lists, order by rank. Triton."""
+"""Memory movers: pack kept rows to contiguous storage, put packed results back, invert lists. Triton."""
 
 import triton
 import triton.language as tl
+
+from tsa_compile.kernels.common.rows_device import copy_rows
 
 
 @triton.jit(do_not_specialize=["i_sb", "i_sg", "s_sb", "s_sg", "lists"])
@@ -12,28 +14,6 @@ def invert_kernel(indices, counts, slots, i_sb, i_sg, s_sb, s_sg, lists, BLOCK: 
     ok = c < tl.load(counts + b)
     at = tl.load(indices + b * i_sb + g * i_sg + c, mask=ok, other=0)
     tl.store(slots + b * s_sb + g * s_sg + at, c, mask=ok)
-
-
-@triton.jit(do_not_specialize=["k_len"])
-def order_kernel(ranks, order, k_len, BLOCK: tl.constexpr):
-    """order[b]: the real positions, ascending, then the padding. ranks [B, Lk]: running count of real positions."""
-    ranks += tl.program_id(1).to(tl.int64) * k_len
-    order += tl.program_id(1).to(tl.int64) * k_len
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    ok = at < k_len
-    rank = tl.load(ranks + at, mask=ok, other=0)
-    real = rank > tl.load(ranks + at - 1, mask=ok & (at > 0), other=0)
-    tl.store(order + tl.where(real, rank - 1, tl.load(ranks + k_len - 1) + at - rank), at, mask=ok)
-
-
-@triton.jit
-def copy_rows(x, to, at, stride_l, stride_d, slots, ok, write, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """to[slots] = x[at] where ok, zero otherwise, for the slots that `write` names; `to` is [capacity, D]."""
-    d = tl.arange(0, BLOCK_D)
-    column_ok = (d < D)[None, :]
-    x += at[:, None] * stride_l + d[None, :] * stride_d
-    rows = tl.load(x, mask=ok[:, None] & column_ok, other=0.0)
-    tl.store(to + slots.to(tl.int64)[:, None] * D + d[None, :], rows, mask=write[:, None] & column_ok)
 
 
 @triton.jit(do_not_specialize=["capacity", "i_sb", "i_sg", "heads", "packed_heads", "lists"])

@@ -15,98 +15,87 @@ import torch.nn.functional as F
 
 from tsa_compile.kernels.attend.tokens.definition import members
 from tsa_compile.kernels.checks import check_reference_engine
+from tsa_compile.kernels.common.ranks import real_positions
+from tsa_compile.kernels.common.results import empty_result, no_lse
+from tsa_compile.kernels.types import Attended, Operands, Strip, Tokens
 
 Tensor = torch.Tensor
 _BLOCK_ROWS = 256
 _HIDDEN = -1e30  # added to a score that takes no part; finite, since a row may have no other
 
 
-class Strip(NamedTuple):
-    """The keys that every row reads beside the kept ones; tokens are counted without padding."""
+class RowStrip(NamedTuple):
+    """The keys that every row of one batch row reads beside the kept ones; tokens are counted without padding."""
 
     window: int
     sinks: int
-    heavy: Tensor  # [G, heavy], -1: no token
+    heavy_indices: Tensor  # [G, heavy], -1: no token
 
     @property
     def empty(self) -> bool:
-        return self.window == 0 and self.sinks == 0 and self.heavy.shape[-1] == 0
+        return not Strip(self.window, self.sinks).reads(self.heavy_indices)
 
 
 def sparse_attention_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    indices: Tensor,
-    counts: Tensor,
-    heavy_indices: Tensor,
-    key_mask: Tensor | None,
-    scale: float,
-    strip_window: int,
-    strip_sinks: int,
-    dense_below: int,
-    engine: str = "reference",
-) -> Tensor:
+    x: Operands, kept: Tokens, scale: float, strip: Strip, dense_below: int, engine: str = "reference", need_lse: bool = False
+) -> Attended:
     """`tsa::sparse_attention` for tensors on any device; it reads the counts, so it synchronises with the device.
 
-    Shapes, dtypes and meaning: docs/operators.md. Source: arXiv 2602.03216, section 3.
+    Meaning: docs/operators.md. Source: arXiv 2602.03216, section 3.
     """
     check_reference_engine("tsa::sparse_attention", engine)
 
-    def attend(b: int, *row: Any) -> Tensor:
-        return _attend_row(*row, scale)
+    def attend(b: int, *row: Any) -> tuple[Tensor, Tensor | None]:
+        return _attend_row(*row, scale, need_lse)
 
-    everything = k.shape[2] <= dense_below
-    return by_row(q, k, v, indices, counts, heavy_indices, key_mask, strip_window, strip_sinks, everything, attend)
+    return by_row(x, kept, strip, x.k.shape[2] <= dense_below, need_lse, attend)
 
 
 def by_row(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    indices: Tensor,
-    counts: Tensor,
-    heavy_indices: Tensor,
-    key_mask: Tensor | None,
-    strip_window: int,
-    strip_sinks: int,
-    everything: bool,
-    attend: Callable[..., Tensor],
-) -> Tensor:
+    x: Operands, kept: Tokens, strip: Strip, everything: bool, need_lse: bool, attend: Callable[..., tuple[Tensor, Tensor | None]]
+) -> Attended:
     """Calls `attend(b, q [H, m, D], k [Hk, L, D], v [Hk, L, Dv], kept [G, n] or None if everything, strip)` for each batch row
-    without its padding, in float32 or float64, and puts its results [H, m, Dv] together."""
-    (batch, heads, q_len, _), k_len = q.shape, k.shape[2]
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    out = q.new_zeros(batch, q_len, heads, v.shape[-1]).transpose(1, 2)
-    counts_host = counts.tolist()
+    without its padding, in float32 or float64, and puts its results [H, m, Dv] and [H, m] together."""
+    (batch, _, q_len, _), k_len, device = x.q.shape, x.k.shape[2], x.q.device
+    dtype = torch.float64 if x.q.dtype == torch.float64 else torch.float32
+    out = empty_result(x.q, x.v).zero_()
+    lse = torch.full(x.q.shape[:3], -torch.inf, dtype=torch.float32, device=device) if need_lse else no_lse(x.q)
+    counts = kept.counts.tolist()
     for b in range(batch):
-        real = None if key_mask is None else key_mask[b].nonzero().squeeze(1)
-        kept = None if everything else indices[b, :, : counts_host[b]].long()
-        heavy = heavy_indices[b].long()
-        q_b, k_b, v_b = q[b].to(dtype), k[b].to(dtype), v[b].to(dtype)
-        if real is None:
-            out[b] = attend(b, q_b, k_b, v_b, kept, Strip(strip_window, strip_sinks, heavy))
+        own = None if everything else kept.indices[b, :, : counts[b]].long()
+        heavy = kept.heavy_indices[b].long()
+        q, k, v = x.q[b].to(dtype), x.k[b].to(dtype), x.v[b].to(dtype)
+        rows: Any = slice(None)
+        if x.view.ranks is not None:
+            real, rank = real_positions(x.view, b, k_len, device), x.view.ranks[b].long() - 1
+            rows = real[real >= k_len - q_len] - (k_len - q_len)
+            own = None if own is None else rank[own]
+            heavy = torch.where(heavy >= 0, rank[heavy.clamp(min=0)], -1)
+            q, k, v = q[:, rows], k[:, real], v[:, real]
+        if q.shape[1] == 0:
             continue
-        rank = key_mask[b].cumsum(0) - 1  # type: ignore[index]
-        rows = real[real >= k_len - q_len] - (k_len - q_len)
-        kept = None if kept is None else rank[kept]
-        strip = Strip(strip_window, strip_sinks, torch.where(heavy >= 0, rank[heavy.clamp(min=0)], -1))
-        out[b][:, rows] = attend(b, q_b[:, rows], k_b[:, real], v_b[:, real], kept, strip).to(out.dtype)
-    return out
+        part, part_lse = attend(b, q, k, v, own, RowStrip(*strip, heavy))
+        out[b][:, rows] = part.to(out.dtype)
+        if part_lse is not None and need_lse:
+            lse[b][:, rows] = part_lse.float()
+    return Attended(out, lse)
 
 
-def _attend_row(q: Tensor, k: Tensor, v: Tensor, kept: Tensor | None, strip: Strip, scale: float) -> Tensor:
-    """One batch row without padding. q [H, Lq, D], k [Hk, Lk, D], kept [G, n] or None for all. -> [H, Lq, Dv]."""
+def _attend_row(
+    q: Tensor, k: Tensor, v: Tensor, kept: Tensor | None, strip: RowStrip, scale: float, need_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """One batch row without padding. q [H, Lq, D], k [Hk, Lk, D], kept [G, n] or None for all. -> [H, Lq, Dv], [H, Lq]."""
     groups = q.shape[0] // k.shape[0]
     if kept is None or kept.shape[1] == k.shape[1]:
         q_groups = q.unflatten(0, (-1, groups))
-        return _causal(q_groups, k[:, None], v[:, None], scale, need_lse=False)[0].flatten(0, 1)
+        out, lse = _causal(q_groups, k[:, None], v[:, None], scale, need_lse)
+        return out.flatten(0, 1), None if lse is None else lse.flatten(0, 1)
     out = q.new_zeros(*q.shape[:2], v.shape[-1])
     lse = q.new_full(q.shape[:2], -torch.inf)
-    _attend_kept(q, k, v, kept, scale, out, lse, need_lse=not strip.empty)
+    _attend_kept(q, k, v, kept, scale, out, lse, need_lse or not strip.empty)
     if not strip.empty:
         merge_strip(q, k, v, kept, strip, scale, out, lse)
-    return out
+    return out, lse
 
 
 def _attend_kept(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, scale: float, out: Tensor, lse: Tensor, need_lse: bool) -> None:
@@ -166,7 +155,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) 
     return (scores - lse).exp() @ v, lse.squeeze(-1)
 
 
-def merge_strip(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, strip: Strip, scale: float, out: Tensor, lse: Tensor) -> None:
+def merge_strip(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, strip: RowStrip, scale: float, out: Tensor, lse: Tensor) -> None:
     """Adds the strip to out [H, Lq, Dv], whose softmax over the kept keys has the log-sum-exp lse [H, Lq].
 
     One more feature, `selected(i)` in q and `_HIDDEN * kept(j)` in k, takes the kept keys out of the selected rows.
@@ -193,13 +182,15 @@ def merge_strip(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, strip: Strip, sca
 
 
 def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
-    """Adds a second part of one softmax to `out` in place; lse -inf, part_lse <= _HIDDEN / 2: a part without keys."""
-    share = torch.sigmoid(part_lse.masked_fill(part_lse <= _HIDDEN / 2, -torch.inf) - lse)
-    out.lerp_(part, share.nan_to_num(0.0)[..., None])  # nan: neither part has a key
+    """Adds a second part of one softmax to `out` and `lse` in place; lse -inf, part_lse <= _HIDDEN / 2: a part without keys."""
+    part_lse = part_lse.masked_fill(part_lse <= _HIDDEN / 2, -torch.inf)
+    out.lerp_(part, torch.sigmoid(part_lse - lse).nan_to_num(0.0)[..., None])  # nan: neither part has a key
+    lse.copy_(torch.logaddexp(lse, part_lse))
 
 
-def _far_keys(strip: Strip, k_len: int) -> tuple[Tensor, Tensor]:
+def _far_keys(strip: RowStrip, k_len: int) -> tuple[Tensor, Tensor]:
     """The sinks and the heavy tokens, [G, c], and which of those columns hold no token or one that came before."""
-    sinks = torch.arange(min(strip.sinks, k_len), device=strip.heavy.device).expand(strip.heavy.shape[0], -1)
-    hidden = torch.cat([torch.zeros_like(sinks, dtype=torch.bool), strip.heavy < strip.sinks], 1)
-    return torch.cat([sinks, strip.heavy.clamp(min=0)], 1), hidden
+    sinks = torch.arange(min(strip.sinks, k_len), device=strip.heavy_indices.device)
+    sinks = sinks.expand(strip.heavy_indices.shape[0], -1)
+    hidden = torch.cat([torch.zeros_like(sinks, dtype=torch.bool), strip.heavy_indices < strip.sinks], 1)
+    return torch.cat([sinks, strip.heavy_indices.clamp(min=0)], 1), hidden

@@ -7,10 +7,10 @@ softmax from the finished attention over the kept tokens (output and log-sum-exp
 import triton
 import triton.language as tl
 
-from tsa_compile.kernels.attend.tokens.device import load_columns, load_rows
+from tsa_compile.kernels.common.rows_device import load_columns, load_rows
 
 LENGTHS = (
-    "heads", "kv_heads", "lists", "q_len", "k_len", "n_heavy", "window", "sinks",
+    "heads", "kv_heads", "lists", "q_len", "k_len", "heavy", "window", "sinks",
     "s_sb", "s_sg", "h_sb", "h_sg", "l_sb", "l_sh",
 )  # fmt: skip
 
@@ -46,21 +46,21 @@ def strip_rows(order, ranks, tile, q_len, k_len, PADDED: tl.constexpr, BLOCK_M: 
 
 
 @triton.jit
-def far_keys(heavy, order, n_heavy, sinks, horizon, PADDED: tl.constexpr, BLOCK: tl.constexpr):
+def far_keys(heavy_indices, order, heavy, sinks, horizon, PADDED: tl.constexpr, BLOCK: tl.constexpr):
     """How many of the sinks and heavy tokens, in this order, have a rank up to `horizon`: heavy tokens ascend."""
     if PADDED:
         horizon = tl.load(order + tl.maximum(horizon, 0))
     count = tl.zeros([BLOCK], tl.int32)
-    for start in tl.range(0, n_heavy, BLOCK):
+    for start in tl.range(0, heavy, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        at = tl.load(heavy + i, mask=i < n_heavy, other=-1)
+        at = tl.load(heavy_indices + i, mask=i < heavy, other=-1)
         count += ((at >= 0) & (at <= horizon)).to(tl.int32)
     return sinks + tl.sum(count)
 
 
 @triton.jit
 def strip_columns(
-    block, near_first, near_blocks, heavy, order, n_heavy, sinks, k_len, PADDED: tl.constexpr, BLOCK_N: tl.constexpr
+    block, near_first, near_blocks, heavy_indices, order, heavy, sinks, k_len, PADDED: tl.constexpr, BLOCK_N: tl.constexpr
 ):
     """Positions of a block's keys (-1: none), their number in order of rank, and which of them are heavy tokens.
 
@@ -69,7 +69,7 @@ def strip_columns(
     is_near = block < near_blocks
     number = tl.where(is_near, near_first + block * BLOCK_N, (block - near_blocks) * BLOCK_N) + tl.arange(0, BLOCK_N)
     is_heavy = (number >= sinks) & (not is_near)
-    at = tl.load(heavy + number - sinks, mask=is_heavy & (number < sinks + n_heavy), other=-1)
+    at = tl.load(heavy_indices + number - sinks, mask=is_heavy & (number < sinks + heavy), other=-1)
     by_rank = tl.minimum(number, k_len - 1)
     if PADDED:
         by_rank = tl.load(order + by_rank)
@@ -90,22 +90,23 @@ def strip_ranks(at, number, is_heavy, slots, ranks, sinks, BEHIND: tl.constexpr,
 
 @triton.jit(do_not_specialize=LENGTHS)
 def strip_kernel(
-    q, k, v, out, part, part_lse, slots, heavy, order, ranks,
+    q, k, v, out, part, part_lse, slots, heavy_indices, order, ranks,
     q_sb, q_sh, q_sl, q_sd, k_sb, k_sh, k_sl, k_sd, v_sb, v_sh, v_sl, v_sd, o_sb, o_sh, o_sl, p_sb, p_sh, p_sl,
     l_sb, l_sh, s_sb, s_sg, h_sb, h_sg,
-    heads, kv_heads, lists, q_len, k_len, n_heavy, window, sinks, scale_log2,
+    heads, kv_heads, lists, q_len, k_len, heavy, window, sinks, scale_log2,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, PADDED: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, PADDED: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, lse=None,
 ):  # fmt: skip
     """One tile of BLOCK_M rows of one head; writes every row, zero where it is padding or reads nothing.
 
     `slots` [B, G, Lk] is the place of a position in its kept list, or -1. `part` and `part_lse` hold the attention over
-    the kept tokens, by slot if PACKED, else by row; `part` may be `out`.
+    the kept tokens, by slot if PACKED, else by row; `part` may be `out`. `lse`: takes the natural log-sum-exp [B, H, Lq] of
+    every row, -inf where it reads nothing; None: nobody needs it.
     """
     tile = tl.program_id(0)
     b, h = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
     slots += b * s_sb + h * lists // heads * s_sg
-    heavy += b * h_sb + h * lists // heads * h_sg
+    heavy_indices += b * h_sb + h * lists // heads * h_sg
     order += b * k_len
     ranks += b * k_len
     t, at, rank, real, first, last = strip_rows(order, ranks, tile, q_len, k_len, PADDED, BLOCK_M)
@@ -130,18 +131,22 @@ def strip_kernel(
     hides = selected.to(tl.int32)[:, None]  # a kept key is behind the horizon of a selected row, which has it already
     near_first = tl.maximum(first - window + 1, 0)
     near_blocks = tl.where((window > 0) & (last >= first), tl.cdiv(last + 1 - near_first, BLOCK_N), 0)
-    far = far_keys(heavy, order, n_heavy, sinks, last - window, PADDED, 128)
+    far = far_keys(heavy_indices, order, heavy, sinks, last - window, PADDED, 128)
     far_blocks = tl.where((last >= window) & (last >= first), tl.cdiv(far, BLOCK_N), 0)
     # For the mask, positions are read two blocks ahead and what depends on them one block ahead, by hand: the compiler
     # pipelines only what a product reads.
-    mask_at, number, is_heavy = strip_columns(0, near_first, near_blocks, heavy, order, n_heavy, sinks, k_len, PADDED, BLOCK_N)
+    mask_at, number, is_heavy = strip_columns(
+        0, near_first, near_blocks, heavy_indices, order, heavy, sinks, k_len, PADDED, BLOCK_N
+    )
     key_rank, kept = strip_ranks(mask_at, number, is_heavy, slots, ranks, sinks, BEHIND, PADDED)
-    next_at, number, is_heavy = strip_columns(1, near_first, near_blocks, heavy, order, n_heavy, sinks, k_len, PADDED, BLOCK_N)
+    next_at, number, is_heavy = strip_columns(
+        1, near_first, near_blocks, heavy_indices, order, heavy, sinks, k_len, PADDED, BLOCK_N
+    )
     for block in tl.range(0, near_blocks + far_blocks):
         next_rank, next_kept = strip_ranks(next_at, number, is_heavy, slots, ranks, sinks, BEHIND, PADDED)
-        key_at, _, _ = strip_columns(block, near_first, near_blocks, heavy, order, n_heavy, sinks, k_len, PADDED, BLOCK_N)
+        key_at, _, _ = strip_columns(block, near_first, near_blocks, heavy_indices, order, heavy, sinks, k_len, PADDED, BLOCK_N)
         next_at, number, is_heavy = strip_columns(
-            block + 2, near_first, near_blocks, heavy, order, n_heavy, sinks, k_len, PADDED, BLOCK_N
+            block + 2, near_first, near_blocks, heavy_indices, order, heavy, sinks, k_len, PADDED, BLOCK_N
         )
         # near: 0 <= distance < window; far: window <= distance
         nearest = tl.where(block < near_blocks, 0, window)
@@ -157,3 +162,8 @@ def strip_kernel(
     acc = tl.where((real & (row_sum > 0))[:, None], acc / tl.where(row_sum > 0, row_sum, 1.0)[:, None], 0.0)
     o_at = out + b * o_sb + h * o_sh + rows.to(tl.int64)[:, None] * o_sl + dv[None, :]
     tl.store(o_at, acc.to(out.dtype.element_ty), mask=(t < q_len)[:, None] & (dv < DV)[None, :])
+    if lse is not None:
+        ln2: tl.constexpr = 0.6931471805599453
+        reads = real & (row_sum > 0)
+        value = tl.where(reads, (row_max + tl.log2(tl.where(reads, row_sum, 1.0))) * ln2, float("-inf"))
+        tl.store(lse + (b * heads + h) * q_len + rows, value, mask=t < q_len)

@@ -7,27 +7,10 @@ of size window x length is stored. Programs of the heads that share a KV head ru
 import triton
 import triton.language as tl
 
+from tsa_compile.kernels.common.ranks_device import positions_of, row_extent
+from tsa_compile.kernels.common.softmax_device import merged_lse
+
 LENGTHS = ("heads", "kv_heads", "q_len", "k_len", "window", "splits", "span", "pool")
-
-
-@triton.jit
-def row_extent(ranks, b, q_len, k_len, window, PADDED: tl.constexpr):
-    """(real tokens of the row, scoring queries): the last `window` real tokens, as far as they are queries."""
-    if PADDED:
-        length = tl.load(ranks + b * k_len + k_len - 1, mask=k_len > 0, other=0)
-        before = tl.load(ranks + b * k_len + k_len - q_len - 1, mask=k_len > q_len, other=0)
-        queries = length - before
-    else:
-        length, queries = k_len, q_len
-    return length, tl.minimum(queries, window)
-
-
-@triton.jit
-def positions_of(order, b, rank, ok, k_len, PADDED: tl.constexpr):
-    """Positions of the tokens with these ranks."""
-    if PADDED:
-        return tl.load(order + b * k_len + rank, mask=ok, other=0).to(tl.int64)
-    return tl.where(ok, rank, 0).to(tl.int64)
 
 
 @triton.jit
@@ -86,20 +69,6 @@ def score_lse_kernel(
     at = (head_index.to(tl.int64) * splits + split) * window + first + tl.arange(0, BLOCK_M)
     tl.store(part_max + at, row_max, mask=ok)
     tl.store(part_sum + at, row_sum, mask=ok)
-
-
-@triton.jit
-def merged_lse(part_max, part_sum, base, splits, window, row, ok, BLOCK_M: tl.constexpr):
-    """The log-sum-exp (base 2) of each row over all spans."""
-    top = tl.full([BLOCK_M], -1.0e30, tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    for s in tl.range(0, splits):
-        at = (base + s) * window + row
-        m = tl.load(part_max + at, mask=ok, other=-1.0e30)
-        new = tl.maximum(top, m)
-        total = total * tl.exp2(top - new) + tl.load(part_sum + at, mask=ok, other=1.0) * tl.exp2(m - new)
-        top = new
-    return tl.where(ok, top + tl.log2(total), 0.0)
 
 
 @triton.jit(do_not_specialize=LENGTHS)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
+
+from tsa_compile.kernels.common.launch import multiprocessors
 
 Tensor = torch.Tensor
 BLOCK, MAX_SPLITS = 128, 32  # as the kernels have them
@@ -57,7 +57,7 @@ def launch(
 
     (batch, heads, q_len, dim), (kv_heads, k_len) = q.shape, k.shape[1:3]
     together, stages = tiles(heads // kv_heads, dim, q.element_size())
-    programs, processors = max(1, batch * heads // together), _multiprocessors(q.device)
+    programs, processors = max(1, batch * heads // together), multiprocessors(q.device)
     most = max(1, min(processors // programs, MAX_SPLITS))
     span = triton.cdiv(triton.cdiv(k_len, most), BLOCK) * BLOCK
     splits = triton.cdiv(k_len, span)
@@ -78,8 +78,3 @@ def launch(
 def _run_at_once(grid: tuple[int, int], processors: int) -> bool:
     """Whether all programs have a multiprocessor of their own, so that they can wait for each other."""
     return grid[0] * grid[1] <= processors
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count

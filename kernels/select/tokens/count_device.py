@@ -8,7 +8,7 @@ that comes last, finds among them the mass at which it is reached: few by compar
 import triton
 import triton.language as tl
 
-from tsa_compile.kernels.score.window.device import row_extent
+from tsa_compile.kernels.common.ranks_device import row_extent
 
 MASS_BINS = tl.constexpr(2048)  # 32 an octave
 MASS_ROW = tl.constexpr(2052)  # a row of bins, then: tokens below the bin << 32 plus masses gathered; programs that are through

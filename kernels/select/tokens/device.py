@@ -9,7 +9,7 @@ places follow from the bins of the chunks before. Scores are >= 0, so that their
 import triton
 import triton.language as tl
 
-from tsa_compile.kernels.score.window.device import positions_of, row_extent
+from tsa_compile.kernels.common.ranks_device import positions_of, row_extent
 
 BINS = tl.constexpr(256)  # 8 an octave, from 2**-32 to 1
 FIRST_OCTAVE = tl.constexpr(760)  # 8 * (127 - 32)

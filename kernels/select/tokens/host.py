@@ -1,4 +1,4 @@
-"""Token selection on the GPU: launches of the scores, the coverage count and the selection. docs/operators.md is the contract."""
+"""Token selection on the GPU, from scores: launches of the coverage count and of the selection (docs/operators.md)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from tsa_compile.kernels.score.window.host import window_scores
+from tsa_compile.kernels.types import KvView, TokenRule, Tokens
 
 Tensor = torch.Tensor
 MASS_ROW, BINS = 2052, 256  # as the kernels have them
@@ -16,62 +16,22 @@ CHUNK, SELECT_BLOCK = 8192, 2048  # scores of one program; scores at a time
 POOL_WARPS, COUNT_WARPS, SELECT_WARPS = 8, 16, 8
 
 
-def select_tokens(
-    q: Tensor,
-    k: Tensor,
-    key_mask: Tensor | None,
-    scale: float,
-    coverage: float,
-    window: int,
-    pool: int,
-    min_tokens: int,
-    heavy: int,
-    share: str = "head",
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`tsa::select_tokens` by Triton: (indices `[B, G, Lk]`, counts `[B]`, heavy_indices `[B, G, heavy]`), all int32.
-
-    Nothing waits for the device, and lengths are run-time arguments: a new length compiles nothing.
-    Source: arXiv 2602.03216, section 3.
-
-    Raises:
-        ValueError: float64, which Triton's dot does not take.
-    """
-    if q.dtype == torch.float64:
-        raise ValueError("tsa::select_tokens: float64 runs on CPU only")
-    order, ranks = _order(q, k, key_mask)
-    padded, k_len, lists = key_mask is not None, k.shape[2], (q if share == "head" else k).shape[1]
-    if k_len <= min_tokens + window or coverage == 0 or q.shape[2] == 0:
-        return select_everything(q, k, order, ranks, padded, heavy, lists)
-    zeroed = _zeroed(q.shape[0], lists, q.shape[1], q.device)
-    mean = window_scores(q, k, order, ranks, padded, scale, window, zeroed.through)
-    return select_from_means(mean, q.shape[2], order, ranks, padded, coverage, window, pool, min_tokens, heavy, lists, zeroed)
-
-
 def select_from_means(
-    mean: Tensor,
-    q_len: int,
-    order: Tensor,
-    ranks: Tensor,
-    padded: bool,
-    coverage: float,
-    window: int,
-    pool: int,
-    min_tokens: int,
-    heavy: int,
-    lists: int,
-    zeroed: _Zeroed | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    mean: Tensor, q_len: int, view: KvView, rule: TokenRule, lists: int, zeroed: Zeroed | None = None
+) -> Tokens:
     """Steps 3 (pooling) to 7 of the contract, from the mean attention float32 `[B, H, Lk]` by rank (`window_scores`)."""
     import triton
 
     from tsa_compile.kernels.select.tokens import count_device, device
 
     batch, heads, k_len = mean.shape
+    (coverage, window, pool, min_tokens, heavy), padded = rule, view.ranks is not None
     new = lambda *shape, dtype=torch.int32: torch.empty(shape, dtype=dtype, device=mean.device)  # noqa: E731
     scores, (masses, candidates) = torch.empty_like(mean), new(2, batch, k_len, dtype=torch.int64)
     counts, indices, heavy_indices = new(batch), new(batch, lists, k_len), new(batch, lists, heavy)
+    order, ranks = view.order if padded else (counts, counts)  # not read
     chunks = triton.cdiv(k_len, CHUNK)
-    mass_bins, cuts, _ = zeroed or _zeroed(batch, lists, 0, mean.device)
+    mass_bins, cuts, _ = zeroed or zeros(batch, lists, 0, mean.device)
     coverage_bits = struct.unpack("<q", struct.pack("<d", coverage))[0]
     row = (q_len, k_len, window)
     count_device.pool_kernel[(triton.cdiv(k_len, POOL_BLOCK), batch)](
@@ -91,15 +51,15 @@ def select_from_means(
     gathered = new(kinds, batch, lists, k_len, dtype=torch.float32)
     if chunks == 1:
         device.select_kernel[grid](scores, gathered, counts, *out, **shape)
-        return indices, counts, heavy_indices
+        return Tokens(indices, counts, heavy_indices)
     bins = new(batch, lists, chunks, BINS)
     device.bin_kernel[(chunks, batch * lists)](scores, bins, ranks, lists, *row, **shape)
     device.cut_kernel[grid](scores, bins, gathered, cuts, counts, ranks, lists, *row, heavy, **shape)
     device.write_kernel[grid](scores, bins, gathered, cuts, counts, *out, **shape)
-    return indices, counts, heavy_indices
+    return Tokens(indices, counts, heavy_indices)
 
 
-class _Zeroed(NamedTuple):
+class Zeroed(NamedTuple):
     """Bins of the masses, int64 [B, MASS_ROW]; cuts of the lists, int32 [B, G, 2, 4]; programs that are through, int32 [B, H]."""
 
     mass_bins: Tensor
@@ -107,37 +67,22 @@ class _Zeroed(NamedTuple):
     through: Tensor
 
 
-def _zeroed(batch: int, lists: int, heads: int, device: torch.device) -> _Zeroed:
+def zeros(batch: int, lists: int, heads: int, device: torch.device) -> Zeroed:
     """What must be zero before the kernels run, by one kernel."""
     sizes = [2 * batch * MASS_ROW, 8 * batch * lists, batch * heads]
     mass_bins, cuts, through = torch.zeros(sum(sizes), dtype=torch.int32, device=device).split(sizes)
-    return _Zeroed(mass_bins.view(torch.int64), cuts, through)
+    return Zeroed(mass_bins.view(torch.int64), cuts, through)
 
 
-def select_everything(
-    q: Tensor, k: Tensor, order: Tensor, ranks: Tensor, padded: bool, heavy: int, lists: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def select_everything(k: Tensor, view: KvView, heavy: int, lists: int) -> Tokens:
     """Every real token in each of `lists` lists, where the host knows that nothing is dropped."""
-    batch, k_len = q.shape[0], k.shape[2]
-    if padded:
-        counts = ranks[:, -1].contiguous() if k_len else ranks.new_zeros(batch)
-        slot = torch.arange(k_len, device=q.device, dtype=torch.int32)
-        row = torch.where(slot < counts[:, None], order, -1)
+    batch, k_len = k.shape[0], k.shape[2]
+    slot = torch.arange(k_len, device=k.device, dtype=torch.int32)
+    if view.ranks is not None:
+        counts = view.ranks[:, -1].contiguous() if k_len else view.ranks.new_zeros(batch)
+        row = torch.where(slot < counts[:, None], view.blocks, -1)
     else:
-        counts = torch.full((batch,), k_len, dtype=torch.int32, device=q.device)
-        row = torch.arange(k_len, device=q.device, dtype=torch.int32).expand(batch, -1)
-    indices = row[:, None].repeat(1, lists, 1)
-    return indices, counts, torch.full((batch, lists, heavy), -1, dtype=torch.int32, device=q.device)
-
-
-def _order(q: Tensor, k: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(real positions, then padding; running count of the real), int32 `[B, Lk]`; unread dummies without padding."""
-    if key_mask is None:
-        dummy = torch.empty(1, dtype=torch.int32, device=q.device)
-        return dummy, dummy
-    from tsa_compile.kernels.attend.tokens.strip import rank_order
-
-    if k.shape[2] == 0:
-        empty = torch.empty(k.shape[0], 0, dtype=torch.int32, device=q.device)
-        return empty, empty
-    return rank_order(key_mask)
+        counts = torch.full((batch,), k_len, dtype=torch.int32, device=k.device)
+        row = slot.expand(batch, -1)
+    no_heavy = torch.full((batch, lists, heavy), -1, dtype=torch.int32, device=k.device)
+    return Tokens(row[:, None].repeat(1, lists, 1), counts, no_heavy)

@@ -16,7 +16,7 @@ def test_structured_inputs_can_be_sparsified():
     kept = []
     q, k, _ = inputs.structured(1, 4, 2, 2048, 64, torch.float32, "cpu")
     for keys in (k, torch.randn_like(k)):
-        kept.append(torch.ops.tsa.select_tokens(q, keys, None, 0.125, 0.2, 128, 7, 64, 0)[1].item())
+        kept.append(torch.ops.tsa.select_tokens(q, keys, None, None, 0.125, 0.2, 128, 7, 64, 0)[1].item())
     assert kept[0] < 0.8 * kept[1]
 
 

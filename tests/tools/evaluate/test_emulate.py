@@ -8,9 +8,8 @@ import json
 import pytest
 import torch
 
+from tests.kernels.flat import select_tokens_reference, sparse_attention_reference
 from tests.tools.evaluate.tiny_lm import byte_tokenizer, tiny_lm
-from tsa_compile.kernels.attend.tokens.reference import sparse_attention_reference
-from tsa_compile.kernels.select.tokens.reference import select_tokens_reference
 from tsa_compile.tools.evaluate.emulate import Job, read_texts
 from tsa_compile.tools.evaluate.emulate_attention import causal_pairs, masked_attention
 from tsa_compile.tools.evaluate.emulate_blocks import BlockMask, BlockRule, TokenMask

@@ -99,7 +99,7 @@ def test_the_check_sees_a_wrong_selection(monkeypatch):
     from tsa_compile.kernels import registry
 
     real = registry.resolve
-    select = real("select.tokens.reference:select_tokens_reference")
+    select = real("compose_reference:select_tokens_reference")
     wrong = lambda q, *rest, **share: select(q.flip(2), *rest, **share)  # noqa: E731
     monkeypatch.setattr(registry, "resolve", lambda w: wrong if w.endswith(":select_tokens_reference") else real(w))
     result = check(made("sdpa"), "sdpa", SCENARIOS["plain"][0])

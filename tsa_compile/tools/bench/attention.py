@@ -99,7 +99,7 @@ def bench_case(case: AttentionCase, peers: Mapping[str, Dense], repeats: int | N
     numbers = (POLICY.coverage, POLICY.window, POLICY.pool, POLICY.min_tokens)
 
     def select() -> tuple[Tensor, Tensor, Tensor]:
-        return torch.ops.tsa.select_tokens(q, k, None, scale, *numbers, POLICY.completion.heavy)  # type: ignore[union-attr]
+        return torch.ops.tsa.select_tokens(q, k, None, None, scale, *numbers, POLICY.completion.heavy)  # type: ignore[union-attr]
 
     chosen = select()
     selection = forced(window_scores_of(q, k, scale), case.keep, POLICY.window, POLICY.completion.heavy)  # type: ignore[union-attr]
@@ -144,7 +144,7 @@ def attend(
 ) -> Callable[[], Tensor]:
     """Token-sparse attention of a given selection, as a call that can be timed."""
     tail = _strip_arguments(selection, strip)
-    return lambda: torch.ops.tsa.sparse_attention(q, k, v, *tail[0], None, scale, *tail[1], 0, engine)
+    return lambda: torch.ops.tsa.sparse_attention(q, k, v, *tail[0], None, None, scale, *tail[1], 0, engine)[0]
 
 
 def _strip_arguments(selection: tuple[Tensor, Tensor, Tensor], strip: bool) -> tuple[tuple[Tensor, ...], tuple[int, int]]:

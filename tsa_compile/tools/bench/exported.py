@@ -87,7 +87,7 @@ def bench_attention(kinds: Mapping[str, Made], dtype: torch.dtype, length: int) 
         selection = (DIM**-0.5, p.coverage, p.window, p.pool, p.min_tokens)
         work = lambda: torch.ops.tsa.token_sparse_attention(q, k, v, None, *selection, *strip, "fused")  # noqa: E731
         expected = work()
-        kept = torch.ops.tsa.select_tokens(q, k, None, *selection, strip[2])[1].item() / length
+        kept = torch.ops.tsa.select_tokens(q, k, None, None, *selection, strip[2])[1].item() / length
         custom = bound(f"custom {name}")
         error = relative(out, expected)
         torch_ms, custom_ms = in_turns((work, custom), repeats)

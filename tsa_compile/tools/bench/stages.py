@@ -13,6 +13,7 @@ from tsa_compile.kernels.attend.tokens.packed import pack_all, packed_bytes
 from tsa_compile.kernels.attend.tokens.strip import invert
 from tsa_compile.kernels.score.window.host import window_scores
 from tsa_compile.kernels.select.tokens.host import select_from_means
+from tsa_compile.kernels.types import IDENTITY, TokenRule
 from tsa_compile.policies.token_sparse import TokenSparse
 from tsa_compile.tools.bench.timing import graph_ms, median_ms
 
@@ -24,8 +25,8 @@ def selection_stages(q: Tensor, k: Tensor, scale: float, policy: TokenSparse, re
     dummy = torch.empty(1, dtype=torch.int32, device=q.device)
     heavy = policy.completion.heavy if policy.completion else 0
     score = lambda: window_scores(q, k, dummy, dummy, False, scale, policy.window)  # noqa: E731
-    mean, numbers = score(), (policy.coverage, policy.window, policy.pool, policy.min_tokens, heavy)
-    choose = lambda: select_from_means(mean, q.shape[2], dummy, dummy, False, *numbers, q.shape[1])  # noqa: E731
+    mean, rule = score(), TokenRule(policy.coverage, policy.window, policy.pool, policy.min_tokens, heavy)
+    choose = lambda: select_from_means(mean, q.shape[2], IDENTITY, rule, q.shape[1])  # noqa: E731
     return {"scores": graph_ms(score, repeats), "count and lists": graph_ms(choose, repeats)}
 
 

@@ -10,7 +10,8 @@ import dataclasses
 
 import torch
 
-from tsa_compile.kernels.select.tokens.reference import select_tokens_reference
+from tsa_compile.kernels.compose_reference import select_tokens_reference
+from tsa_compile.kernels.types import Operands, TokenRule
 from tsa_compile.tools.evaluate.emulate_attention import CHUNK, Summaries
 from tsa_compile.tools.evaluate.emulate_model import Layer
 
@@ -97,8 +98,8 @@ class BlockRule:
         """bool [H, L]: tokens that every row reads."""
         if self.coverage is None:
             return None
-        q, k = layer.q[None], layer.k[None]
-        chosen = select_tokens_reference(q, k, None, layer.scale, self.coverage, 128, 7, 64, 0)[0][0]
+        k, rule = layer.k[None], TokenRule(self.coverage, window=128, pool=7, min_tokens=64)
+        chosen = select_tokens_reference(Operands(layer.q[None], k, None), layer.scale, rule).indices[0]
         kept = torch.zeros(layer.q.shape[0], k.shape[2] + 1, dtype=torch.bool, device=k.device)
         return kept.scatter_(1, chosen.long().where(chosen >= 0, k.shape[2]), True)[:, :-1]
 
@@ -146,8 +147,8 @@ class TokenMask:
     """`TokenSparse` with completion (arXiv 2602.03216): kept tokens read kept tokens; every row reads a strip."""
 
     def __init__(self, layer: Layer, coverage: float, window: int = 256, sinks: int = 4, heavy: int = 256) -> None:
-        q, k = layer.q[None], layer.k[None]
-        kept, _, heaviest = select_tokens_reference(q, k, None, layer.scale, coverage, 128, 7, 1024, heavy)
+        x, rule = Operands(layer.q[None], layer.k[None], None), TokenRule(coverage, 128, 7, 1024, heavy)
+        kept, _, heaviest = select_tokens_reference(x, layer.scale, rule)
         self._kept, self._heavy = (self._flags(layer, x[0]) for x in (kept, heaviest))
         self._heavy[:, :sinks] = True
         self._group, self._window = layer.group, window

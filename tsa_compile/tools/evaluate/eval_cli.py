@@ -13,6 +13,7 @@ from tsa_compile.tools.evaluate import pages
 from tsa_compile.tools.evaluate.cells import TASKS
 from tsa_compile.tools.evaluate.job import Options, run
 from tsa_compile.tools.evaluate.local_attention import use_local_attention
+from tsa_compile.tools.evaluate.ruler_data import TASKS as RULER
 
 
 def evaluate_model(
@@ -28,7 +29,7 @@ def evaluate_model(
         model=name or model,
         lengths=tuple(int(n) for n in _split(lengths)),
         samples=samples,
-        tasks=tuple(_split(tasks)) if tasks else TASKS,
+        tasks=_tasks(tasks) if tasks else TASKS,
         coverages=tuple(float(c) for c in _split(coverages)),
         families=tuple(_split(families)),
         policies=tuple(policies),
@@ -42,6 +43,11 @@ def evaluate_model(
     (folder / "report.md").write_text(pages.markdown(data))
     (folder / "report.html").write_text(pages.page(data))
     return f"{folder / 'results.json'}, report.md and report.html beside it"
+
+
+def _tasks(names: str) -> tuple[str, ...]:
+    """Task names; "ruler" stands for all of RULER's."""
+    return tuple(task for name in _split(names) for task in (RULER if name == "ruler" else (name,)))
 
 
 def _split(values: str) -> list[str]:

@@ -18,6 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tsa_compile.tools.evaluate.cells import INSIDE, TASKS, TEXT, InsideCell, RetrievalCell, TextCell
 from tsa_compile.tools.evaluate.prompts import Prompter
 from tsa_compile.tools.evaluate.reference_text import reference_text
+from tsa_compile.tools.evaluate.ruler_cell import RulerCell
+from tsa_compile.tools.evaluate.ruler_data import TASKS as RULER
 from tsa_compile.tools.evaluate.runner import Runner
 from tsa_compile.tools.evaluate.store import Store
 from tsa_compile.tools.evaluate.variants import COVERAGES, FAMILIES, Variant, low_drift_half, own_variant, standard_variants
@@ -31,7 +33,7 @@ class Options:
         model: its name, for the report.
         lengths: tokens of a prompt, its answer included.
         samples: for each cell.
-        tasks: some of `cells.TASKS`.
+        tasks: some of `cells.TASKS` and of RULER's (`ruler_data.TASKS`).
         coverages: of the standard variants.
         families: of the standard variants beside dense, some of `variants.FAMILIES`.
         policies: JSON files of policies or plans to compare beside them.
@@ -48,7 +50,7 @@ class Options:
     batch_tokens: int = 163_840
 
     def __post_init__(self) -> None:
-        for what, given, known in (("task", self.tasks, TASKS), ("family", self.families, FAMILIES)):
+        for what, given, known in (("task", self.tasks, (*TASKS, *RULER)), ("family", self.families, FAMILIES)):
             unknown = sorted(set(given) - set(known))
             if unknown:
                 raise ValueError(f"unknown {what} {unknown[0]!r}; known: {', '.join(known)}")
@@ -66,7 +68,7 @@ def run(options: Options, model: Any, tokenizer: Any, folder: str | Path, consol
     runner, prompter = Runner(model), Prompter(tokenizer)
     store = Store(Path(folder) / "results.json", _setting(options, model))
     variants = _variants(options, runner, prompter, store)
-    plan = [(n, t, _of_task(t, variants, options)) for n in options.lengths for t in TASKS if t in options.tasks]
+    plan = [(n, t, _of_task(t, variants, options)) for n in options.lengths for t in (*TASKS, *RULER) if t in options.tasks]
     total = sum(len(chosen) for _, _, chosen in plan)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
@@ -78,7 +80,7 @@ def run(options: Options, model: Any, tokenizer: Any, folder: str | Path, consol
                 console.print(f"{time.strftime('%H:%M:%S')} {what}", markup=False, highlight=False)
 
         for length, task, chosen in plan:
-            _measure(options, runner, prompter, store, chosen, length, task, advance)
+            _measure(options, runner, prompter, store, chosen, length, task, Path(folder), advance)
     return store.data
 
 
@@ -90,14 +92,15 @@ def _of_task(task: str, variants: Sequence[Variant], options: Options) -> list[V
 
 def _measure(
     options: Options, runner: Runner, prompter: Prompter, store: Store, variants: Sequence[Variant],
-    length: int, task: str, advance: Callable[[str], None],
+    length: int, task: str, folder: Path, advance: Callable[[str], None],
 ) -> None:  # fmt: skip
     """The variants of one task and length that are not measured yet."""
     cell: Any = None
     for variant in variants:
         if not store.has(length, task, variant.name):
             if cell is None:
-                kind = {TEXT: TextCell, INSIDE: InsideCell}.get(task, partial(RetrievalCell, task))
+                ours = partial(RulerCell, task, folder / "ruler") if task in RULER else partial(RetrievalCell, task)
+                kind = {TEXT: TextCell, INSIDE: InsideCell}.get(task, ours)
                 cell = kind(runner, prompter, length, options.samples, max(1, options.batch_tokens // length))
             start = time.perf_counter()
             values = cell.measure(variant.plan)

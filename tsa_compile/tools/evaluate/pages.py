@@ -9,7 +9,9 @@ from typing import Any
 
 from tsa_compile.tools.evaluate import svg
 from tsa_compile.tools.evaluate.cells import DEPTHS, GENERATORS, INSIDE, NEEDLE
+from tsa_compile.tools.evaluate.ruler_summary import ruler_cells
 from tsa_compile.tools.evaluate.summary import Data, Row, cell, lengths, rows
+from tsa_compile.tools.evaluate.tables import html_table, markdown_table
 from tsa_compile.tools.evaluate.variants import INNER
 
 _STAGES = ("select", "sparse attention", "dense attention", "everything else")
@@ -61,9 +63,9 @@ def markdown(data: Data) -> str:
     found = rows(data)
     parts = [f"# {title(data)}", setting_line(data)]
     for length in lengths(data):
-        head, *body = _cells([r for r in found if r.length == length])
-        lines = [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *body)]
-        parts += [f"## {length:,} tokens", "\n".join(lines)]
+        parts += [f"## {length:,} tokens", markdown_table(_cells([r for r in found if r.length == length]))]
+        if ruler := ruler_cells(data, length):
+            parts.append(markdown_table(ruler))
     return "\n\n".join(parts) + "\n"
 
 
@@ -75,7 +77,8 @@ def page(data: Data) -> str:
         own = [r for r in found if r.length == length]
         body += [
             f"<h2>{length:,} tokens</h2>",
-            _table(own),
+            html_table(_cells(own)),
+            html_table(ruler) if (ruler := ruler_cells(data, length)) else "",
             _frontier(own),
             _needles(data, own),
             _layers(data, own),
@@ -103,13 +106,6 @@ def _cells(found: Sequence[Row]) -> list[list[str]]:
     columns = [(name, [f(r) for r in found]) for name, f in (("variant", lambda r: r.variant), *_COLUMNS)]
     columns = [(name, values) for name, values in columns if any(values)]
     return [[name for name, _ in columns], *map(list, zip(*[values for _, values in columns], strict=True))]
-
-
-def _table(found: Sequence[Row]) -> str:
-    head, *body = ([html.escape(cell) for cell in line] for line in _cells(found))
-    lines = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in line)}</tr>" for line in body)
-    heading = "".join(f"<th>{cell}</th>" for cell in head)
-    return f"<div class=wide><table><thead><tr>{heading}</tr></thead><tbody>{lines}</tbody></table></div>"
 
 
 def _frontier(found: Sequence[Row]) -> str:

@@ -17,12 +17,17 @@ Ids = list[int]
 
 
 class Prompter:
-    """Writes tasks for one tokenizer: in its chat form, or as plain text to be continued if it has none (base models)."""
+    """Writes tasks for one tokenizer: in its chat form, or as plain text to be continued if it has none (base models).
+
+    Attributes:
+        chat: the tokenizer has a chat form.
+        frame: what stands before a message and after it.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._chat = bool(getattr(tokenizer, "chat_template", None))
-        before, after = self._frame()
+        self.chat = self._chat = bool(getattr(tokenizer, "chat_template", None))
+        self.frame = before, after = self._frame()
         self._before, self._after = self._encode(before), after
         if not self._chat and tokenizer.bos_token_id is not None:
             self._before = [tokenizer.bos_token_id, *self._before]
@@ -39,6 +44,18 @@ class Prompter:
         room = length - len(self._before) - len(tail)
         text = self._list(task, room) if task.words else self._prose(task, room, random.Random(seed))
         return [*self._before, *text, *tail]
+
+    def prompt_ids(self, text: str) -> Ids:
+        """A whole prompt, its chat form included."""
+        bos = self._tokenizer.bos_token_id
+        return [*([] if self._chat or bos is None else [bos]), *self._encode(text)]
+
+    def encode(self, text: str) -> Ids:
+        return self._encode(text)
+
+    def count(self, text: str) -> int:
+        """Tokens of a text."""
+        return len(self._encode(text))
 
     def follow_ups(self, tasks: Sequence[Task]) -> list[Ids]:
         """What comes after each prompt in the second turn: the first answer, the second question, its answer's beginning.

@@ -52,19 +52,25 @@ class Runner:
         return {site.layer: site.module for site in self._session.report.replaced}
 
     @torch.no_grad()
-    def prefill(self, ids: Tensor, plan: Plan | None, cache: Any = None) -> Prefill:
-        """Run `plan` on ids [B, L]; with a cache (which grows), they come after what it holds. None: the model, not traced."""
+    def prefill(self, ids: Tensor, plan: Plan | None, cache: Any = None, mask: Tensor | None = None) -> Prefill:
+        """Run `plan` on ids [B, L]; with a cache (which grows), they come after what it holds. None: the model, not traced.
+
+        Args:
+            mask: [B, L], 0 at padding, which stands in front; only without a cache.
+        """
         from transformers import DynamicCache
 
         cache = DynamicCache(config=self.decoder.config) if cache is None else cache
-        call = self.decoder
+        call, padding = self.decoder, {}
+        if mask is not None:
+            padding = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
         if plan is not None:
-            _mark_lengths(ids, cache)
+            _mark_lengths(ids, cache, *padding.values())
             self._session.plan, call = plan, self._session
         self._wait()
         start = time.perf_counter()
         with record_kept(self.decoder) as kept:
-            hidden = call(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
+            hidden = call(input_ids=ids, past_key_values=cache, use_cache=True, **padding).last_hidden_state
         self._wait()
         seconds = time.perf_counter() - start
         shares = {layer_number(module) or 0: share for module, share in kept.by_module()}
@@ -104,9 +110,10 @@ class Runner:
             torch.cuda.synchronize()
 
 
-def _mark_lengths(ids: Tensor, cache: Any) -> None:
+def _mark_lengths(ids: Tensor, cache: Any, *padding: Tensor) -> None:
     """One graph for all batches and lengths, rather than one for the first and another for the others."""
-    torch._dynamo.maybe_mark_dynamic(ids, [0, 1])
+    for x in (ids, *padding):
+        torch._dynamo.maybe_mark_dynamic(x, [0, 1])
     for layer in cache.layers:
         for states in (layer.keys, layer.values) if layer.is_initialized else ():
             torch._dynamo.maybe_mark_dynamic(states, [0, 2])

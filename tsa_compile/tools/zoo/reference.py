@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tsa_compile.kernels.attend.tokens.definition import sparse_attention_oracle
-from tsa_compile.kernels.select.tokens.reference import select_tokens_reference
+from tsa_compile.kernels.common.ranks import view_of_mask
+from tsa_compile.kernels.compose_reference import select_tokens_reference
+from tsa_compile.kernels.types import Operands, TokenRule
 from tsa_compile.policies.token_sparse import TokenSparse
 
 HIDDEN_BELOW = -1e4
@@ -77,8 +79,8 @@ def attention_reference(
     k, v = key[:, :, :used], value[:, :, :used]
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     c = policy.completion
-    numbers = (policy.coverage, policy.window, policy.pool, policy.min_tokens, c.heavy if c else 0)
-    kept = select_tokens_reference(query, k, key_mask, scale, *numbers)
+    rule = TokenRule(policy.coverage, policy.window, policy.pool, policy.min_tokens, c.heavy if c else 0)
+    kept = select_tokens_reference(Operands(query, k, v, view=view_of_mask(key_mask)), scale, rule)
     strip = (c.window, c.sinks) if c else (0, 0)
     return sparse_attention_oracle(query, k, v, *kept, key_mask, scale, *strip, policy.min_tokens + policy.window)
 

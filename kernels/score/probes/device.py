@@ -1,13 +1,14 @@
 """Probe scores on the GPU: log-sum-exp of the probing queries over all keys, then the mean attention each key gets. Triton.
 
-Everything is in rank space, as in token_scores: rank r of a row is its r-th real key. K is read twice; nothing of size
+Everything is in rank space, as in the window scores: rank r of a row is its r-th real key. K is read twice; nothing of size
 probes x length is stored.
 """
 
 import triton
 import triton.language as tl
 
-from tsa_compile.kernels.score.window.device import merged_lse, positions_of
+from tsa_compile.kernels.common.ranks_device import positions_of
+from tsa_compile.kernels.common.softmax_device import merged_lse
 
 LENGTHS = ("heads", "kv_heads", "k_len", "probes", "splits", "span")
 

@@ -1,0 +1,65 @@
+"""From the flat arguments of an operator's schema to the types that its check, fake, reference and host function take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tsa_compile.kernels.types import BlockLists, BlockRule, Keys, KvView, Operands, Strip, TokenRule, Tokens
+
+Tensor = torch.Tensor
+MaybeTensor = Tensor | None
+
+
+def select_tokens(
+    q: Tensor, k: Tensor, order: MaybeTensor, ranks: MaybeTensor, scale: float, coverage: float, window: int, pool: int,
+    min_tokens: int, heavy: int, share: str = "head",
+) -> tuple[Any, ...]:  # fmt: skip
+    view = KvView.ordered(order, ranks)
+    return Operands(q, k, None, view=view), scale, TokenRule(coverage, window, pool, min_tokens, heavy), share
+
+
+def sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, heavy_indices: Tensor, order: MaybeTensor,
+    ranks: MaybeTensor, scale: float, strip_window: int, strip_sinks: int, dense_below: int, engine: str, need_lse: bool = False,
+) -> tuple[Any, ...]:  # fmt: skip
+    x, kept = Operands(q, k, v, view=KvView.ordered(order, ranks)), Tokens(indices, counts, heavy_indices)
+    return x, kept, scale, Strip(strip_window, strip_sinks), dense_below, engine, need_lse
+
+
+def token_sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: MaybeTensor, scale: float, coverage: float, window: int, pool: int,
+    min_tokens: int, strip_window: int, strip_sinks: int, heavy: int, engine: str,
+) -> tuple[Any, ...]:  # fmt: skip
+    rule = TokenRule(coverage, window, pool, min_tokens, heavy)
+    return Operands(q, k, v, key_mask), scale, rule, Strip(strip_window, strip_sinks), engine
+
+
+def select_keys(
+    q: Tensor, k: Tensor, order: MaybeTensor, ranks: MaybeTensor, scale: float, coverage: float, probes: int, min_keys: int
+) -> tuple[Any, ...]:
+    return Operands(q, k, None, view=KvView.ordered(order, ranks)), scale, coverage, probes, min_keys
+
+
+def key_attention(
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, scale: float, need_lse: bool = False
+) -> tuple[Any, ...]:
+    return Operands(q, k, v), Keys(indices, counts), scale, need_lse
+
+
+def select_blocks(q: Tensor, k: Tensor, indices: Tensor, counts: Tensor, scale: float, *rule: Any) -> tuple[Any, ...]:
+    return Operands(q, k, None), Keys(indices, counts), scale, BlockRule(*rule)
+
+
+def block_sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, heavy_indices: Tensor, blocks: Tensor, block_counts: Tensor,
+    order: MaybeTensor, ranks: MaybeTensor, scale: float, strip_window: int, strip_sinks: int, block: int, engine: str,
+    need_lse: bool = False,
+) -> tuple[Any, ...]:  # fmt: skip
+    x, kept = Operands(q, k, v, view=KvView.ordered(order, ranks)), Tokens(indices, counts, heavy_indices)
+    return x, kept, BlockLists(blocks, block_counts), scale, Strip(strip_window, strip_sinks), block, engine, need_lse
+
+
+def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Any, ...]:
+    return (out, lse), (other, other_lse)

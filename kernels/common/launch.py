@@ -1,0 +1,37 @@
+"""What hosts ask before they launch a kernel: whether Triton takes the call, how large the GPU is."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from tsa_compile.kernels.checks import MAX_HEAD_DIM
+
+Tensor = torch.Tensor
+
+
+def check_triton(q: Tensor, v: Tensor, scale: float, engine: str) -> None:
+    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise ValueError(f"engine {engine!r} takes float16, bfloat16 and float32, not {q.dtype}")
+    if max(q.shape[-1], v.shape[-1]) > MAX_HEAD_DIM:
+        raise ValueError(f"engine {engine!r} takes head dims up to {MAX_HEAD_DIM}, not {q.shape[-1]} and {v.shape[-1]}")
+    if scale <= 0:
+        raise ValueError(f"engine {engine!r} takes a positive scale, not {scale}")
+    if q.device.type != "cuda" and not _interpreted():
+        raise RuntimeError(f"engine {engine!r} needs CUDA tensors; on {q.device.type} use 'auto' or 'reference'")
+
+
+def _interpreted() -> bool:
+    """Whether Triton runs kernels through its interpreter, which takes CPU tensors (TRITON_INTERPRET=1)."""
+    try:
+        import triton
+    except ImportError:
+        return False
+    return bool(triton.knobs.runtime.interpret)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count

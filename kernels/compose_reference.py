@@ -1,0 +1,69 @@
+"""Selections in plain PyTorch: scores, then the choice, one batch row after the other without its padding.
+
+The contract is docs/operators.md, `select_tokens` and `select_keys`; this file is its executable form and the product's CPU path.
+It synchronises with the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from tsa_compile.kernels.common.ranks import real_positions
+from tsa_compile.kernels.score.probes.reference import probe_scores_reference
+from tsa_compile.kernels.score.window.reference import token_scores_reference
+from tsa_compile.kernels.select.tokens.reference import everything_row, select_row
+from tsa_compile.kernels.types import Keys, Operands, TokenRule, Tokens
+
+Tensor = torch.Tensor
+
+
+def select_tokens_reference(x: Operands, scale: float, rule: TokenRule, share: str = "head") -> Tokens:
+    """`tsa::select_tokens` for tensors on any device. Source: arXiv 2602.03216, section 3."""
+    lists = (x.q if share == "head" else x.k).shape[1]
+
+    def select(q_row: Tensor, k_row: Tensor) -> tuple[Tensor, Tensor]:
+        length = k_row.shape[1]
+        if length <= rule.min_tokens + rule.window or rule.coverage == 0 or q_row.shape[1] == 0:
+            return everything_row(lists, length, q_row.device)
+        scores = token_scores_reference(q_row, k_row, scale, rule.window, rule.pool)
+        return select_row(scores, length, rule.coverage, rule.min_tokens, rule.heavy, lists)
+
+    return _by_row(x, lists, rule.heavy, True, select)
+
+
+def select_keys_reference(x: Operands, scale: float, coverage: float, probes: int, min_keys: int) -> Keys:
+    """`tsa::select_keys` for tensors on any device."""
+
+    def select(q_row: Tensor, k_row: Tensor) -> tuple[Tensor, Tensor]:
+        heads, length = q_row.shape[0], k_row.shape[1]
+        if length <= min_keys + 1 or coverage == 0 or q_row.shape[1] == 0:
+            return everything_row(heads, length, q_row.device)
+        scores = probe_scores_reference(q_row, k_row, scale, probes)[:, :-1]
+        return select_row(scores, length, coverage, min_keys)
+
+    return Keys(*_by_row(x, x.q.shape[1], 0, x.q.shape[2] == x.k.shape[2], select)[:2])
+
+
+def _by_row(
+    x: Operands, lists: int, heavy: int, queries_are_keys: bool, select: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+) -> Tokens:
+    """`select(q [H, m, D], k [Hk, L, D])` for each batch row without its padding; positions are mapped back.
+
+    queries_are_keys: the queries are the last of the keys' positions, so those that are padding are removed as well.
+    """
+    batch, q_len, k_len = x.q.shape[0], x.q.shape[2], x.k.shape[2]
+    new = lambda *shape: torch.full(shape, -1, dtype=torch.int32, device=x.q.device)  # noqa: E731
+    indices, counts, heavy_indices = new(batch, lists, k_len), new(batch), new(batch, lists, heavy)
+    for b in range(batch):
+        q_row, k_row, real = x.q[b], x.k[b], real_positions(x.view, b, k_len, x.q.device)
+        if x.view.ranks is not None:
+            k_row = k_row[:, real]
+            if queries_are_keys:
+                q_row = q_row[:, real[real >= k_len - q_len] - (k_len - q_len)]
+        kept, heaviest = select(q_row, k_row)
+        counts[b] = kept.shape[1]
+        indices[b, :, : kept.shape[1]] = real[kept].int()
+        heavy_indices[b, :, : heaviest.shape[1]] = real[heaviest].int()
+    return Tokens(indices, counts, heavy_indices)
