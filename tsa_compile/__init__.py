@@ -9,6 +9,7 @@ if not _os.path.isdir(_os.path.join(_os.path.dirname(__file__), "kernels")) and 
     __path__.append(_root)  # a checkout: passes/, kernels/ and export/ lie beside this folder
 
 from tsa_compile.api import explain, report, restore, transform
+from tsa_compile.cache import Cache
 from tsa_compile.check import compare
 from tsa_compile.entry_point import register as _register
 from tsa_compile.learn import calibrate
@@ -23,6 +24,7 @@ from tsa_compile.report import Report
 __version__ = "0.1.0"
 __all__ = [
     "BlockSparse",
+    "Cache",
     "Completion",
     "Dense",
     "Exact",

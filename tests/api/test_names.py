@@ -59,7 +59,7 @@ NAMES = {
     "generate": "model, *args, draft=None, **kwargs",
     "speculative": "draft, ...",
     "reach": "...",
-    "Cache": "model, batch, max_length, ...",
+    "Cache": "model, batch, max_length, pool=None",  # for transformers' `generate()`: room from the start
     "Report": "...",
     # What the parts of the compiler call each other by.
     "session.Session": "model, plan, compiler='eager', inductor_options=None, fullgraph=False",
@@ -87,7 +87,6 @@ COMING = {
     "generate": "speculation",
     "speculative": "speculation",
     "reach": "prefill with bridge edges",
-    "Cache": "decode",
 }
 PHASES = ("prefill", "decode", "verify", "draft", "denoise_first", "denoise")
 

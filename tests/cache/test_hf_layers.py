@@ -17,6 +17,7 @@ import tsa_compile.cache as cache_module
 from tests.cache.models import tiny
 from tsa_compile.cache.entry import prepare
 from tsa_compile.cache.hf_layers import layer_types
+from tsa_compile.cache.page_sums import PageSums
 from tsa_compile.cache.storage import Pool
 
 
@@ -140,3 +141,51 @@ def test_prepare_turns_a_cache_in_place_and_once():
         assert [type(layer) for layer in layers] == [layer_types().sliding] * 2
         prepare((), {"cache": cache}, pool)
     assert all(a is b for a, b in zip(layers, cache.layers, strict=True))
+
+
+def test_pinned_steps_are_one_graph_and_the_same_rows():
+    """One compiled graph serves all steps; rows and states are those of steps that were not pinned."""
+    torch._dynamo.reset()
+    types, at, graphs = layer_types(), torch.tensor([20, 20], dtype=torch.int32), []
+    free, pinned = (types.full(states=(PageSums(),)) for _ in range(2))
+    start = torch.randn(2, 2, 20, 3), torch.randn(2, 2, 20, 4)
+    for layer in (free, pinned):
+        layer.update(*start)
+    for buffer in pinned.buffers[:2]:
+        buffer[:, :, 20:] = float("nan")
+    pinned.states.settle(*pinned.buffers[:2])
+    pinned.pin(at)
+
+    def backend(gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
+        graphs.append(gm)
+        return gm
+
+    step = torch.compile(lambda layer, k, v: layer.update(k, v), backend=backend, fullgraph=True)
+    for _ in range(15):
+        rows = torch.randn(2, 2, 1, 3), torch.randn(2, 2, 1, 4)
+        keys, values = step(pinned, *rows)
+        assert keys.shape[2] == pinned.get_mask_sizes(1)[0] == 1024
+        assert keys.isfinite().all()
+        assert values.isfinite().all()
+        at.add_(1)
+        pinned.advance(1)
+        free.update(*rows)
+    assert len(graphs) == 1
+    assert pinned.states.rebuilt == 0
+    sums = [layer.state("page_sums")["sums"][:, :, :2] for layer in (pinned, free)]
+    torch.testing.assert_close(*sums)
+    pinned.unpin()
+    assert same((pinned.keys, pinned.values), (free.keys, free.values))
+    assert same(pinned.update(*rows), free.update(*rows))
+
+
+def test_pinned_rows_do_not_outgrow_the_buffers():
+    layer = layer_types().full()
+    layer.update(torch.ones(1, 2, 1020, 3), torch.ones(1, 2, 1020, 3))
+    layer.pin(torch.tensor([1020], dtype=torch.int32))
+    assert layer.has_room(4)
+    assert not layer.has_room(5)
+    with pytest.raises(ValueError, match="rows: 5"):
+        layer.advance(5)
+    with pytest.raises(ValueError, match=r"allowed: int32 \[1\]"):
+        layer.pin(torch.tensor([1020]))

@@ -30,7 +30,7 @@ class Buffered:
         self.first = 0  # the view starts at this row of the buffers; not 0 in sliding layers alone
         self.length = 0  # rows in the buffers; where batch rows differ, of the longest
         self.lengths: torch.Tensor | None = None  # int32 [B], where batch rows differ
-        self.key_mask: torch.Tensor | None = None  # [B, rows], 0: padding, of weight 0 in states
+        self.key_mask: torch.Tensor | None = None  # bool [B, rows], false: padding, of weight 0 in states
         self.buffers: Buffers | None = None
         self.storage: Storage | None = None
         self._late: Pair | None = None
@@ -150,7 +150,7 @@ class Buffered:
         self.states.mark_stale()
 
     def _is_stale(self) -> bool:
-        return bool(self.states.kinds) and self.buffers is not None and self.states.is_stale(*self.buffers[:2])
+        return bool(self.states.kinds and self.length) and self.buffers is not None and self.states.is_stale(*self.buffers[:2])
 
     def _rows(self, which: str) -> torch.Tensor | None:
         if which in self._assigned:

@@ -123,6 +123,6 @@ def _settle(layers: list[Any], attention_mask: Any) -> None:
     is_padding = isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2
     for lease in {id(layer.lease): layer.lease for layer in layers}.values():
         if is_padding:
-            lease.key_mask = attention_mask
+            lease.key_mask = attention_mask.bool()
         elif not any(layer.length for layer in layers):
             lease.key_mask = None

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import torch
 
 from tsa_compile.cache.buffered import Pair
-from tsa_compile.cache.rows import Rows
+from tsa_compile.cache.pinned import PinnableRows
 from tsa_compile.cache.sliding import SlidingRows
 
 
 class LayerMethods:
-    """What `Cache` of transformers calls on a layer, by the methods of `Rows` and `SlidingRows`."""
+    """What `Cache` of transformers calls on a layer, by the methods of `PinnableRows` and `SlidingRows`."""
 
     is_compileable = False  # or `generate()` compiles the step itself and makes a 4-D mask outside of the model
     plain: type  # the class of transformers that it stands for
@@ -36,6 +36,8 @@ class LayerMethods:
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if getattr(self, "pinned", None) is not None:
+            return self.append_pinned(key_states, value_states)
         if torch.compiler.is_dynamo_compiling():
             return self.update_traced(key_states, value_states)
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
@@ -44,7 +46,7 @@ class LayerMethods:
 
     def reset(self) -> None:
         self.clear()
-        self.is_initialized = False
+        self.is_initialized, self.pinned = False, None
         if hasattr(self, "cumulative_length"):
             self.cumulative_length = 0
 
@@ -76,7 +78,7 @@ class LayerMethods:
         """Rows in a storage of their own; remembered state stays behind."""
         copied = memo[id(self)] = copy.copy(self)
         copied.lease, copied.states = copy.deepcopy(self.lease, memo), type(self.states)(self.states.kinds)
-        copied.buffers = copied.storage = copied._late = None
+        copied.buffers = copied.storage = copied._late = copied.pinned = None
         copied.first, copied.length, copied._assigned = 0, 0, {}
         if self.count():
             copied._place(self.keys, self.values)
@@ -95,6 +97,12 @@ class FullMethods(LayerMethods):
 
     def get_seq_length(self) -> int:
         return self.count()
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(keys that an attention sees, position of the first)."""
+        if self.pinned is not None:
+            return self.settled().keys.shape[2], 0
+        return self.count() + query_length, 0
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove > 0:
@@ -142,7 +150,7 @@ def layer_types() -> LayerTypes:
     """Our classes; imports transformers."""
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-    class GrowingLayer(FullMethods, Rows, DynamicLayer):
+    class GrowingLayer(FullMethods, PinnableRows, DynamicLayer):
         plain = DynamicLayer
 
     class GrowingSlidingLayer(SlidingMethods, SlidingRows, DynamicSlidingWindowLayer):
