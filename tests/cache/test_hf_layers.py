@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -189,3 +190,28 @@ def test_pinned_rows_do_not_outgrow_the_buffers():
         layer.advance(5)
     with pytest.raises(ValueError, match=r"allowed: int32 \[1\]"):
         layer.pin(torch.tensor([1020]))
+
+
+def test_pickled_as_the_layers_of_transformers():
+    model = tiny("gemma3")
+    cache = cache_module.Cache(model, batch=2, max_length=100)
+    rows = [(torch.randn(2, 2, n, 16), torch.randn(2, 2, n, 16)) for n in (30, 1)]
+    for layer in range(2):
+        cache.update(*rows[0], layer)
+    loaded = pickle.loads(pickle.dumps(cache))
+    assert [type(layer) for layer in loaded.layers] == [DynamicSlidingWindowLayer, DynamicLayer]
+    for layer in range(2):
+        assert same(loaded.update(*rows[1], layer), cache.update(*rows[1], layer))
+
+
+def test_inference_mode_and_back():
+    """A storage made in inference mode serves the next request outside of it."""
+    pool = Pool()
+    for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
+        cache = DynamicCache(config=tiny("gemma3").config)
+        with mode():
+            prepare((), {"cache": cache}, pool)
+            for n in (30, 1):
+                cache.update(torch.ones(1, 2, n, 16), torch.ones(1, 2, n, 16), 1)
+        del cache
+    assert len(pool) == 1

@@ -76,13 +76,18 @@ class LayerMethods:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """Rows in a storage of their own; remembered state stays behind."""
-        copied = memo[id(self)] = copy.copy(self)
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__.update(self.__dict__)
         copied.lease, copied.states = copy.deepcopy(self.lease, memo), type(self.states)(self.states.kinds)
         copied.buffers = copied.storage = copied._late = copied.pinned = None
         copied.first, copied.length, copied._assigned = 0, 0, {}
         if self.count():
             copied._place(self.keys, self.values)
         return copied
+
+    def __reduce__(self) -> Any:
+        """Pickled as the layer of transformers: a storage is of one process."""
+        return _itself, (self.as_plain(),)
 
 
 class FullMethods(LayerMethods):
@@ -134,6 +139,10 @@ class SlidingMethods(LayerMethods):
         if full:
             self.keep_last(self.sliding_window - 1)
         self.cumulative_length = max(0, self.cumulative_length + tokens_to_remove)
+
+
+def _itself(layer: Any) -> Any:
+    return layer
 
 
 def _joined(past: torch.Tensor, new: torch.Tensor) -> torch.Tensor:

@@ -151,9 +151,7 @@ class Lease:
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
         self.storage: Storage | None = None
-        self.key_mask: torch.Tensor | None = (
-            None  # bool [B, rows] of the running call, false: padding; each layer takes it with its rows
-        )
+        self.key_mask: torch.Tensor | None = None  # bool [B, rows] of the running call; each layer takes it with its rows
         self.layers = 0
         self._expected: tuple[int, int] | None = None
         self._users: dict[Storage, set[int]] = {}
