@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
+from tsa_compile.kernels.common.pages import CHUNK, empty_index, pages_of
 from tsa_compile.kernels.common.results import empty_result, no_lse
+from tsa_compile.kernels.select.top_pages.budget import list_capacity
 from tsa_compile.kernels.types import BlockRule, Keys, Operands, TokenRule
 
 Tensor = torch.Tensor
@@ -56,6 +58,26 @@ def decode_attention(
 
 def page_attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **masks: Any) -> tuple[Tensor, Tensor]:
     return empty_result(q, v), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def append_pages(*args: Any) -> None:
+    """It writes in place."""
+
+
+def page_sums(k: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return empty_index(k)
+
+
+def page_scores(q: Tensor, sums: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    pages = pages_of(rest[-2])
+    new = lambda n: q.new_empty(*q.shape[:3], n, dtype=torch.float32)  # noqa: E731
+    return new(pages), new((pages + CHUNK - 1) // CHUNK)
+
+
+def select_pages(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    kv_heads, keep, table, mass, sinks, recent = rest[-6:]
+    size = list_capacity(logits.shape[3], keep, table, mass, sinks + recent)
+    return _int32(logits, logits.shape[0], kv_heads, size), _int32(logits, logits.shape[0], kv_heads)
 
 
 def _int32(x: Tensor, *shape: int) -> Tensor:

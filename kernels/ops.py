@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from tsa_compile.kernels import arguments, checks, decode_checks, fakes
+from tsa_compile.kernels import arguments, checks, decode_checks, fakes, page_checks
 from tsa_compile.kernels.registry import LIBRARY, Operator, add, observing, register
 
 _RULE = "float coverage, int window, int pool, int min_tokens"
@@ -19,6 +19,7 @@ _ORDER = "Tensor? order, Tensor? ranks"  # of tsa::key_view
 _STRIP = "int strip_window, int strip_sinks"
 _ATTENDED = "(Tensor out, Tensor lse)"
 _CACHE = "Tensor? blocks, int block, Tensor? start, Tensor? lengths, Tensor? key_mask, float scale"  # KvView, then what is read
+_VIEW = "Tensor? blocks, int block, Tensor? start, Tensor? lengths"
 _MASKS = "Tensor? mask=None, Tensor? sinks=None, float softcap=0.0"
 
 OPERATORS = (
@@ -117,6 +118,36 @@ OPERATORS = (
         reference="attend.decode.reference:page_attention_reference",
         host="attend.decode.host:page_attention",
     ),
+    Operator(
+        "append_pages(Tensor(a!) sums, Tensor(b!) counts, Tensor k, Tensor? blocks, int block, Tensor? start, Tensor begin,"
+        " Tensor end, Tensor? key_mask, int new) -> ()",
+        check=page_checks.append_pages,
+        fake=fakes.append_pages,
+        reference="state.append_pages.reference:append_pages_reference",
+        host="state.append_pages.host:append_pages",
+    ),
+    Operator(
+        f"page_sums(Tensor k, {_VIEW}, Tensor? key_mask) -> (Tensor sums, Tensor counts)",
+        check=page_checks.page_sums,
+        fake=fakes.page_sums,
+        reference="state.append_pages.reference:page_sums_reference",
+        host="state.append_pages.host:page_sums",
+    ),
+    Operator(
+        f"page_scores(Tensor q, Tensor sums, Tensor counts, {_VIEW}, int capacity, float scale) -> (Tensor logits, Tensor parts)",
+        check=page_checks.page_scores,
+        fake=fakes.page_scores,
+        reference="score.page_index.reference:page_scores_reference",
+        host="score.page_index.host:page_scores",
+    ),
+    Operator(
+        f"select_pages(Tensor logits, Tensor parts, Tensor counts, {_VIEW}, int capacity, int kv_heads, float[] keep,"
+        " int[] table, float mass, int sinks, int recent) -> (Tensor indices, Tensor counts)",
+        check=page_checks.select_pages,
+        fake=fakes.select_pages,
+        reference="select.top_pages.reference:select_pages_reference",
+        host="select.top_pages.host:select_pages",
+    ),
 )
 
 for _operator in OPERATORS:
@@ -125,7 +156,7 @@ for _operator in OPERATORS:
 
 def source_tag() -> str:
     """A hash of the table and of what it registers: compile caches see a schema, but neither its fake nor its gradient."""
-    names = ("ops", "registry", "arguments", "types", "fakes", "common/results", "checks", "decode_checks")
+    names = ("ops", "registry", "arguments", "types", "fakes", "common/results", "checks", "decode_checks", "page_checks")
     files = (Path(__file__).parent / f"{name}.py" for name in names)
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:16]
 

@@ -17,6 +17,7 @@ from tsa_compile.plan import Plan
 from tsa_compile.policies.block_sparse import BlockSparse
 from tsa_compile.policies.dense import Dense
 from tsa_compile.policies.exact import Exact
+from tsa_compile.policies.page_sparse import PageSparse
 from tsa_compile.policies.probe_sparse import ProbeSparse
 from tsa_compile.policies.token_sparse import Completion, TokenSparse
 from tsa_compile.report import Report
@@ -28,6 +29,7 @@ __all__ = [
     "Completion",
     "Dense",
     "Exact",
+    "PageSparse",
     "Plan",
     "ProbeSparse",
     "Report",

@@ -33,8 +33,12 @@ def rows_in_order(x: Tensor, view: KvView) -> Tensor:
 
 def key_range(k: Tensor, view: KvView) -> tuple[Tensor, Tensor]:
     """(first position that is a key, first one behind the last), int64 `[B]`, within the capacity."""
-    capacity = capacity_of(k, view)
     batch = k.shape[0] if view.blocks is None else view.blocks.shape[0]
-    first = torch.zeros(batch, dtype=torch.long, device=k.device) if view.start is None else view.start.long().clamp(0)
+    return row_range(capacity_of(k, view), batch, view, k.device)
+
+
+def row_range(capacity: int, batch: int, view: KvView, device: torch.device) -> tuple[Tensor, Tensor]:
+    """As `key_range`, of rows that may have up to `capacity` positions."""
+    first = torch.zeros(batch, dtype=torch.long, device=device) if view.start is None else view.start.long().clamp(0)
     end = torch.full_like(first, capacity) if view.lengths is None else first + view.lengths.long()
     return first, end.clamp(max=capacity)

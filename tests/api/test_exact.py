@@ -54,3 +54,14 @@ def test_what_it_is_not_for():
     site = AttentionSite.of(operands(17), MaskFacts(causal=True), phase="prefill")
     assert "Exact is for decode and verify" in why_dense(tsa.Exact(), site)
     assert from_dict(tsa.Exact().to_dict()) == tsa.Exact()
+
+
+def test_a_view_made_from_the_mask_changes_nothing():
+    key_mask = torch.rand(2, 30) < 0.7
+    x = operands(1, key_mask=key_mask)
+    ordered = x._replace(view=KvView.ordered(*torch.ops.tsa.key_view(key_mask)))
+    for policy in (tsa.Exact(), tsa.PageSparse(1.0)):
+        for given in (x, ordered):
+            site = AttentionSite.of(given, MaskFacts(causal=True, padded=True), phase="decode")
+            out = policy.attend(call, site, policy.select(call, site, None))
+            torch.testing.assert_close(out, dense(x, key_mask[:, None, None]))

@@ -78,7 +78,6 @@ NAMES = {
 COMING = {
     "BlockSparse": "prefill by key blocks; today an option of TokenSparse",
     "Bridge": "prefill with bridge edges",
-    "PageSparse": "decode by pages",
     "HeadSplit": "decode by head roles",
     "SampledValues": "decode by sampled values",
     "Remembered": "speculation",

@@ -18,6 +18,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from tsa_compile.kernels.attend.decode import device
 from tsa_compile.kernels.attend.decode.config import decode_config
+from tsa_compile.kernels.score.page_index import device as scores
+from tsa_compile.kernels.select.top_pages import device as select
+from tsa_compile.kernels.state.append_pages import device as append
 
 SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -30,8 +33,8 @@ def compile_kernel(kernel, capability, dtype, warps, stages, constants, **pointe
     names = [p.name for p in kernel.params]
     kinds = {**TYPES, **dict.fromkeys(("q", "k", "v", "out"), "*" + dtype), **pointers}
     signature = {n: "constexpr" if n in constants else kinds.get(n, "i32") for n in names}
-    aligned = ("q_s", "k_s", "v_s", "o_s")
-    wide = [i for i, n in enumerate(names) if signature[n][0] == "*" or n[:3] in aligned and n[3] != "d"]
+    aligned = ("q_s", "k_s", "v_s", "o_s", "sums_sh", "sums_sp")
+    wide = [i for i, n in enumerate(names) if signature[n][0] == "*" or (n[:3] in aligned and n[3] != "d") or n in aligned]
     wide = {(i,): [["tt.divisibility", 16]] for i in wide}
     constants = {(names.index(n),): value for n, value in constants.items()}
     source = ASTSource(kernel, signature, constants, wide)
@@ -57,6 +60,17 @@ decode(capability, "bf16", 128, 128, 4, given=("lengths", "blocks", "pages", "co
 if capability == 90:
     decode(90, "bf16", 128, 128, 4, swap=True, given=("lengths", "start", "key_mask"))
     decode(90, "fp32", 128, 128, 28, swap=True, given=("lengths",))
+    numbers = {"keep": "*i64", "mass_bits": "i64", "logits": "*fp32", "parts": "*fp32", "scores": "*fp32", "gathered": "*fp32",
+               "indices": "*i32", "list_counts": "*i32", "table": "*i32", "begin": "*i32", "end": "*i32"}
+    for dtype, sums in (("bf16", "bf16"), ("bf16", "fp32")):
+        none = dict(start=None, blocks=None, key_mask=None, k_sd=1, q_sd=1, D=128, BLOCK_D=128)
+        compile_kernel(append.append_pages_kernel, 90, dtype, 4, 3, none | {"PAGES": 4}, sums="*" + sums, **numbers)
+        shape = dict(BLOCK_M=16, CHUNK=64, PRECISION="ieee" if sums == "bf16" else "tf32x3")
+        del none["key_mask"], none["k_sd"]
+        compile_kernel(scores.page_scores_kernel, 90, dtype, 4, 1, none | shape, sums="*" + sums, **numbers)
+    for mass in (False, True):
+        none = dict(start=None, blocks=None, keep=None, QUERIES=4, BLOCK=2048, MASS=mass)
+        compile_kernel(select.top_pages_kernel, 90, "bf16", 8, 3, none, **numbers)
     decode(90, "bf16", 256, 256, 64, given=("lengths", "bias", "key_mask"), bias="*i1")
 none = {"sinks": None, "DV": 128, "BLOCK_DV": 128, "BLOCK_S": 16}
 compile_kernel(device.merge_kernel, capability, "bf16", 4, 2, none)

@@ -68,11 +68,5 @@ def _filling(programs: int, slots: int) -> float:
     return waves / math.ceil(waves)
 
 
-@functools.lru_cache(maxsize=64)
-def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; 4 for the CPU, on which only Triton's interpreter runs."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-
-
 def _floor_power_of_2(x: int) -> int:
     return 1 << max(0, x.bit_length() - 1)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from tsa_compile.kernels.attend.decode.config import DecodeConfig, decode_config, multiprocessors, split_count
+from tsa_compile.kernels.attend.decode.config import DecodeConfig, decode_config, split_count
+from tsa_compile.kernels.common.launch import multiprocessors
 from tsa_compile.kernels.common.tiles import capability_of, precision
 from tsa_compile.kernels.common.view import capacity_of
 from tsa_compile.kernels.types import KvView
@@ -102,9 +103,8 @@ def launch(
     lse = q.new_empty(batch, heads, rows, dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
-    splits = splits or split_count(
-        programs, max(1, triton.cdiv(longest, config.block_n)), config.resident * multiprocessors(q.device)
-    )
+    processors = multiprocessors(q.device) if q.is_cuda else 4  # the interpreter
+    splits = splits or split_count(programs, max(1, triton.cdiv(longest, config.block_n)), config.resident * processors)
     one = splits == 1
     part, part_lse = (lse, lse) if one else _parts(q, rows * heads * batch * splits, v_dim)
     bias = None if mask is None else mask.expand(batch, heads, rows, mask.shape[3])

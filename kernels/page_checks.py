@@ -1,0 +1,113 @@
+"""Checks of the operators on a page index: sums and counts of the pages of a cache. They read shapes and dtypes only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from tsa_compile.kernels.checks import MAX_HEAD_DIM
+from tsa_compile.kernels.common.pages import CHUNK, PAGE, pages_of
+from tsa_compile.kernels.decode_checks import MAX_ROWS, check_view
+from tsa_compile.kernels.types import KvView
+
+Tensor = torch.Tensor
+
+
+def check_index(name: str, sums: Tensor | None, counts: Tensor, view: KvView, capacity: int) -> None:
+    """Raise a ValueError that names operator `name`, unless the index has the pages of rows of `capacity` positions."""
+    if view.blocks is not None and view.block % PAGE:
+        raise ValueError(f"{name}: block must be a multiple of {PAGE} rows, got {view.block}")
+    tensors = {"counts": counts} | ({} if sums is None else {"sums": sums})
+    for label, x in tensors.items():
+        if x.dim() != 4 - (label == "counts") or x.shape[0] != counts.shape[0] or x.stride(-1) != 1:
+            raise ValueError(f"{name}: {label} must be contiguous in its last dimension, got {tuple(x.shape)}, {x.stride()}")
+    if counts.dtype != torch.int32 or counts.shape[1] != 1:
+        raise ValueError(f"{name}: counts must be int32 [N, 1, pages], got {counts.dtype} {tuple(counts.shape)}")
+    if sums is not None and (not sums.is_floating_point() or sums.shape[2] != counts.shape[2]):
+        raise ValueError(f"{name}: sums {sums.dtype} {tuple(sums.shape)} and counts {tuple(counts.shape)} differ in pages")
+    if view.blocks is None and counts.shape[2] < capacity // PAGE:
+        raise ValueError(f"{name}: an index of {counts.shape[2]} pages for {capacity} rows; expected {pages_of(capacity)}")
+
+
+def append_pages(
+    sums: Tensor, counts: Tensor, k: Tensor, blocks: Tensor | None, block: int, start: Tensor | None, begin: Tensor,
+    end: Tensor, key_mask: Tensor | None, new: int,
+) -> None:  # fmt: skip
+    name, batch = "tsa::append_pages", begin.shape[0]
+    _check_keys(name, k, KvView(blocks, block, start, end), batch)
+    check_view(name, k.new_empty(batch, 0), k, KvView(blocks, block, begin, end))
+    capacity = k.shape[2] if blocks is None else blocks.shape[1] * block
+    check_index(name, sums, counts, KvView(blocks, block, start, end), capacity)
+    if tuple(sums.shape[:2]) != tuple(k.shape[:2]) or sums.shape[3] != k.shape[3]:
+        raise ValueError(f"{name}: sums {tuple(sums.shape)} do not fit keys {tuple(k.shape)}")
+    if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.dim() != 2 or key_mask.shape[0] != batch):
+        raise ValueError(f"{name}: key_mask must be bool [{batch}, rows], got {key_mask.dtype} {tuple(key_mask.shape)}")
+    if new < 0:
+        raise ValueError(f"{name}: new must be at least 0, got {new}")
+
+
+def page_sums(
+    k: Tensor, blocks: Tensor | None, block: int, start: Tensor | None, lengths: Tensor | None, key_mask: Tensor | None
+) -> None:
+    name, view = "tsa::page_sums", KvView(blocks, block, start, lengths)
+    batch = k.shape[0] if blocks is None else blocks.shape[0]
+    _check_keys(name, k, view, batch)
+    if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.dim() != 2 or key_mask.shape[0] != batch):
+        raise ValueError(f"{name}: key_mask must be bool [{batch}, rows], got {key_mask.dtype} {tuple(key_mask.shape)}")
+
+
+def page_scores(
+    q: Tensor, sums: Tensor, counts: Tensor, blocks: Tensor | None, block: int, start: Tensor | None,
+    lengths: Tensor | None, capacity: int, scale: float,
+) -> None:  # fmt: skip
+    name, view = "tsa::page_scores", KvView(blocks, block, start, lengths)
+    if q.dim() != 4 or not 1 <= q.shape[2] <= MAX_ROWS or not 1 <= q.shape[3] <= MAX_HEAD_DIM:
+        raise ValueError(f"{name}: q must be [B, H, 1 to {MAX_ROWS}, 1 to {MAX_HEAD_DIM}], got {tuple(q.shape)}")
+    check_index(name, sums, counts, view, capacity)
+    if q.shape[1] % sums.shape[1] or q.shape[3] != sums.shape[3]:
+        raise ValueError(f"{name}: q {tuple(q.shape)} does not fit sums {tuple(sums.shape)}")
+    _check_table(name, q, view)
+
+
+def select_pages(
+    logits: Tensor, parts: Tensor, counts: Tensor, blocks: Tensor | None, block: int, start: Tensor | None,
+    lengths: Tensor | None, capacity: int, kv_heads: int, keep: Sequence[float], table: Sequence[int], mass: float,
+    sinks: int, recent: int,
+) -> None:  # fmt: skip
+    name, view = "tsa::select_pages", KvView(blocks, block, start, lengths)
+    pages = pages_of(capacity)
+    for label, x, size in (("logits", logits, pages), ("parts", parts, -(-pages // CHUNK))):
+        if x.dtype != torch.float32 or tuple(x.shape) != (*logits.shape[:3], size) or not x.is_contiguous():
+            raise ValueError(f"{name}: {label} must be contiguous float32 [B, H, rows, {size}], got {x.dtype} {tuple(x.shape)}")
+    check_index(name, None, counts, view, capacity)
+    _check_table(name, logits, view)
+    if kv_heads < 1 or logits.shape[1] % kv_heads:
+        raise ValueError(f"{name}: kv_heads must divide {logits.shape[1]} heads, got {kv_heads}")
+    if len(keep) not in (1, kv_heads) or not all(0 <= x <= 1 for x in keep):
+        raise ValueError(f"{name}: keep must be one share in [0, 1] or one for each of {kv_heads} KV heads, got {list(keep)}")
+    if not table or min(table) < 0 or not 0 <= mass <= 1 or sinks < 0 or recent < 1:
+        raise ValueError(
+            f"{name}: table must have entries >= 0, mass be in [0, 1], sinks >= 0 and recent >= 1,"
+            f" got {list(table)}, {mass}, {sinks} and {recent}"
+        )
+
+
+def _check_keys(name: str, k: Tensor, view: KvView, batch: int) -> None:
+    if k.dim() != 4 or not k.is_floating_point() or not 1 <= k.shape[3] <= MAX_HEAD_DIM:
+        raise ValueError(f"{name}: k must be [N, Hk, L, 1 to {MAX_HEAD_DIM}], got {k.dtype} {tuple(k.shape)}")
+    if k.device.type == "cuda" and k.dtype == torch.float64:
+        raise ValueError(f"{name}: float64 runs on CPU only")
+    if view.blocks is not None and view.block % PAGE:
+        raise ValueError(f"{name}: block must be a multiple of {PAGE} rows, got {view.block}")
+    check_view(name, k.new_empty(batch, 0), k, view)
+
+
+def _check_table(name: str, q: Tensor, view: KvView) -> None:
+    """The parts of a view that are read without its keys."""
+    for label, x in (("start", view.start), ("lengths", view.lengths)):
+        if x is not None and (x.dtype != torch.int32 or tuple(x.shape) != (q.shape[0],) or not x.is_contiguous()):
+            raise ValueError(f"{name}: {label} must be contiguous int32 [{q.shape[0]}], got {x.dtype} {tuple(x.shape)}")
+    x = view.blocks
+    if x is not None and (x.dtype != torch.int32 or x.dim() != 2 or x.shape[0] != q.shape[0] or x.stride(1) != 1):
+        raise ValueError(f"{name}: blocks must be int32 [{q.shape[0]}, P], rows contiguous, got {x.dtype} {tuple(x.shape)}")

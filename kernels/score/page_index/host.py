@@ -1,0 +1,45 @@
+"""Page scores on the GPU: the launch of device.py. The contract is docs/operators.md, `page_scores`."""
+
+from __future__ import annotations
+
+import torch
+
+from tsa_compile.kernels.common.pages import CHUNK, PAGE, pages_of
+from tsa_compile.kernels.common.tiles import precision
+
+Tensor = torch.Tensor
+
+
+def page_scores(
+    q: Tensor,
+    sums: Tensor,
+    counts: Tensor,
+    blocks: Tensor | None,
+    block: int,
+    start: Tensor | None,
+    lengths: Tensor | None,
+    capacity: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """`tsa::page_scores` by Triton. Products run in the dtype of `sums`. Nothing waits for the device."""
+    import triton
+
+    from tsa_compile.kernels.score.page_index.device import page_scores_kernel
+
+    (batch, heads, rows, dim), kv_heads = q.shape, sums.shape[1]
+    pages, group = pages_of(capacity), heads // kv_heads
+    chunks = triton.cdiv(pages, CHUNK)
+    logits = q.new_empty(batch, heads, rows, pages, dtype=torch.float32)
+    parts = q.new_empty(batch, heads, rows, chunks, dtype=torch.float32)
+    if logits.numel() == 0:
+        return logits, parts
+    block_m = min(64, max(16, triton.next_power_of_2(group * rows)))
+    tiles_m, block_pages = triton.cdiv(group * rows, block_m), max(1, block // PAGE)
+    page_scores_kernel[(batch * kv_heads * tiles_m, chunks)](
+        q, sums, counts, logits, parts, blocks, start, lengths,
+        *q.stride(), *sums.stride()[:3], counts.stride(0), 0 if blocks is None else blocks.stride(0),
+        block_pages, max(1, sums.shape[2] // block_pages), kv_heads, group, rows, tiles_m, capacity, pages, chunks, scale,
+        D=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_M=block_m, CHUNK=CHUNK,
+        PRECISION=precision(sums.dtype), num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return logits, parts

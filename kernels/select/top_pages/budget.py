@@ -1,0 +1,39 @@
+"""How many pages a row reads, from how many it has. Exact in integers, so host, reference and kernel agree to the page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+ONE = 1 << 30  # a share of 1
+PAGES_OF_ENTRY = 125  # pages of context, 2,000 tokens, to an entry of a schedule (Sparrow, arXiv 2606.08446)
+
+
+def share_bits(share: float) -> int:
+    """A share in [0, 1] as a whole number of 2**-30, rounded down: 0.07 of 100 pages are 7, not the 8 of its float."""
+    return int(share * ONE)
+
+
+def budget(pages: Any, share: int, table: Sequence[int]) -> Any:
+    """ceil(share * pages) and the entry of the schedule for so many pages; of a number, or of an int64 tensor.
+
+    Args:
+        share: from `share_bits`.
+        table: pages to read beside the share, by `pages // 125`; the last entry holds from there on.
+    """
+    extra = table[-1]
+    if isinstance(pages, torch.Tensor):
+        extra = torch.tensor(table, device=pages.device)[(pages // PAGES_OF_ENTRY).clamp(max=len(table) - 1)]
+    elif isinstance(pages, int):
+        extra = table[min(pages // PAGES_OF_ENTRY, len(table) - 1)]
+    return (pages * share + ONE - 1) // ONE + extra
+
+
+def list_capacity(pages: Any, keep: Sequence[float], table: Sequence[int], mass: float, forced: int) -> Any:
+    """Entries that a list may need where rows have up to `pages` pages; a number or a symbol."""
+    if mass > 0:
+        return pages
+    most = torch.sym_max((pages * share_bits(max(keep)) + ONE - 1) // ONE + max(table), forced)
+    return torch.sym_min(most, pages)

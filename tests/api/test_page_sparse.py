@@ -1,0 +1,95 @@
+"""PageSparse: its budgets, its state, and what it computes, in eager code by the references."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import tsa_compile as tsa
+from tsa_compile.kernels.types import KvView, Operands
+from tsa_compile.passes.site import AttentionSite, MaskFacts
+from tsa_compile.policies.base import call, from_dict, why_dense
+
+
+def site_of(rows=1, length=500, lengths=None, key_mask=None, phase="decode"):
+    q, k, v = torch.randn(2, 4, rows, 8), torch.randn(2, 2, length, 8), torch.randn(2, 2, length, 8)
+    view = KvView(None, 1, None, None if lengths is None else torch.tensor(lengths, dtype=torch.int32))
+    return AttentionSite.of(Operands(q, k, v, key_mask, view), MaskFacts(causal=True), phase=phase)
+
+
+def attended(policy, site, state=None):
+    assert why_dense(policy, site) is None
+    selection = policy.select(call, site, state)
+    return policy.attend(call, site, selection), selection
+
+
+@pytest.mark.parametrize("policy", [tsa.PageSparse(1.0), tsa.PageSparse(pages=10**6), tsa.PageSparse(schedule=(999,))])
+def test_every_page_is_exact(policy):
+    site = site_of(lengths=(500, 77))
+    visible = torch.arange(500) < torch.tensor([500, 77])[:, None]
+    x = site.operands
+    expected = F.scaled_dot_product_attention(x.q, x.k, x.v, visible[:, None, None], enable_gqa=True)
+    torch.testing.assert_close(attended(policy, site)[0], expected)
+
+
+def test_only_the_chosen_pages_are_read():
+    site = site_of()
+    out, selection = attended(tsa.PageSparse(0.25), site)
+    assert selection.counts.tolist() == [[8, 8], [8, 8]]  # a quarter of 32 pages
+    kept = torch.zeros(2, 2, 32, dtype=torch.bool).scatter(2, selection.indices.long(), True)
+    assert kept[..., [0, 29, 30, 31]].all()
+    keys = kept.repeat_interleave(16, 2)[..., :500].repeat_interleave(2, 1)[:, :, None]
+    x = site.operands
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(x.q, x.k, x.v, keys, enable_gqa=True))
+
+
+def test_a_list_is_one_share_a_kv_head_and_padding_is_no_page():
+    padded = torch.arange(500) >= torch.tensor([0, 160])[:, None]  # 10 of 32 pages are padding
+    _, selection = attended(tsa.PageSparse(keep=[0.5, 0.25]), site_of(key_mask=padded))
+    assert selection.counts.tolist() == [[16, 8], [11, 6]]
+    assert int(selection.indices[1, :, 0].min()) == 10  # the first page that holds a key
+
+
+def test_the_state_of_the_cache_gives_the_same_selection():
+    site = site_of()
+    sums, counts = torch.full((2, 2, 32, 8), torch.nan), torch.zeros(2, 1, 32, dtype=torch.int32)
+    for begin, end in ((0, 300), (300, 499), (499, 500)):
+        bounds = [torch.full((2,), n, dtype=torch.int32) for n in (begin, end)]
+        torch.ops.tsa.append_pages(sums, counts, site.operands.k, None, 1, None, *bounds, None, end - begin)
+    fresh = attended(tsa.PageSparse(0.2), site)
+    kept = attended(tsa.PageSparse(0.2), site, {"sums": sums, "counts": counts})
+    assert torch.equal(fresh[1].indices, kept[1].indices)
+    assert torch.equal(fresh[0], kept[0])
+
+
+def test_in_one_graph():
+    site, policy = site_of(), tsa.PageSparse(0.2)
+    step = torch.compile(lambda: attended(policy, site)[0], backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(step(), attended(policy, site)[0])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "exactly one of keep, pages, mass, schedule, got none"),
+        ({"keep": 0.1, "pages": 3}, "got keep and pages"),
+        ({"keep": 0.0}, r"PageSparse.keep must be a number in \(0, 1\].* got 0.0"),
+        ({"keep": ()}, "PageSparse.keep"),
+        ({"keep": [0.1, 1.2]}, "PageSparse.keep"),
+        ({"pages": 0}, "PageSparse.pages must be an int >= 1, got 0"),
+        ({"mass": 1.0}, r"PageSparse.mass must be a number in \(0, 1\), got 1.0"),
+        ({"schedule": (3, -1)}, "PageSparse.schedule must be ints >= 0"),
+        ({"keep": 0.1, "kind": "max"}, "PageSparse.kind must be 'mean', got 'max'"),
+        ({"keep": 0.1, "completion": True}, "PageSparse.completion must be False"),
+        ({"keep": 0.1, "recent": 0}, "PageSparse.recent must be an int >= 1, got 0"),
+    ],
+)
+def test_a_bad_value_is_named(fields, message):
+    with pytest.raises(ValueError, match=message):
+        tsa.PageSparse(**fields)
+
+
+def test_refusals_and_round_trip():
+    assert why_dense(tsa.PageSparse((0.1, 0.2, 0.3)), site_of()) == "PageSparse.keep has 3 shares for 2 KV heads"
+    assert why_dense(tsa.PageSparse(0.1), site_of(17, phase="draft")) == "17 query rows: decode takes up to 16"
+    for policy in (tsa.PageSparse(0.1), tsa.PageSparse(keep=(0.1, 0.2)), tsa.PageSparse(schedule=(3, 5))):
+        assert from_dict(policy.to_dict()) == policy

@@ -1,0 +1,122 @@
+"""PageSparse: a decode step reads the pages of the cache whose mean keys it looks at.
+
+A page is 16 consecutive rows of the cache. Its mean key is kept beside the cache; a step scores all pages by it, normalises the
+shares of each query head, and reads the best pages of each KV head exactly. Page means and the budget that grows with position:
+Sparrow (arXiv 2606.08446); means and their completion: CompKV (2609.26300); normalised shares: LOCKS (2607.24555).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+
+from tsa_compile.kernels import ops  # noqa: F401 - registers torch.ops.tsa
+from tsa_compile.kernels.types import Pages, Selection
+from tsa_compile.passes.site import AttentionSite
+from tsa_compile.policies.base import Emit, Policy, check_int
+from tsa_compile.policies.exact import too_many_rows, where
+
+BUDGETS = ("keep", "pages", "mass", "schedule")
+
+
+@dataclasses.dataclass(frozen=True)
+class PageSparse(Policy):
+    """Exactly one of `keep`, `pages`, `mass` and `schedule` says how many pages of 16 rows are read.
+
+    Args:
+        keep: share of the row's pages, in (0, 1], rounded up, sinks and recent pages included; 1.0 is exact. A list: by KV head.
+        kind: the index that ranks pages: "mean", the mean key of a page.
+        completion: whether pages that are not read enter the softmax by their mean key and value; not built yet.
+        pages: number of pages, sinks and recent ones included.
+        mass: share of the estimated attention, in (0, 1), that the read pages hold (top-p).
+        schedule: pages beside the sinks and recent ones, an entry for each 125 pages (2,000 tokens) of context; the last one
+            holds from there on.
+        sinks: first pages, always read.
+        recent: last pages, always read, with the one that is not full.
+
+    Raises:
+        ValueError: a field is outside its range, or not exactly one budget is given; the message names it.
+    """
+
+    phases: ClassVar[frozenset[str]] = frozenset({"decode", "draft"})
+
+    keep: float | tuple[float, ...] | None = None
+    kind: str = "mean"
+    completion: bool = False
+    pages: int | None = None
+    mass: float | None = None
+    schedule: tuple[int, ...] | None = None
+    sinks: int = 1
+    recent: int = 3
+
+    def __post_init__(self) -> None:
+        given = [name for name in BUDGETS if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"PageSparse takes exactly one of {', '.join(BUDGETS)}, got {' and '.join(given) or 'none'}")
+        for name in ("keep", "schedule"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))  # as JSON has it
+        self._check_shares()
+        if self.pages is not None:
+            check_int(self, "pages", 1)
+        if self.schedule is not None and not (self.schedule and all(_is_count(n) for n in self.schedule)):
+            raise ValueError(f"PageSparse.schedule must be ints >= 0, at least one, got {self.schedule!r}")
+        check_int(self, "sinks", 0)
+        check_int(self, "recent", 1)
+        if self.kind != "mean":
+            raise ValueError(f"PageSparse.kind must be 'mean', got {self.kind!r}")
+        if self.completion is not False:
+            raise ValueError(f"PageSparse.completion must be False: completion in decode is not built, got {self.completion!r}")
+
+    def _check_shares(self) -> None:
+        shares = self.keep if isinstance(self.keep, tuple) else () if self.keep is None else (self.keep,)
+        if not all(_is_number(x) and 0 < x <= 1 for x in shares) or self.keep == ():
+            raise ValueError(f"PageSparse.keep must be a number in (0, 1], or one for each KV head, got {self.keep!r}")
+        if self.mass is not None and not (_is_number(self.mass) and 0 < self.mass < 1):
+            raise ValueError(f"PageSparse.mass must be a number in (0, 1), got {self.mass!r}")
+
+    @property
+    def _budget(self) -> tuple[list[float], list[int], float]:
+        """`keep`, `table` and `mass` of `tsa::select_pages`."""
+        keep = [0.0] if self.keep is None else [*self.keep] if isinstance(self.keep, tuple) else [float(self.keep)]
+        table = [0] if self.pages is None else [self.pages]
+        if self.schedule is not None:
+            table = [n + self.sinks + self.recent for n in self.schedule]
+        return keep, table, float(self.mass or 0.0)
+
+    def refuse(self, site: AttentionSite) -> str | None:
+        if isinstance(self.keep, tuple) and len(self.keep) not in (1, site.kv_heads):
+            return f"PageSparse.keep has {len(self.keep)} shares for {site.kv_heads} KV heads"
+        if site.operands.mask is not None:
+            return "a mask as data: pages are chosen without it"
+        return too_many_rows(site)
+
+    def select(self, emit: Emit, site: AttentionSite, state: Any = None) -> Pages:
+        """`state`: the layer's "sums" and "counts" of `tsa::append_pages`; None: they are made here, which reads every key."""
+        x = site.operands
+        if isinstance(state, Mapping):
+            sums, counts = state["sums"], state["counts"]
+        else:
+            sums, counts = emit(torch.ops.tsa.page_sums.default, x.k, *where(x), x.key_mask)
+        pages = (counts, *where(x), site.k_len)
+        logits, parts = emit(torch.ops.tsa.page_scores.default, x.q, sums, *pages, site.scale)
+        keep, table, mass = self._budget
+        rule = (site.kv_heads, keep, table, mass, self.sinks, self.recent)
+        return Pages(*emit(torch.ops.tsa.select_pages.default, logits, parts, *pages, *rule))
+
+    def attend(self, emit: Emit, site: AttentionSite, selection: Selection | None) -> Any:
+        assert isinstance(selection, Pages)
+        x = site.operands
+        operands = (x.q, x.k, x.v, *selection, *where(x), x.key_mask, site.scale, None, x.sinks, 0.0, site.mask.causal)
+        return emit(torch.ops.tsa.page_attention.default, *operands)[0]
+
+
+def _is_number(x: object) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool)
+
+
+def _is_count(x: object) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool) and x >= 0
