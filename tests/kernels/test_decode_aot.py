@@ -36,7 +36,7 @@ def compile_kernel(kernel, capability, dtype, warps, stages, constants, **pointe
     aligned = ("q_s", "k_s", "v_s", "o_s", "sums_sh", "sums_sp")
     wide = [i for i, n in enumerate(names) if signature[n][0] == "*" or (n[:3] in aligned and n[3] != "d") or n in aligned]
     wide = {(i,): [["tt.divisibility", 16]] for i in wide}
-    constants = {(names.index(n),): value for n, value in constants.items()}
+    constants = {(names.index(n),): value for n, value in constants.items() if n in names}
     source = ASTSource(kernel, signature, constants, wide)
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, "num_stages": stages})
     assert made.metadata.shared <= SHARED[capability], (constants, made.metadata.shared)
@@ -61,7 +61,8 @@ if capability == 90:
     decode(90, "bf16", 128, 128, 4, swap=True, given=("lengths", "start", "key_mask"))
     decode(90, "fp32", 128, 128, 28, swap=True, given=("lengths",))
     numbers = {"keep": "*i64", "mass_bits": "i64", "logits": "*fp32", "parts": "*fp32", "scores": "*fp32", "gathered": "*fp32",
-               "indices": "*i32", "list_counts": "*i32", "table": "*i32", "begin": "*i32", "end": "*i32"}
+               "indices": "*i32", "list_counts": "*i32", "table": "*i32", "pages": "i32", "sinks": "i32",
+               "begin": "*i32", "end": "*i32"}
     for dtype, sums in (("bf16", "bf16"), ("bf16", "fp32")):
         none = dict(start=None, blocks=None, key_mask=None, k_sd=1, q_sd=1, D=128, BLOCK_D=128)
         compile_kernel(append.append_pages_kernel, 90, dtype, 4, 3, none | {"PAGES": 4}, sums="*" + sums, **numbers)
