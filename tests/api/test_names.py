@@ -69,9 +69,9 @@ NAMES = {
     "policies.base.Policy.refuse": "self, site",
     "policies.base.Policy.select": "self, emit, site, state=None",
     "policies.base.Policy.attend": "self, emit, site, selection",
-    "kernels.types.KvView": "blocks, block, start, lengths",
+    "kernels.types.KvView": "blocks, block, start, lengths, ranks=None",
     "kernels.types.Operands": (
-        "q, k, v, key_mask=None, view=KvView(blocks=None, block=1, start=None, lengths=None), mask=None, sinks=None"
+        "q, k, v, key_mask=None, view=KvView(blocks=None, block=1, start=None, lengths=None, ranks=None), mask=None, sinks=None"
     ),
     "kernels.types.Attended": "out, lse",
 }
