@@ -21,6 +21,7 @@ from tsa_compile.export.native.aot_form import AotKernel, Form, parameters
 from tsa_compile.export.native.aot_kernels import kernels_of
 
 CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
+SHARED = {(8, 0): 166912, (8, 6): 101376, (8, 9): 101376, (9, 0): 232448, (10, 0): 232448, (12, 0): 101376}  # bytes a program
 PTX = (0, 0)  # stands for PTX in place of a compute capability
 _DTYPES = {"fp32": "ort::kFloat", "fp16": "ort::kFloat16", "bf16": "ort::kBFloat16"}
 
@@ -38,10 +39,16 @@ class Image:
 
 
 def compile_kernel(kernel: AotKernel, capability: tuple[int, int]) -> Image:
-    """Compile one kernel; `PTX` gives the text for compute capability 8.0."""
+    """Compile one kernel; `PTX` gives the text for compute capability 8.0.
+
+    Raises:
+        ExportError: it needs more shared memory than such a GPU gives a program.
+    """
     target = capability if capability != PTX else (8, 0)
     made = compile_triton(kernel.function, kernel.types(), kernel.constants, kernel.divisible(), kernel.options, target)
     m = made.metadata
+    if m.shared > SHARED.get(target, m.shared):
+        raise ExportError(f"{m.name} for {target[0]}.{target[1]}: needs {m.shared} bytes of shared memory of {SHARED[target]}")
     data = made.asm["ptx"].encode() + b"\0" if capability == PTX else made.asm["cubin"]
     return Image(kernel, capability, data, m.name, m.shared, 32 * m.num_warps)
 

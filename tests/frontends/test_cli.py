@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,41 @@ def test_a_failure_is_one_line(args, message):
     assert done.returncode != 0
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+class Hidden:
+    """An import finder for which some packages are not there."""
+
+    def __init__(self, *names):
+        self.names = names
+
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] in self.names:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+@pytest.mark.parametrize(
+    ("args", "missing", "extra"),
+    [
+        (["demo"], "transformers", "demo"),
+        (["explain", "smollm2"], "transformers", "hf"),
+        (["explain", "smollm2"], "gguf", "demo"),
+        (["export", "m.onnx", "-o", "m.engine", "--to", "tensorrt"], "tensorrt_rtx", "tensorrt"),
+    ],
+)
+def test_a_missing_extra_is_named(monkeypatch, capsys, args, missing, extra):
+    from tsa_compile.frontends import cli
+
+    for name in [n for n in sys.modules if n.partition(".")[0] == missing]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Hidden(missing, f"{missing}_bindings"), *sys.meta_path])
+    monkeypatch.setattr(sys, "argv", ["tsa-compile", *args])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 1
+    said = capsys.readouterr().err
+    assert re.search(rf"pip install ['\"]tsa-compile\[{extra}\]['\"]", said), said
+    assert "Traceback" not in said
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,12 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pret
 app.add_typer(bench, name="bench")
 console = Console()
 
+_EXTRAS = {  # module -> the extra that brings it
+    **dict.fromkeys(("transformers", "accelerate"), "hf"),
+    **dict.fromkeys(("onnx", "onnx_ir", "onnxscript", "onnxruntime"), "onnx"),
+    **dict.fromkeys(("wonderwords", "scipy"), "ruler"),
+    **{"gguf": "demo", "triton": "triton", "flash_attn": "fa4", "tensorrt_rtx": "tensorrt"},
+}
 Tokens = Annotated[int, typer.Option(help="prompt length, in tokens", min=64)]
 Coverage = Annotated[float | None, typer.Option(help="share of attention mass that may be dropped, in [0, 1)")]
 
@@ -205,5 +212,14 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except (OSError, ImportError, ValueError, RuntimeError) as error:
-        Console(stderr=True).print(f"error: {error}", markup=False, highlight=False)
+        Console(stderr=True).print(f"error: {error}{_what_to_install(error)}", markup=False, highlight=False, soft_wrap=True)
         raise SystemExit(1) from error
+
+
+def _what_to_install(error: Exception) -> str:
+    """For a module that an extra of ours brings and that is missing: which."""
+    missing = (getattr(error, "name", None) or "").partition(".")[0]
+    if not isinstance(error, ImportError) or missing not in _EXTRAS:
+        return ""
+    extra = "demo" if sys.argv[1:2] == ["demo"] else _EXTRAS[missing]
+    return f': pip install "tsa-compile[{extra}]"'
