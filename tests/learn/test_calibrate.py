@@ -270,3 +270,21 @@ def test_prompts_are_text_or_ids_and_lose_their_beginning(tmp_path):
     tokenizer = lambda: lambda text: type("Encoded", (), {"input_ids": list(map(ord, text))})  # noqa: E731
     got = list(read_prompts([tmp_path / "p.jsonl", tmp_path / "p.txt"], tokenizer, 2))
     assert got == [[98, 99], [2, 3], [120, 121], [119, 111]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"--out": "no/such/plan.json"}, "--out: no/such/plan.json cannot be written"),
+        ({"--coverages": "abc"}, "--coverages must be numbers, comma separated, got 'abc'"),
+        ({"--policy": "broken.json"}, "--policy broken.json: "),
+    ],
+)
+def test_what_is_wrong_on_the_command_line_is_said_at_once(tmp_path, monkeypatch, changes, message):
+    from tsa_compile.frontends.cli import app
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.json").write_text("[]")
+    options = {"--prompts": "p.jsonl", "--out": "plan.json", **changes}
+    with pytest.raises(ValueError, match=message):
+        app(["calibrate", "model", *(x for pair in options.items() for x in pair)], standalone_mode=False)

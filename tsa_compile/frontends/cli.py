@@ -105,7 +105,12 @@ def calibrate(
     """Choose a policy for each layer of MODEL on your own prompts, and write the plan."""
     from tsa_compile.learn.calibrate_cli import calibrate_files
 
-    numbers = [float(c) for c in coverages.split(",")]
+    try:
+        numbers = [float(c) for c in coverages.split(",")]
+    except ValueError as error:
+        raise ValueError(f"--coverages must be numbers, comma separated, got {coverages!r}") from error
+    if not Path(out).absolute().parent.is_dir() or Path(out).is_dir():  # before hours of measurements
+        raise ValueError(f"--out: {out} cannot be written: its folder does not exist, or it is one")
     plan = calibrate_files(model, prompts, target, policy, numbers, method, last, max_tokens, state)
     plan.save(out)
     console.print(f"{out}: {plan.notes['sparse layers']} layers sparse; {plan.notes['measured']}", markup=False)

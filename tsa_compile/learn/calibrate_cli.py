@@ -10,7 +10,7 @@ from tsa_compile.learn.calibrate import calibrate
 from tsa_compile.learn.prompt_file import read_prompts
 from tsa_compile.learn.target import Target
 from tsa_compile.plan import Plan
-from tsa_compile.policies.base import from_dict
+from tsa_compile.policies.base import Policy, from_dict
 from tsa_compile.tools.bench.models import load_causal_lm, load_tokenizer
 
 
@@ -27,7 +27,15 @@ def calibrate_files(
 ) -> Plan:
     """`calibrate` with a model by name, prompts and policy from files; arguments as there."""
     Target.parse(target)  # before the model loads
-    base = from_dict(json.loads(Path(policy).read_text())) if policy else None
+    base = _read_policy(policy) if policy else None
     given = list(read_prompts(prompts, lambda: load_tokenizer(model), max_tokens))
     options = {"policy": base, "coverages": coverages, "method": method, "last": last, "state": state}
     return calibrate(load_causal_lm(model), given, target, **options)  # type: ignore[arg-type]
+
+
+def _read_policy(path: str) -> Policy:
+    """Raises ValueError, naming option and file, if it holds no policy."""
+    try:
+        return from_dict(json.loads(Path(path).read_text()))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"--policy {path}: {error}") from error
