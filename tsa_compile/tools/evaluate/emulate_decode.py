@@ -110,7 +110,8 @@ class DecodeText:
             before = self._prefix[layer.index]
             rotation = None
             if layer.rotation is not None and before.rotation is not None:
-                rotation = tuple(torch.cat((a, b)) for a, b in zip(before.rotation, layer.rotation, strict=True))
+                (cos, sin), (more_cos, more_sin) = before.rotation, layer.rotation
+                rotation = torch.cat((cos, more_cos)), torch.cat((sin, more_sin))
             k, v = torch.cat((before.k, layer.k), 1), torch.cat((before.v, layer.v), 1)
             return attend(dataclasses.replace(layer, k=k, v=v, rotation=rotation), layer.window is not None)
 
@@ -168,9 +169,8 @@ def _outcome(layer: Layer, chosen: Any, pages: Pages | None = None, completion: 
         seen.append(_see(exact, keep, pages) | {"error": relative_error(out, exact @ v)})
     merged = None
     if seen:
-        merged = Seen(
-            *(torch.stack([s[f] for s in seen]) for f in ("kept", "mass", "found")), torch.cat([s["error"] for s in seen])
-        )
+        kept, mass, found = (torch.stack([s[f] for s in seen]) for f in ("kept", "mass", "found"))
+        merged = Seen(kept, mass, found, torch.cat([s["error"] for s in seen]))
     return torch.cat(outs), merged
 
 

@@ -83,5 +83,5 @@ def left_padded(ids: list[list[int]], device: torch.device) -> tuple[Tensor, Ten
 
 
 def _end_tokens(model: Any) -> set[int]:
-    found = getattr(model.generation_config, "eos_token_id", None)
-    return set(found) if isinstance(found, list) else {found}
+    found = model.generation_config.eos_token_id
+    return set(found) if isinstance(found, list) else {found} - {None}
