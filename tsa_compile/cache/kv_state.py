@@ -83,6 +83,7 @@ class KvState:
         begin: torch.Tensor,
         end: torch.Tensor,
         key_mask: torch.Tensor | None,
+        new: int,
     ) -> None:
         """Make the entries right for rows `[0, end)`, given that they are for `[0, begin)`. Derived state only.
 
@@ -96,6 +97,7 @@ class KvState:
             begin: int32 `[B]`, rows that were there before.
             end: int32 `[B]`, rows that are there now.
             key_mask: bool `[B, >= end]`, false: padding, of weight 0; None: no padding.
+            new: what `end - begin` is at most, known without asking the device.
         """
 
 
@@ -151,12 +153,13 @@ class KvStates:
         values: torch.Tensor,
         begin: torch.Tensor,
         end: torch.Tensor,
-        key_mask: torch.Tensor | None = None,
+        key_mask: torch.Tensor | None,
+        new: int,
     ) -> None:
         """All derived kinds follow rows `[begin, end)`; see `KvState.append`."""
         for kind in self.kinds:
             if not kind.remembered:
-                kind.append(self.tensors[kind.name], keys, values, begin, end, key_mask)
+                kind.append(self.tensors[kind.name], keys, values, begin, end, key_mask, new)
 
     def remember(self, name: str, rows: int) -> None:
         """The policy has filled the tensors of the remembered kind `name`, over `rows` rows."""

@@ -1,10 +1,11 @@
-"""The plain reference of derived state."""
+"""The sums of a cache's pages, which page scores read (`tsa::append_pages`)."""
 
 from __future__ import annotations
 
 import torch
 
 from tsa_compile.cache.kv_state import PAGE, Field, KvSize, KvState, Tensors
+from tsa_compile.kernels import ops  # noqa: F401 - registers torch.ops.tsa
 
 
 class PageSums(KvState):
@@ -14,8 +15,9 @@ class PageSums(KvState):
 
     def fields(self, size: KvSize) -> tuple[Field, ...]:
         shape = (size.batch, size.kv_heads, size.pages)
+        dtype = torch.bfloat16 if size.dtype == torch.bfloat16 else torch.float32  # 16 float16 keys may pass its range
         return (
-            Field("sums", (*shape, size.head_dim), torch.float32, PAGE),
+            Field("sums", (*shape, size.head_dim), dtype, PAGE),
             Field("counts", (size.batch, 1, size.pages), torch.int32, PAGE),
         )
 
@@ -27,19 +29,7 @@ class PageSums(KvState):
         begin: torch.Tensor,
         end: torch.Tensor,
         key_mask: torch.Tensor | None,
+        new: int,
     ) -> None:
-        capacity = keys.shape[2]
-        pages = capacity // PAGE
-        row = torch.arange(capacity, device=keys.device)
-        weight = row < end[:, None]
-        if key_mask is not None:
-            known = min(capacity, key_mask.shape[1])
-            weight[:, :known] &= key_mask[:, :known].bool()
-        weighed = torch.where(weight[:, None, :, None], keys.float(), 0.0)
-        sums = weighed[:, :, : pages * PAGE].unflatten(2, (pages, PAGE)).sum(3)
-        counts = weight[:, : pages * PAGE].unflatten(1, (pages, PAGE)).sum(2, dtype=torch.int32)
-        page = torch.arange(pages, device=keys.device)
-        filled = (page >= begin[:, None] // PAGE) & (page < end[:, None] // PAGE)
-        old_sums, old_counts = tensors["sums"][:, :, :pages], tensors["counts"][:, :, :pages]
-        old_sums.copy_(torch.where(filled[:, None, :, None], sums, old_sums))
-        old_counts.copy_(torch.where(filled[:, None], counts[:, None], old_counts))
+        begin, end = begin.to(torch.int32), end.to(torch.int32)
+        torch.ops.tsa.append_pages(tensors["sums"], tensors["counts"], keys, None, 1, None, begin, end, key_mask, new)

@@ -60,5 +60,6 @@ class PinnableRows(Rows):
         assert self.buffers is not None
         write_at(self.buffers.keys, keys, self.pinned)
         write_at(self.buffers.values, values, self.pinned)
-        self.states.append(*self.buffers[:2], self.pinned, self.pinned + keys.shape[-2], self.key_mask)
+        new = keys.shape[-2]
+        self.states.append(*self.buffers[:2], self.pinned, self.pinned + new, self.key_mask, new)
         return self.buffers.keys, self.buffers.values

@@ -51,7 +51,7 @@ class Rows(Buffered):
             self._rebuild()
         elif self.states.kinds:
             ends = self.row_lengths()
-            self.states.append(buffers.keys, buffers.values, ends - keys.shape[-2], ends, self.key_mask)
+            self.states.append(buffers.keys, buffers.values, ends - keys.shape[-2], ends, self.key_mask, keys.shape[-2])
             self.states.settle(buffers.keys, buffers.values)
         return self.keys, self.values
 
@@ -102,7 +102,7 @@ class Rows(Buffered):
             keys, values, _ = self.settled()
             ends = self.row_lengths()
             self.states.forget()
-            self.states.append(keys, values, torch.zeros_like(ends), ends, self.key_mask)
+            self.states.append(keys, values, torch.zeros_like(ends), ends, self.key_mask, self.length)
             self.states.settle(keys, values)
             self.states.rebuilt += 1
 
