@@ -48,6 +48,27 @@ def bench_attention(
         output.write_html(html, "Speed-up over SDPA against length", output.attention_plot(rows), notes)
 
 
+@bench.command("decode")
+def bench_decode_step(
+    only: Annotated[str | None, typer.Option(help="cases whose name contains this; several: 'B1 L32K,B8'")] = None,
+    sweep: Annotated[bool, typer.Option(help="also time other tiles, stages and warps of both attention kernels")] = False,
+    repeats: Repeats = 15,
+    json: JsonFile = None,
+) -> None:
+    """Decode attention, every key or selected pages, beside SDPA; each result is checked in float64 before it is timed."""
+    from tsa_compile.tools.bench import decode, decode_cases, output
+
+    gpu, versions = _gpu()
+    rows = list[decode.DecodeRow]()
+    for case in decode_cases.CASES:
+        if only is not None and not any(part.strip() in case.name for part in only.split(",")):
+            continue
+        rows.append(decode.bench_decode(case, gpu["copy_tbps"], sweep, repeats))
+        console.print("\n".join(decode.told(rows[-1])), markup=False, highlight=False)
+        if json:
+            output.write_json(json, rows, environment=versions, ceilings=gpu)
+
+
 @bench.command("prefill")
 def bench_prefill(
     lengths: Annotated[str, typer.Option(help="prompt lengths, comma separated")] = "8192,32768,131072",

@@ -1,0 +1,155 @@
+"""`tsa-compile bench decode`: exact and page-sparse decode attention beside SDPA, checked in float64 before it is timed.
+
+All times are from CUDA graphs whose calls go round over different layers' buffers, so that L2 does not help. The floor of a form
+is the bytes it must read over the copy rate measured in the same run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from tsa_compile.kernels.attend.decode import host
+from tsa_compile.kernels.attend.decode.config import DecodeConfig
+from tsa_compile.kernels.attend.decode.reference import decode_attention_reference, page_attention_reference
+from tsa_compile.kernels.types import IDENTITY
+from tsa_compile.tools.bench.decode_cases import Buffers, DecodeCase
+from tsa_compile.tools.bench.decode_forms import Form, Lists, attend, exact, exact_forms, page_forms, score, select
+from tsa_compile.tools.bench.timing import graph_ms
+
+TOLERANCE = 1e-2  # relative error in bf16
+VARIANTS = tuple(
+    DecodeConfig(0, *numbers)  # block_n, num_warps, num_stages, resident, swap
+    for numbers in (
+        (64, 4, 3, 2, False), (64, 4, 3, 4, False), (64, 4, 2, 3, False), (64, 4, 4, 1, False), (64, 8, 3, 2, False),
+        (64, 2, 3, 2, False), (32, 4, 4, 3, False), (32, 2, 4, 3, False), (32, 1, 4, 4, False), (128, 4, 2, 1, False),
+        (128, 4, 3, 1, False), (128, 8, 3, 1, False), (64, 4, 3, 2, True), (64, 4, 3, 4, True), (64, 4, 2, 3, True),
+        (128, 4, 2, 1, True), (128, 8, 3, 1, True), (128, 4, 3, 1, True),
+    )
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeRow:
+    """One case: milliseconds a call by form, floors, and relative errors against float64; `sweep` by variant of the kernel."""
+
+    case: DecodeCase
+    times: dict[str, float]
+    floors: dict[str, float]
+    errors: dict[str, float]
+    sweep: dict[str, dict[str, float]]
+
+
+def bench_decode(case: DecodeCase, copy_tbps: float, sweep: bool = False, repeats: int = 15, device: str = "cuda") -> DecodeRow:
+    """Check, then time, one case on a GPU.
+
+    Args:
+        copy_tbps: the rate of a device copy, bytes read plus written, in 10**12 a second.
+        sweep: also time VARIANTS of both attention kernels.
+
+    Raises:
+        RuntimeError: a result is wrong; nothing is timed then.
+    """
+    buffers = [Buffers.random(case, device) for _ in range(case.sets)]
+    errors = check(case, buffers[0])
+    forms = exact_forms(case, buffers[0].k.device) | (page_forms(case, buffers) if case.rows == 1 else {})
+    times = {name: round_ms(form, buffers, repeats) for name, form in forms.items()}
+    swept = ("exact", *(["attend"] if case.rows == 1 else [])) if sweep else ()
+    found = {name: run_sweep(case, buffers, name, repeats) for name in swept}
+    return DecodeRow(case, times, case.floors(copy_tbps), errors, found)
+
+
+def round_ms(form: Form, buffers: Sequence[Buffers], repeats: int) -> float:
+    """Milliseconds a call, of a graph that calls `form` once on each of the buffers."""
+    return graph_ms(lambda: [form(x) for x in buffers], repeats) / len(buffers)
+
+
+# ---- correctness
+
+
+def check(case: DecodeCase, x: Buffers) -> dict[str, float]:
+    """Relative errors of both attentions against float64, of full and of ragged rows.
+
+    Raises:
+        RuntimeError: one is above TOLERANCE.
+    """
+    ragged = [case.length - 1 - (case.length // 9) * b for b in range(case.batch)]
+    errors = {}
+    for name, lengths in (("full", x.lengths), ("ragged", torch.tensor(ragged, dtype=torch.int32, device=x.k.device))):
+        given = dataclasses.replace(x, lengths=lengths)
+        errors[f"exact, {name}"] = _error(case, given, None)
+        if case.rows == 1:
+            errors[f"pages, {name}"] = _error(case, given, select(case, given, score(case, given)))
+    wrong = {name: error for name, error in errors.items() if not error < TOLERANCE}
+    if wrong:
+        raise RuntimeError(f"{case.name}: relative error above {TOLERANCE}: {wrong}; nothing is timed")
+    return errors
+
+
+def _error(case: DecodeCase, x: Buffers, pages: Lists | None) -> float:
+    """Of one call; the reference goes row of the batch by row, as float64 takes four times the memory."""
+    got = exact(case, x)[0] if pages is None else attend(case, x, pages)[0]
+    difference = total = 0.0
+    for b in range(case.batch):
+        one = [t[b : b + 1].double() for t in (x.q, x.k, x.v)]
+        row = (None, 1, None, x.lengths[b : b + 1], None, case.scale)
+        if pages is None:
+            want = decode_attention_reference(*one, *row)[0]
+        else:
+            want = page_attention_reference(*one, *(t[b : b + 1] for t in pages), *row)[0]
+        difference += float((got[b : b + 1].double() - want).square().sum())
+        total += float(want.square().sum())
+    return (difference / total) ** 0.5
+
+
+# ---- variants of the kernels
+
+
+def run_sweep(case: DecodeCase, buffers: Sequence[Buffers], which: str, repeats: int) -> dict[str, float]:
+    """Milliseconds a call of each variant of "exact" or "attend"; NaN where the GPU lacks the shared memory."""
+    from triton.runtime.errors import OutOfResources
+
+    lists = {id(x): select(case, x, score(case, x)) for x in buffers} if which == "attend" else {}
+    queries, found = case.heads // case.kv_heads * case.rows, {}
+    for variant in VARIANTS:
+        config = dataclasses.replace(variant, block_m=max(16, 1 << (queries - 1).bit_length()))
+        try:
+            found[label(variant)] = round_ms(form_of(case, lists, config), buffers, repeats)
+        except OutOfResources:
+            found[label(variant)] = float("nan")
+    return found
+
+
+def form_of(case: DecodeCase, lists: dict[int, Lists], config: DecodeConfig) -> Form:
+    """The call of a variant on a layer's buffers, of the pages in its list if it has one."""
+    return lambda x: launch(case, x, lists.get(id(x)), config)
+
+
+def launch(case: DecodeCase, x: Buffers, pages: Lists | None, config: DecodeConfig) -> Any:
+    """Both kernels of a variant."""
+    longest = case.length if pages is None else pages[0].shape[2] * host.PAGE
+    view, masks = IDENTITY._replace(lengths=x.lengths), (None, None, 0.0, 0, True)
+    return host.launch(x.q, x.k, x.v, view, None, case.scale, masks, longest, pages, None, config)
+
+
+def label(config: DecodeConfig) -> str:
+    """A variant in words; "programs": how many a multiprocessor is taken to hold."""
+    words = f"keys {config.block_n}, warps {config.num_warps}, stages {config.num_stages}, programs {config.resident}"
+    return words + (", swapped" if config.swap else "")
+
+
+def told(row: DecodeRow) -> list[str]:
+    """Lines of text: each form's time, over SDPA's and over its floor; then the best variants."""
+    dense, floors = row.times["SDPA"], row.floors
+    lines = [f"{row.case.name}, {row.case.sets} buffers, errors " + ", ".join(f"{n} {e:.1e}" for n, e in row.errors.items())]
+    for name, ms in row.times.items():
+        floor = floors.get(name, floors["exact"] if name == "SDPA" or name.startswith("exact") else None)
+        over = "" if floor is None else f", {ms / floor:.2f} x its floor of {floor * 1000:.1f}"
+        lines.append(f"  {name:16} {ms * 1000:8.1f} us, {ms / dense:.3f} of SDPA{over}")
+    for which, found in row.sweep.items():
+        ranked = sorted((ms, name) for name, ms in found.items() if ms == ms)
+        lines += [f"  {which}: {ms * 1000:8.1f} us  {name}" for ms, name in ranked[:6]]
+    return lines
