@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from tsa_compile import export
 from tsa_compile.export.language_model import Graph, language_graph, plan_within
 from tsa_compile.plan import Plan
+from tsa_compile.progress import step
 
 TARGETS = ("onnx", "tensorrt", "aoti")
 SUFFIXES = {"onnx": ".onnx", "tensorrt": ".engine", "aoti": ".pt2"}
@@ -66,7 +65,7 @@ def export_model(model: Any, request: Request, console: Console) -> list[Path]:
     """Export `model`, a transformers causal language model; returns the files written."""
     export_graph = language_graph(model, request.graph, request.tokens)
     files = [request.out]
-    with _step(console, f"export to {request.out}"):
+    with step(f"export to {request.out}", console):
         _export_graph(export_graph, request)
     if request.native:
         files.append(build_native(request.out, request, console))
@@ -98,7 +97,7 @@ def engine_options(request: Request) -> dict[str, Any]:
 def export_file(path: Path, request: Request, console: Console) -> list[Path]:
     """Go on from an ONNX file that was exported before: build its native library, or a TensorRT engine of it."""
     if request.to == "tensorrt":
-        with _step(console, f"build {request.out}"):
+        with step(f"build {request.out}", console):
             return [export.tensorrt(path, None, request.out, **engine_options(request))]
     if not request.native:
         raise ValueError(f"{path} is an ONNX file already: pass --native for its library, or --to tensorrt for an engine")
@@ -110,7 +109,8 @@ def build_native(model: Path, request: Request, console: Console) -> Path:
     from tsa_compile.export import native
 
     forms = native.forms_of(model) if request.cuda else ()
-    with _step(console, f"build libtsa_ort.so ({len(forms)} forms of CUDA kernels)" if forms else "build libtsa_ort.so (CPU)"):
+    kind = f"{len(forms)} forms of CUDA kernels" if forms else "CPU"
+    with step(f"build libtsa_ort.so ({kind})", console):
         built = native.build_library(forms, [parse_capability(c) for c in request.capabilities])
         return Path(shutil.copy(built, request.out.parent / built.name))
 
@@ -125,15 +125,6 @@ def _check(graph: Graph, request: Request, libraries: Sequence[Path], console: C
         console.print("not checked: ONNX Runtime's CPU provider has no bfloat16 matrix product", markup=False)
         return
     args = graph.args if request.graph == "decode" else (torch.flip(graph.args[0], (0,))[:1, : max(2, request.tokens * 3 // 4)],)
-    with _step(console, "run on ONNX Runtime and compare"):
+    with step("run on ONNX Runtime and compare", console):
         result = export.check(request.out, graph.module, args, library=library, atol=1e-3)
     console.print(f"largest difference from PyTorch: {result.worst:.2g}", markup=False)
-
-
-@contextlib.contextmanager
-def _step(console: Console, label: str) -> Iterator[None]:
-    columns = SpinnerColumn(finished_text="done"), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task(label, total=1)
-        yield
-        progress.advance(task)

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 TOPS = ("tsa_compile", "passes", "kernels", "export")
 # Lowest first. A part may import parts of the rows above its own, and itself; never a neighbour in its row.
 ROWS = (
-    ("kernels",),
+    ("kernels", "progress"),
     ("site", "cache"),
     ("policies",),
     ("passes", "plan"),

@@ -186,15 +186,14 @@ def zoo(
     results: Annotated[list[str] | None, typer.Option(help="show this --json file instead of running; several times")] = None,
 ) -> None:
     """Check tiny random models of every family: what is replaced, what stays dense and why, and that all outputs are right."""
-    from rich.progress import track
-
+    from tsa_compile.progress import track
     from tsa_compile.tools.zoo import registry, run, table
 
     if results:
         runs = table.joined([table.read_json(path) for path in results])
     else:
         jobs = run.jobs_of(registry.select_entries(only))
-        checked = track(run.run(jobs, processes), "checking", total=len(jobs), console=console)
+        checked = track(run.run(jobs, processes), "checking", len(jobs), console)
         runs = [(table.environment(), [r for group in checked for r in group])]
     found = [r for _, part in runs for r in part]
     console.print(table.rich_table(found))

@@ -18,13 +18,14 @@ from torch import nn
 from tsa_compile.learn import search
 from tsa_compile.learn.inputs import as_inputs, fingerprint
 from tsa_compile.learn.meter import Meter, Sample
-from tsa_compile.learn.progress import Advance, Start, bar
 from tsa_compile.learn.run import Run
 from tsa_compile.learn.search import Step
 from tsa_compile.learn.state import Measured
 from tsa_compile.learn.target import Target
 from tsa_compile.plan import Plan, default_policy
 from tsa_compile.policies.token_sparse import TokenSparse
+from tsa_compile.progress import Advance, Start
+from tsa_compile.progress import progress as progress_bar
 
 METHODS = ("loss", "drift")
 COVERAGES = (0.02, 0.1, 0.2)
@@ -80,7 +81,7 @@ def calibrate(
     measured = Measured(state, key)
     meter = Meter(model, base, last)
     run = Run(meter, inputs, measured, base)
-    with bar(progress) as start:
+    with progress_bar(show=progress) as start:
         layers = meter.find_layers(inputs[0])
         steps = _order(run, layers, ladder, method, start)
         n, sample = _search(run, goal, steps, start)

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from tsa_compile.learn.meter import Meter, Sample
-from tsa_compile.learn.progress import Advance
 from tsa_compile.learn.search import Step
 from tsa_compile.learn.state import Measured
 from tsa_compile.plan import Plan
 from tsa_compile.policies.dense import Dense
 from tsa_compile.policies.token_sparse import TokenSparse
+from tsa_compile.progress import Advance
 from tsa_compile.rules import Rule
 
 Tensor = torch.Tensor

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from tsa_compile import api
 from tsa_compile.check import Measurement, compare
 from tsa_compile.policies.base import Policy
+from tsa_compile.progress import step
 from tsa_compile.tools.bench.models import load_packaged
 from tsa_compile.tools.bench.prompts import needle_ids
 
@@ -39,20 +38,18 @@ def run_demo(tokens: int, policy: Policy | None, console: Console, repeats: int 
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     path = "Triton kernels" if device == "cuda" else "no GPU found: the CPU path (plain PyTorch); times are for scale only"
     console.print(f"device: {device}, {path}", markup=False)
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-        step = _stepper(progress)
-        model, tokenizer = step("loading SmolLM2-135M-Instruct", lambda: load_packaged("smollm2", device, dtype))
-        ids, expected = needle_ids(tokenizer, tokens)
-        ids = ids.to(device)
-        dense = step(f"dense: question about {ids.shape[1]} tokens", lambda: _answer(model, tokenizer, ids))
+    with step("loading SmolLM2-135M-Instruct", console):
+        model, tokenizer = load_packaged("smollm2", device, dtype)
+    ids, expected = needle_ids(tokenizer, tokens)
+    ids = ids.to(device)
+    with step(f"dense: question about {ids.shape[1]} tokens", console):
+        dense = _answer(model, tokenizer, ids)
+    with step(f"prefill, dense and sparse, {repeats} times each", console):
         inputs = dict(input_ids=ids, use_cache=False, logits_to_keep=LAST)
-        measured = step(
-            f"prefill, dense and sparse, {repeats} times each",
-            lambda: compare(model, policy=policy, repeats=repeats, last=LAST, **inputs),
-        )
+        measured = compare(model, policy=policy, repeats=repeats, last=LAST, **inputs)
+    with step("sparse: the same question", console):
         api.transform(model, policy)
-        sparse = step("sparse: the same question", lambda: _answer(model, tokenizer, ids))
+        sparse = _answer(model, tokenizer, ids)
         api.restore(model)
     return DemoResult(expected, dense, sparse, measured)
 
@@ -66,17 +63,7 @@ def print_result(result: DemoResult, console: Console) -> None:
     console.print(result.measured.summary(), markup=False, highlight=False)
 
 
-def _stepper(progress: Progress) -> Callable[[str, Callable[[], Any]], Any]:
-    def step(text: str, work: Callable[[], Any]) -> Any:
-        task = progress.add_task(text, total=1)
-        result = work()
-        progress.update(task, completed=1)
-        return result
-
-    return step
-
-
 def _answer(model: Any, tokenizer: Any, ids: torch.Tensor) -> str:
     """Up to 8 greedy tokens."""
     generated = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
-    return tokenizer.decode(generated[0, ids.shape[1] :], skip_special_tokens=True).strip()  # type: ignore[no-any-return]
+    return str(tokenizer.decode(generated[0, ids.shape[1] :], skip_special_tokens=True)).strip()

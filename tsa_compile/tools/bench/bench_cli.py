@@ -26,8 +26,7 @@ def bench_attention(
     """Each stage of token-sparse attention and the dense kernels, in one run; each result is checked before it is timed."""
     import time
 
-    from rich.progress import track
-
+    from tsa_compile.progress import track
     from tsa_compile.tools.bench import attention, cases, output
 
     found = cases.select_cases(only)
@@ -35,7 +34,7 @@ def bench_attention(
     peers = {name: attention.load_peer(path) for name, _, path in pairs}
     gpu, versions = _gpu()
     start, rows = time.monotonic(), list[attention.AttentionRow]()
-    for case in track(found, "timing", console=console):
+    for case in track(found, "timing", len(found), console):
         if seconds is not None and time.monotonic() - start > seconds:
             console.print(f"not begun after {seconds} s: {', '.join(c.name for c in found[len(rows) :])}", markup=False)
             break

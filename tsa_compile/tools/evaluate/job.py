@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from tsa_compile.progress import progress
 from tsa_compile.tools.evaluate.cells import INSIDE, TASKS, TEXT, InsideCell, RetrievalCell, TextCell
 from tsa_compile.tools.evaluate.prompts import Prompter
 from tsa_compile.tools.evaluate.reference_text import reference_text
@@ -70,12 +70,11 @@ def run(options: Options, model: Any, tokenizer: Any, folder: str | Path, consol
     variants = _variants(options, runner, prompter, store)
     plan = [(n, t, _of_task(t, variants, options)) for n in options.lengths for t in (*TASKS, *RULER) if t in options.tasks]
     total = sum(len(chosen) for _, _, chosen in plan)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("", total=total)
+    with progress(console) as start:
+        bar = start("", total)
 
         def advance(what: str) -> None:
-            progress.update(bar, advance=1, description=what)
+            bar(what)
             if not console.is_terminal:  # no bar there
                 console.print(f"{time.strftime('%H:%M:%S')} {what}", markup=False, highlight=False)
 
