@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 
 import torch
 import torch.fx as fx
 
+from tsa_compile.passes.facts.graph_facts import GraphFacts
 from tsa_compile.passes.find.match import Match
-from tsa_compile.passes.prove_mask.constants import Pattern
+from tsa_compile.passes.prove_mask.patterns import Pattern
 from tsa_compile.passes.prove_mask.proven import ProvenMask
 from tsa_compile.passes.site import AttentionSite
 from tsa_compile.policies.base import Policy
@@ -72,6 +74,11 @@ class Context:
     decisions: list[Decision] = dataclasses.field(default_factory=list)
     replacements: list[Replacement] = dataclasses.field(default_factory=list)
     warnings: list[str] = dataclasses.field(default_factory=list)
+
+    @functools.cached_property
+    def facts(self) -> GraphFacts:
+        """Of the graph as it is when `find_attention` first asks."""
+        return GraphFacts(self.gm.graph)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,21 +13,20 @@ import torch.fx as fx
 from tsa_compile.passes.context import Context, GraphSite
 from tsa_compile.passes.facts.dead_code import erase_dead
 from tsa_compile.passes.facts.names import arg
-from tsa_compile.passes.facts.sizes import SizeProver, size_expr
+from tsa_compile.passes.facts.sizes import SizeProver
 
 _MASK, _IS_CAUSAL = (3, "attn_mask"), (5, "is_causal")  # positions in SDPA's signature
 
 
 def drop_masks(context: Context) -> int:
     """Returns how many dense SDPA sites lost their mask."""
-    sizes = SizeProver(context.gm.graph)
     masks = []
     for decision in context.decisions:
         at, node = decision.at, decision.at.node
         mask = arg(node, *_MASK) if at.site.form == "sdpa" else None
         if decision.reason is None or at.site.obstacle is not None or not isinstance(mask, fx.Node):
             continue
-        is_causal = _short_form(at, sizes)
+        is_causal = _short_form(at, context.facts.sizes)
         if is_causal is not None:
             _set(node, *_MASK, None)
             _set(node, *_IS_CAUSAL, is_causal)
@@ -46,7 +45,7 @@ def _short_form(at: GraphSite, sizes: SizeProver) -> bool | None:
     if not mask.causal or (isinstance(site.q_len, int) and site.q_len == 1):  # a last query sees all keys
         return False
     # SDPA's is_causal puts the first query at the first key; ours the last at the last.
-    return True if sizes.is_zero(size_expr(site.q_len) - size_expr(site.k_len)) else None  # type: ignore[operator]
+    return True if sizes.same(site.q_len, site.k_len) else None
 
 
 def _set(node: fx.Node, position: int, name: str, value: Any) -> None:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from tsa_compile.passes.context import Context
 from tsa_compile.passes.emit import describe_new
-from tsa_compile.passes.facts.names import is_getitem, op_name, tensor_of
+from tsa_compile.passes.facts.names import is_getitem, op_name, source, tensor, tensor_of
 
 _FRESH = ("zeros", "zeros_like", "new_zeros", "full", "full_like", "new_full")
 _UNUSUAL = ("bias_k", "bias_v", "add_zero_attn", "static_k", "static_v")
@@ -40,7 +40,7 @@ def _fill_out_of_place(node: fx.Node) -> None:
     """`zeros_like(x).masked_fill_(hidden, -inf)`, as PyTorch makes masks of numbers, without a write that proofs must respect."""
     if node.op != "call_method" or node.target != "masked_fill_" or op_name(node.args[0]) not in _FRESH:
         return
-    if set(node.args[0].users) == {node}:  # type: ignore[union-attr]
+    if set(source(node).users) == {node}:
         node.target = "masked_fill"
 
 
@@ -51,7 +51,8 @@ def _expand(graph: fx.Graph, node: fx.Node) -> bool:
     if len(outputs) != 1 or len(node.users) != 1 or not _plain(given.arguments):
         return False
     output = outputs[0]
-    if tensor_of(output) is None or tensor_of(output).requires_grad:  # type: ignore[union-attr]
+    example = tensor_of(output)
+    if example is None or example.requires_grad:
         return False
     with graph.inserting_before(output):
         before = output.prev
@@ -120,7 +121,7 @@ class _Writer:
         return padding if mask is None else self._do(torch.add, padding, mask)
 
     def _bias(self, mask: fx.Node) -> fx.Node:
-        if tensor_of(mask).dtype != torch.bool:  # type: ignore[union-attr]
+        if tensor(mask).dtype != torch.bool:
             return mask
-        zeros = self._do(torch.zeros_like, mask, dtype=tensor_of(self.a["query"]).dtype)  # type: ignore[union-attr]
+        zeros = self._do(torch.zeros_like, mask, dtype=tensor(self.a["query"]).dtype)
         return self._do(torch.masked_fill, zeros, mask, -math.inf)

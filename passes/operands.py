@@ -10,7 +10,7 @@ import torch.fx as fx
 
 from tsa_compile.kernels.types import IDENTITY, KvView, Operands
 from tsa_compile.passes.context import GraphSite
-from tsa_compile.passes.facts.names import tensor_of
+from tsa_compile.passes.facts.names import tensor
 from tsa_compile.passes.prove_mask.proven import KeyTerm
 
 aten = torch.ops.aten
@@ -34,7 +34,7 @@ def operands_of(graph: fx.Graph, at: GraphSite) -> Operands:
 
 
 def _operand(graph: fx.Graph, dtype: torch.dtype, x: fx.Node, layout: str) -> fx.Node:
-    if tensor_of(x).dtype != dtype:  # type: ignore[union-attr]
+    if tensor(x).dtype != dtype:
         x = graph.call_function(aten.to.dtype, (x, dtype))  # as autocast does
     order = [layout.index(d) for d in LAYOUT if d in layout]
     if order != sorted(order):
@@ -50,7 +50,7 @@ def _keys_used(graph: fx.Graph, at: GraphSite) -> fx.Node | int | None:
 
 
 def _size(graph: fx.Graph, x: fx.Node, dim: int) -> fx.Node | int:
-    size = tensor_of(x).shape[dim]  # type: ignore[union-attr]
+    size = tensor(x).shape[dim]
     return size if isinstance(size, int) else graph.call_function(aten.sym_size.int, (x, dim))
 
 

@@ -23,13 +23,11 @@ class MaskFacts:
         causal: only keys up to the query's own position, the queries being the last `Lq` of the `K` keys: `j <= i + K - Lq`.
         window: with `causal`, only the last `window` of these keys, the own position included.
         padded: some keys may be hidden from all queries and heads of a batch row alike: `Operands.key_mask` says which.
-        unproven: why the mask is none of this; the other fields then say nothing.
     """
 
     causal: bool = False
     window: int | None = None
     padded: bool = False
-    unproven: str | None = None
 
     @property
     def kind(self) -> str:
@@ -55,7 +53,7 @@ class AttentionSite:
         device: of the operands.
         scale: factor of the scores.
         mask: what was proven about the mask.
-        obstacle: why no policy may touch this site, or None.
+        obstacle: why no policy may touch this site, such as a mask of which nothing was proven; or None.
         operands: graph nodes or tensors; `NOT_EMITTED` while policies are asked whether they take the site.
     """
 

@@ -9,8 +9,8 @@ import torch.fx as fx
 
 from tsa_compile.passes.context import Context, Decision, GraphSite
 from tsa_compile.passes.facts.mutation import writes_to
-from tsa_compile.passes.facts.names import arg, tensor_of
-from tsa_compile.passes.facts.sizes import SizeProver, size_expr
+from tsa_compile.passes.facts.names import arg, tensor, tensor_of
+from tsa_compile.passes.facts.sizes import SizeProver
 
 
 class VerificationError(RuntimeError):
@@ -25,7 +25,7 @@ def verify_graph(context: Context) -> int:
             operator may not appear, or a proven mask did not arrive.
     """
     graph = context.gm.graph
-    present, sizes = set(graph.nodes), SizeProver(graph)
+    present, sizes = set(graph.nodes), context.facts.sizes
     for decision in context.decisions:
         _check_presence(decision, present)
     for r in context.replacements:
@@ -48,8 +48,8 @@ def _check_presence(decision: Decision, present: set[fx.Node]) -> None:
 def _check_result(at: GraphSite, new: fx.Node, sizes: SizeProver) -> None:
     """The replacement has the shape and dtype of what it replaces."""
     a, b = tensor_of(at.node), tensor_of(new)
-    same = a is not None and b is not None and a.dtype == b.dtype and a.device == b.device and a.dim() == b.dim()
-    if not same or not all(sizes.is_zero(size_expr(x) - size_expr(y)) for x, y in zip(a.shape, b.shape, strict=True)):  # type: ignore[union-attr,operator]
+    same = a is not None and b is not None and (a.dtype, a.device, a.dim()) == (b.dtype, b.device, b.dim())
+    if not same or not all(sizes.same(x, y) for x, y in zip(tensor(at.node).shape, tensor(new).shape, strict=True)):
         was, now = (None if t is None else (t.dtype, list(t.shape)) for t in (a, b))
         raise VerificationError(f"{at}: the output was {was} and is {now}")
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from tsa_compile.passes.prove_mask.constants import Pattern, pattern_of
+from tsa_compile.passes.prove_mask.patterns import Pattern, pattern_of
 
 
 def module_tensors(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[str, torch.Tensor]:

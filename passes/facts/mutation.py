@@ -9,7 +9,7 @@ import torch
 import torch.fx as fx
 from torch._subclasses import FakeTensor
 
-from tsa_compile.passes.facts.names import op_name, tensor_of
+from tsa_compile.passes.facts.names import op_name, source, tensor_of
 
 # fmt: off
 _VIEWS = frozenset({
@@ -33,7 +33,7 @@ def writes_to(node: fx.Node) -> list[fx.Node]:
     if node.op == "call_method":
         name = str(node.target)
         if (name.endswith("_") and not name.endswith("__")) or name in _INPLACE_METHODS:
-            written.append(node.args[0])  # type: ignore[arg-type]
+            written.append(source(node))
     elif node.op == "call_function":
         written += _function_writes(node)
     elif node.op == "call_module":
@@ -77,11 +77,6 @@ def _bodies_are_pure(node: fx.Node) -> bool:
     modules = [getattr(owner, str(x.target), None) for x in bodies]
     graphs = [m.graph for m in modules if isinstance(m, fx.GraphModule)]
     return bool(graphs) and not any(writes_to(x) for graph in graphs for x in graph.nodes)
-
-
-def written_nodes(graph: fx.Graph) -> frozenset[fx.Node]:
-    """All nodes that may share memory, through views, with a node that is written in place somewhere in `graph`."""
-    return Aliases(graph).of([x for node in graph.nodes for x in writes_to(node)])
 
 
 class Aliases:

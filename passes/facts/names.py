@@ -101,10 +101,45 @@ def number_of(x: Any) -> Any:
     return float(value) if known else x
 
 
+class Unreadable(Exception):
+    """A node is not what its reader knows; the message says what was seen."""
+
+
 def tensor_of(x: Any) -> torch.Tensor | None:
     """The example tensor of a node, or None if it has none."""
     value = value_of(x)
     return value if isinstance(value, torch.Tensor) else None
+
+
+def tensor(x: Any) -> torch.Tensor:
+    """The example tensor of a node that has one.
+
+    Raises:
+        Unreadable: it has none.
+    """
+    value = tensor_of(x)
+    if value is None:
+        raise Unreadable(f"{x} has no example tensor")
+    return value
+
+
+def source(node: fx.Node) -> fx.Node:
+    """The first argument of an operation on a tensor.
+
+    Raises:
+        Unreadable: it is no node, or given by name.
+    """
+    if not node.args or not isinstance(node.args[0], fx.Node):
+        raise Unreadable(f"{describe(node)}: its first argument is no tensor of the graph")
+    return node.args[0]
+
+
+def dims_of(permute: fx.Node) -> list[int]:
+    """The dimensions of a permute, given as one list or one by one."""
+    dims = permute.args[1] if isinstance(permute.args[1], (tuple, list)) else permute.args[1:]
+    if not all(isinstance(d, int) for d in dims):
+        raise Unreadable(f"{describe(permute)}: its dimensions are not constants")
+    return [d for d in dims if isinstance(d, int)]
 
 
 def meta_key(node: fx.Node) -> str:
@@ -120,8 +155,8 @@ def same_value(node: object) -> bool:
         return True
     if op_name(node) != "to":
         return False
-    source, result = tensor_of(node.args[0]), tensor_of(node)  # type: ignore[attr-defined]
-    return source is not None and result is not None and source.dtype == result.dtype
+    before, after = tensor_of(node.args[0]), tensor_of(node)
+    return before is not None and after is not None and before.dtype == after.dtype
 
 
 def is_getitem(node: object) -> bool:

@@ -9,7 +9,7 @@ import sympy
 import torch
 import torch.fx as fx
 
-from tsa_compile.passes.facts.names import value_of
+from tsa_compile.passes.facts.names import Unreadable, value_of
 
 Bounds = Mapping[sympy.Symbol, sympy.Expr]  # index symbol -> its size: the index runs over [0, size)
 
@@ -22,6 +22,18 @@ def size_expr(x: Any) -> sympy.Expr | None:
     if isinstance(x, int):
         return sympy.Integer(x)
     return sympy.sympify(x.node.expr) if isinstance(x, torch.SymInt) else None
+
+
+def known_size(x: Any) -> sympy.Expr:
+    """`size_expr` of what is a size.
+
+    Raises:
+        Unreadable: it is none.
+    """
+    size = size_expr(x)
+    if size is None:
+        raise Unreadable(f"{x} is not a size")
+    return size
 
 
 class SizeProver:
@@ -37,6 +49,10 @@ class SizeProver:
     def is_zero(self, expr: sympy.Expr) -> bool:
         """Is `expr == 0` always?"""
         return sympy.expand(self._simplify(expr)) == 0
+
+    def same(self, a: Any, b: Any) -> bool:
+        """Are two sizes equal always?"""
+        return self.is_zero(known_size(a) - known_size(b))
 
     def at_most_zero(self, expr: sympy.Expr) -> bool:
         """Is `expr <= 0` always, as far as can be proven?"""
@@ -77,5 +93,5 @@ def _shape_env(value: Any) -> Any:
     if isinstance(value, torch.SymInt):
         return value.node.shape_env
     if isinstance(value, torch.Tensor):
-        return next((s.node.shape_env for s in value.shape if isinstance(s, torch.SymInt)), None)  # type: ignore[attr-defined]
+        return next((env for s in value.shape if (env := _shape_env(s)) is not None), None)
     return None

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
 
-import torch
 import torch.fx as fx
 
 from tsa_compile.passes.context import Context, GraphSite
-from tsa_compile.passes.facts.mutation import Aliases, writes_to, written_nodes
-from tsa_compile.passes.facts.names import module_path, op_name, tensor_of
-from tsa_compile.passes.facts.sizes import SizeProver
+from tsa_compile.passes.facts.mutation import writes_to
+from tsa_compile.passes.facts.names import Unreadable, module_path, op_name, tensor
 from tsa_compile.passes.find.flex import match_flex
 from tsa_compile.passes.find.manual import match_manual
-from tsa_compile.passes.find.match import Match, Unrecognised
+from tsa_compile.passes.find.match import Match
 from tsa_compile.passes.find.missed import missed_attention
 from tsa_compile.passes.find.obstacles import obstacle_of
 from tsa_compile.passes.find.repeat_kv import RepeatedHeads
 from tsa_compile.passes.find.sdpa import match_sdpa
-from tsa_compile.passes.prove_mask.constants import Pattern
+from tsa_compile.passes.prove_mask.patterns import Pattern
 from tsa_compile.passes.prove_mask.prove import MaskProver
 from tsa_compile.passes.site import AttentionSite
 
@@ -35,17 +32,17 @@ _SCALE_UNKNOWN = "scale is not a positive constant of the graph"
 
 def find_attention(context: Context) -> int:
     """Fill `context.sites`; returns how many there are. What looks like attention in no known form is a warning."""
-    finder = _Finder(context.gm.graph, context.constants)
+    finder = _Finder(context)
     unknown: list[str] = []
     for node in context.gm.graph.nodes:
         try:
             match = match_sdpa(node) or match_manual(node) or match_flex(node)
-        except Unrecognised as seen:
+            if match is not None:
+                context.sites.append(finder.site(match, len(context.sites)))
+        except Unreadable as seen:
             unknown.append(f"{module_path(node) or 'graph'}: {seen}")
             continue
-        if match is not None:
-            context.sites.append(finder.site(match, len(context.sites)))
-        elif _OPAQUE_ATTENTION.search(op_name(node)) and not any(match_flex(user) for user in node.users):
+        if match is None and _OPAQUE_ATTENTION.search(op_name(node)) and not any(match_flex(user) for user in node.users):
             hint = f" ({_FAST_PATH})" if re.search("_native_multi|_encoder_layer_fwd", op_name(node)) else ""
             unknown.append(f"{module_path(node) or 'graph'}: {op_name(node)}{hint}")
     unknown += [f"{name}: inside a nested graph" for name in _nested_attention(context.gm)]
@@ -61,15 +58,12 @@ def find_attention(context: Context) -> int:
 class _Finder:
     """Turns matches of one graph into sites."""
 
-    def __init__(self, graph: fx.Graph, constants: Mapping[str, torch.Tensor]) -> None:
-        held = {n: constants[n.name] for n in graph.nodes if n.op == "placeholder" and n.name in constants}
-        self._sizes = SizeProver(graph)
-        self._masks = MaskProver(graph, held)
-        self._heads = RepeatedHeads(self._sizes)
-        self._written = written_nodes(graph)
-        self._order = {node: n for n, node in enumerate(graph.nodes)}
-        self._aliases = Aliases(graph)
-        self._writers = [n for n in graph.nodes if writes_to(n)]
+    def __init__(self, context: Context) -> None:
+        placeholders = [n for n in context.gm.graph.nodes if n.op == "placeholder"]
+        held = {n: context.constants[n.name] for n in placeholders if n.name in context.constants}
+        self._facts = context.facts
+        self._masks = MaskProver(context.facts, held)
+        self._heads = RepeatedHeads(context.facts.sizes)
 
     def patterns(self) -> dict[str, Pattern]:
         """What the proofs assume of the constants that they read, by placeholder name."""
@@ -77,7 +71,7 @@ class _Finder:
 
     def site(self, found: Match, index: int) -> GraphSite:
         match = self._without_repetition(found)
-        obstacle = match.obstacle or obstacle_of(match, self._sizes) or self._overwritten(match, found)
+        obstacle = match.obstacle or obstacle_of(match, self._facts.sizes) or self._overwritten(match, found)
         if match.scale is None:
             obstacle = obstacle or _SCALE_UNKNOWN
         batch, heads, q_len, head_dim = (match.size("q", dim) for dim in "bhld")
@@ -85,7 +79,6 @@ class _Finder:
         mask = self._masks.prove(match.sources, (batch, heads, q_len, k_len), "h" in match.layouts.q)
         module = module_path(match.node)
         number = re.search(r"(?:^|\.)(\d+)(?=\.|$)", module)
-        output = tensor_of(match.node)
         site = AttentionSite(
             module=module,
             index=index,
@@ -99,11 +92,11 @@ class _Finder:
             k_len=k_len if mask.keys_used is None else mask.keys_used,
             head_dim=head_dim,
             v_head_dim=match.size("v", "d"),
-            dtype=torch.float32 if output is None else output.dtype,  # without an output there is an obstacle
-            device=tensor_of(match.q).device,  # type: ignore[union-attr]
+            dtype=tensor(match.node).dtype,
+            device=tensor(match.q).device,
             scale=1.0 if match.scale is None else match.scale,
             mask=mask.facts,
-            obstacle=obstacle,
+            obstacle=obstacle or mask.unproven,
         )
         return GraphSite(match, mask, site)
 
@@ -114,7 +107,7 @@ class _Finder:
         k, k_layout = self._heads.source(match.k, match.layouts.k)
         v, v_layout = self._heads.source(match.v, match.layouts.v)
         q_heads, repeated, k_heads, v_heads = (
-            tensor_of(x).shape[layout.index("h")]  # type: ignore[union-attr]
+            tensor(x).shape[layout.index("h")]
             for x, layout in ((match.q, match.layouts.q), (match.k, match.layouts.k), (k, k_layout), (v, v_layout))
         )
         if k_heads != v_heads or not repeated or q_heads % repeated:
@@ -129,12 +122,12 @@ class _Finder:
             found: what the attention reads now, K and V repeated.
         """
         operands = (match.q, match.k, match.v)
-        if not any(x in self._written for x in operands):
+        if not any(x in self._facts.written for x in operands):
             return None
         readers = [match.reader, *(user for x in operands for user in x.users if self._leads_to(user, found))]
-        first, last = min(self._order[r] for r in readers), self._order[match.node]
-        between = [w for w in self._writers if first < self._order[w] < last]
-        if not self._aliases.of(x for w in between for x in writes_to(w)).isdisjoint(operands):
+        first, last = min(self._facts.order[r] for r in readers), self._facts.order[match.node]
+        between = [w for w in self._facts.writers if first < self._facts.order[w] < last]
+        if not self._facts.aliases.of(x for w in between for x in writes_to(w)).isdisjoint(operands):
             return "an operand may be written in place while the attention is computed"
         return None
 
@@ -146,7 +139,7 @@ class _Finder:
             x = stack.pop()
             if x in targets:
                 return True
-            if x not in seen and self._order[x] < self._order[match.node]:
+            if x not in seen and self._facts.order[x] < self._facts.order[match.node]:
                 seen.add(x)
                 stack += x.users
         return False
@@ -166,5 +159,5 @@ def _nested_attention(gm: fx.GraphModule) -> list[str]:
 def _attends(softmax: fx.Node) -> bool:
     try:
         return match_manual(softmax) is not None
-    except Unrecognised:
+    except Unreadable:
         return True

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch.fx as fx
 
-from tsa_compile.passes.facts.names import SHAPE_READERS, arg, op_name, tensor_of
-from tsa_compile.passes.find.match import Layouts, Match, Unrecognised
+from tsa_compile.passes.facts.names import SHAPE_READERS, Unreadable, arg, op_name, tensor_of
+from tsa_compile.passes.find.match import Layouts, Match
 from tsa_compile.passes.find.products import score_product, weighted_sum
 from tsa_compile.passes.find.score_steps import MAX_STEPS, PRODUCTS, SINKS, Scores, comes_from, walk_to_product
 
@@ -18,7 +18,7 @@ def match_manual(softmax: fx.Node) -> Match | None:
     """The attention around a softmax; None if nothing suggests that it is one.
 
     Raises:
-        Unrecognised: products before and after the softmax, but not in a form known.
+        Unreadable: products before and after the softmax, but not in a form known.
     """
     tensor = tensor_of(softmax)
     if op_name(softmax) != "softmax" or tensor is None or tensor.dim() < 3:
@@ -34,10 +34,10 @@ def match_manual(softmax: fx.Node) -> Match | None:
         _check_not_reshaped(softmax)
         return None
     if cut:
-        raise Unrecognised(f"softmax {softmax.name}: its scores come from another graph, as after a graph break")
+        raise Unreadable(f"softmax {softmax.name}: its scores come from another graph, as after a graph break")
     if tensor.dim() > 4:
         rank = f"scores of rank {tensor.dim()}, not [batch, heads, queries, keys]"
-        raise Unrecognised(f"softmax {softmax.name} over {rank}")
+        raise Unreadable(f"softmax {softmax.name} over {rank}")
     scores = Scores(obstacle=obstacle)
     product = score_product(walk_to_product(source, scores, softmax))
     total = weighted_sum(output[0], output[1])
@@ -89,7 +89,7 @@ def _check_not_reshaped(softmax: fx.Node) -> None:
         node, how = stack.pop()
         for user in node.users:
             if how and op_name(user) in PRODUCTS and user.args[0] is node:
-                raise Unrecognised(f"{softmax.name}: attention weights go through {how} before they meet the values")
+                raise Unreadable(f"{softmax.name}: attention weights go through {how} before they meet the values")
             if op_name(user) in _RESHAPES:
                 stack.append((user, op_name(user)))
             elif _continues(user) and op_name(user) not in PRODUCTS:

@@ -6,7 +6,7 @@ import dataclasses
 
 import torch.fx as fx
 
-from tsa_compile.passes.facts.names import tensor_of
+from tsa_compile.passes.facts.names import tensor
 from tsa_compile.passes.prove_mask.prove import MaskSource
 from tsa_compile.passes.site import Size
 
@@ -58,8 +58,4 @@ class Match:
         layout: str = getattr(self.layouts, operand)
         if dim not in layout:
             return 1
-        return tensor_of(getattr(self, operand)).shape[layout.index(dim)]  # type: ignore[union-attr]
-
-
-class Unrecognised(Exception):
-    """Something that looks like attention but is not in a form known; the message says what was seen."""
+        return tensor(getattr(self, operand)).shape[layout.index(dim)]

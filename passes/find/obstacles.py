@@ -7,8 +7,8 @@ import torch
 import torch.fx as fx
 from torch._subclasses import FakeTensor
 
-from tsa_compile.passes.facts.names import op_name, tensor_of
-from tsa_compile.passes.facts.sizes import SizeProver, size_expr
+from tsa_compile.passes.facts.names import op_name, tensor, tensor_of
+from tsa_compile.passes.facts.sizes import SizeProver, known_size
 from tsa_compile.passes.find.match import Match
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter, FakeTensor)
@@ -23,25 +23,25 @@ def obstacle_of(match: Match, sizes: SizeProver) -> str | None:
 
 def _tensors(named: dict[str, fx.Node]) -> str | None:
     for name, node in named.items():
-        tensor = tensor_of(node)
-        if tensor is None:
+        example = tensor_of(node)
+        if example is None:
             return f"{name} {node.name} has no example value"
-        if type(tensor) not in _PLAIN:
-            return f"{name} is a {type(tensor).__name__}: tensor subclasses are left alone"
-        if tensor.dtype not in _DTYPES:
-            return f"{name} is {tensor.dtype}"
+        if type(example) not in _PLAIN:
+            return f"{name} is a {type(example).__name__}: tensor subclasses are left alone"
+        if example.dtype not in _DTYPES:
+            return f"{name} is {example.dtype}"
     return None
 
 
 def _gradients(match: Match) -> str | None:
     """The output of a graph traced with gradients on requires one if any input does."""
-    if tensor_of(match.node).requires_grad:  # type: ignore[union-attr]
+    if tensor(match.node).requires_grad:
         return "inputs require gradients: run under torch.no_grad() or torch.inference_mode()"
     return None
 
 
 def _dtypes(match: Match) -> str | None:
-    dtypes = {str(tensor_of(x).dtype).removeprefix("torch.") for x in (match.q, match.k, match.v, match.node)}  # type: ignore[union-attr]
+    dtypes = {str(tensor(x).dtype).removeprefix("torch.") for x in (match.q, match.k, match.v, match.node)}
     if len(dtypes) > 1 and not in_autocast(match.node):
         return f"mixed dtypes {sorted(dtypes)}"
     return None
@@ -52,7 +52,7 @@ def in_autocast(node: fx.Node) -> bool:
 
     Dynamo compiles anew where the region around a call changes.
     """
-    if torch.is_autocast_enabled(tensor_of(node).device.type):  # type: ignore[union-attr]
+    if torch.is_autocast_enabled(tensor(node).device.type):
         return True
     depth = 0
     for other in node.graph.nodes:
@@ -69,7 +69,7 @@ def _shapes(match: Match, sizes: SizeProver) -> str | None:
     if not isinstance(heads, int) or not isinstance(kv_heads, int) or kv_heads == 0 or heads % kv_heads:
         return f"{heads} query heads do not divide into {kv_heads} key heads"
     q, k, v, out = (
-        {"h": sympy.Integer(1), **{dim: size_expr(tensor_of(x).shape[n]) for n, dim in enumerate(layout)}}  # type: ignore[union-attr]
+        {"h": sympy.Integer(1), **{dim: known_size(tensor(x).shape[n]) for n, dim in enumerate(layout)}}
         for x, layout in (
             (match.q, match.layouts.q),
             (match.k, match.layouts.k),
@@ -80,8 +80,8 @@ def _shapes(match: Match, sizes: SizeProver) -> str | None:
     pairs = [(q["b"], k["b"]), (q["b"], v["b"]), (q["d"], k["d"]), (k["h"], v["h"])]
     pairs += [(out["b"], q["b"]), (out["h"], q["h"]), (out["l"], q["l"]), (out["d"], v["d"])]
     # Caches give keys and values symbols of their own. Any attention needs them equal: ours guards on it, and checks at run time.
-    lengths_differ = sympy.expand(k["l"] - v["l"]).is_Integer and k["l"] != v["l"]  # type: ignore[operator]
-    if all(sizes.is_zero(a - b) for a, b in pairs) and not lengths_differ:  # type: ignore[operator]
+    lengths_differ = sympy.expand(k["l"] - v["l"]).is_Integer and k["l"] != v["l"]
+    if all(sizes.is_zero(a - b) for a, b in pairs) and not lengths_differ:
         return None
-    shapes = [list(tensor_of(x).shape) for x in (match.q, match.k, match.v, match.node)]  # type: ignore[union-attr]
+    shapes = [list(tensor(x).shape) for x in (match.q, match.k, match.v, match.node)]
     return f"shapes do not fit: query {shapes[0]}, key {shapes[1]}, value {shapes[2]}, output {shapes[3]}"

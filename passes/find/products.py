@@ -6,8 +6,7 @@ import dataclasses
 
 import torch.fx as fx
 
-from tsa_compile.passes.facts.names import arg, op_name, tensor_of
-from tsa_compile.passes.find.match import Unrecognised
+from tsa_compile.passes.facts.names import Unreadable, arg, dims_of, op_name, source, tensor, tensor_of
 
 Operand = tuple[fx.Node, str]  # a tensor and its order of dimensions: b batch, h heads, l length, d head dim
 
@@ -26,48 +25,48 @@ def score_product(node: fx.Node) -> Product:
     """q and k of a product that gives scores [batch, heads, queries, keys] or [batch, queries, keys].
 
     Raises:
-        Unrecognised: an einsum of another form.
+        Unreadable: an einsum of another form.
     """
     if op_name(node) == "einsum":
         x, y, z, a, b = _einsum(node)
         if z[-2] in y or z[-1] in x:
-            raise Unrecognised(f"{node.name}: einsum {node.args[0]!r} is not a product of queries and keys")
+            raise Unreadable(f"{node.name}: einsum {node.args[0]!r} is not a product of queries and keys")
         contracted = next(iter(set(x) - set(z)))
         roles = {**dict(zip(z[:-2], "bh", strict=False)), contracted: "d"}
         return Product(node, (a, _named(x, {**roles, z[-2]: "l"})), (b, _named(y, {**roles, z[-1]: "l"})))
-    q, k = node.args[1:3] if op_name(node) == "baddbmm" else node.args[:2]
-    outer = _outer_dims(node, q, k)  # type: ignore[arg-type]
-    source = _before_transpose(k)  # type: ignore[arg-type]
-    return Product(node, (q, outer + "ld"), (source, outer + "ld") if source is not None else (k, outer + "dl"))  # type: ignore[arg-type]
+    q, k = (_node(node, x) for x in (node.args[1:3] if op_name(node) == "baddbmm" else node.args[:2]))
+    outer = _outer_dims(node, q, k)
+    before = _before_transpose(k)
+    return Product(node, (q, outer + "ld"), (before, outer + "ld") if before is not None else (k, outer + "dl"))
 
 
 def weighted_sum(node: fx.Node, weights: fx.Node) -> Product:
     """v of a product of `weights` [batch, heads, queries, keys], or without heads, and v.
 
     Raises:
-        Unrecognised: an einsum of another form.
+        Unreadable: an einsum of another form.
     """
     if op_name(node) == "einsum":
         x, y, z, a, b = _einsum(node)
         if b is weights and a is not weights:
             x, y, a, b = y, x, b, a
         if a is not weights or x[-2] in y or x[-1] not in y or x[-1] in z:
-            raise Unrecognised(f"{node.name}: einsum {node.args[0]!r} is not a product of weights and values")
+            raise Unreadable(f"{node.name}: einsum {node.args[0]!r} is not a product of weights and values")
         head_dim = next(iter(set(y) - set(x)), "")
         roles = {**dict(zip(x[:-2], "bh", strict=False)), head_dim: "d"}
         return Product(node, (a, "bhlk"), (b, _named(y, {**roles, x[-1]: "l"})), _named(z, {**roles, x[-2]: "l"}))
-    first, v = node.args[:2]
+    first, v = (_node(node, x) for x in node.args[:2])
     if first is not weights:
-        raise Unrecognised(f"{node.name}: attention weights are the second operand")
-    layout = _outer_dims(node, weights, v) + "ld"  # type: ignore[arg-type]
-    return Product(node, (weights, "bhlk"), (v, layout), layout)  # type: ignore[arg-type]
+        raise Unreadable(f"{node.name}: attention weights are the second operand")
+    layout = _outer_dims(node, weights, v) + "ld"
+    return Product(node, (weights, "bhlk"), (v, layout), layout)
 
 
 def _outer_dims(node: fx.Node, a: fx.Node, b: fx.Node) -> str:
     """ "bh", or "b" for a product without a dimension of heads."""
     ranks = [t.dim() if (t := tensor_of(x)) is not None else None for x in (a, b)]
     if ranks not in ([4, 4], [3, 3]):
-        raise Unrecognised(f"{node.name}: a product of tensors of rank {ranks}, not [batch, heads, ., .] or [batch, ., .]")
+        raise Unreadable(f"{node.name}: a product of tensors of rank {ranks}, not [batch, heads, ., .] or [batch, ., .]")
     return "bh" if ranks[0] == 4 else "b"
 
 
@@ -82,27 +81,32 @@ def _einsum(node: fx.Node) -> tuple[str, str, str, fx.Node, fx.Node]:
     terms = (*letters, z)
     plain = arrow and len(operands) == len(letters) == 2 and all(s.isalpha() and len(set(s)) == len(s) for s in terms)
     if not plain or {len(s) for s in terms} not in ({4}, {3}):
-        raise Unrecognised(f"{node.name}: einsum {equation!r} is not of two tensors of rank 4, or 3")
-    return letters[0], letters[1], z, operands[0], operands[1]  # type: ignore[return-value]
+        raise Unreadable(f"{node.name}: einsum {equation!r} is not of two tensors of rank 4, or 3")
+    return letters[0], letters[1], z, _node(node, operands[0]), _node(node, operands[1])
+
+
+def _node(product: fx.Node, x: object) -> fx.Node:
+    if not isinstance(x, fx.Node):
+        raise Unreadable(f"{product.name}: a product with {x!r}, which is no tensor of the graph")
+    return x
 
 
 def _named(letters: str, roles: dict[str, str]) -> str:
     if set(letters) != set(roles):
-        raise Unrecognised(f"einsum term {letters!r} is not one of batch, heads, length and head dim")
+        raise Unreadable(f"einsum term {letters!r} is not one of batch, heads, length and head dim")
     return "".join(roles[c] for c in letters)
 
 
 def _before_transpose(x: fx.Node) -> fx.Node | None:
     """k where `x` is k with its last two dimensions swapped."""
     while op_name(x) in ("contiguous", "clone"):
-        x = x.args[0]  # type: ignore[assignment]
-    name, rank = op_name(x), tensor_of(x).dim()  # type: ignore[union-attr]
+        x = source(x)
+    name, rank = op_name(x), tensor(x).dim()
     if name == "transpose" and {arg(x, n, f"dim{n - 1}") % rank for n in (1, 2)} == {rank - 2, rank - 1}:
-        return x.args[0]  # type: ignore[return-value]
+        return source(x)
     if name == "mT" or (name == "getattr" and x.args[1] == "mT"):
-        return x.args[0]  # type: ignore[return-value]
+        return source(x)
     if name == "permute":
-        dims = x.args[1] if isinstance(x.args[1], (tuple, list)) else x.args[1:]
         swapped = [*range(rank - 2), rank - 1, rank - 2]
-        return x.args[0] if [d % rank for d in dims] == swapped else None  # type: ignore[union-attr,operator,return-value]
+        return source(x) if [d % rank for d in dims_of(x)] == swapped else None
     return None

@@ -9,8 +9,7 @@ from typing import Any
 import torch.fx as fx
 
 from tsa_compile.passes.facts.mutation import writes_to
-from tsa_compile.passes.facts.names import arg, number_of, op_name, tensor_of
-from tsa_compile.passes.find.match import Unrecognised
+from tsa_compile.passes.facts.names import Unreadable, arg, number_of, op_name, source, tensor, tensor_of
 from tsa_compile.passes.prove_mask.prove import MaskSource
 
 PRODUCTS = ("matmul", "einsum", "baddbmm")
@@ -63,10 +62,10 @@ def walk_to_product(x: Any, scores: Scores, softmax: fx.Node) -> fx.Node:
         step = _STEP_READERS.get(name)
         following = step(x, scores) if step is not None else None
         if following is None:
-            raise Unrecognised(f"softmax {softmax.name}: cannot read its scores through {x.name} ({name})")
+            raise Unreadable(f"softmax {softmax.name}: cannot read its scores through {x.name} ({name})")
         _note_in_place(x, following, scores)
         x = following
-    raise Unrecognised(f"softmax {softmax.name}: too many steps between the product and the softmax")
+    raise Unreadable(f"softmax {softmax.name}: too many steps between the product and the softmax")
 
 
 def _base_name(node: Any) -> str:
@@ -83,7 +82,7 @@ def _note_in_place(x: fx.Node, source: fx.Node, scores: Scores) -> None:
 
 
 def _read_copy(x: fx.Node, scores: Scores) -> fx.Node:
-    return x.args[0]  # type: ignore[return-value]
+    return source(x)
 
 
 def _read_add(x: fx.Node, scores: Scores) -> fx.Node | None:
@@ -100,26 +99,24 @@ def _read_baddbmm(x: fx.Node, scores: Scores) -> None:
     """beta * mask + alpha * q k^T; a beta of 0 means that there is no mask, whatever lies there."""
     beta, alpha = x.kwargs.get("beta", 1), x.kwargs.get("alpha", 1)
     if beta != 0:
-        positive = isinstance(beta, (int, float)) and beta > 0
-        if not positive:
-            raise Unrecognised(f"{x.name}: baddbmm with beta={beta}")
-        scores.sources.append(MaskSource("add", x.args[0], factor=scores.factor * beta))  # type: ignore[arg-type,operator]
+        if not isinstance(beta, (int, float)) or beta <= 0:
+            raise Unreadable(f"{x.name}: baddbmm with beta={beta}")
+        scores.sources.append(MaskSource("add", source(x), factor=scores.factor * beta))
     scores.scaled(alpha)
 
 
 def _read_sub(x: fx.Node, scores: Scores) -> fx.Node | None:
     """A number for each row, such as its maximum, changes no softmax."""
     score, shift = x.args[:2]
-    shape = None if tensor_of(shift) is None else tensor_of(shift).shape  # type: ignore[union-attr]
-    by_row = isinstance(shift, (int, float)) or (shape is not None and (not shape or shape[-1] == 1))
+    by_row = isinstance(shift, (int, float)) or ((t := tensor_of(shift)) is not None and (not t.dim() or t.shape[-1] == 1))
     return score if by_row and isinstance(score, fx.Node) and _is_score(score, x) else None
 
 
 def _read_cat(x: fx.Node, scores: Scores) -> fx.Node | None:
     """A column beside those of the keys, as sinks are."""
-    first = x.args[0][0] if isinstance(x.args[0], (tuple, list)) and x.args[0] else None  # type: ignore[index]
+    first = next(iter(x.args[0]), None) if isinstance(x.args[0], (tuple, list)) else None
     scores.obstacle = SINKS
-    return first if isinstance(first, fx.Node) and arg(x, 1, "dim", 0) in (-1, tensor_of(x).dim() - 1) else None  # type: ignore[union-attr]
+    return first if isinstance(first, fx.Node) and arg(x, 1, "dim", 0) in (-1, tensor(x).dim() - 1) else None
 
 
 def _read_where(x: fx.Node, scores: Scores) -> fx.Node | None:
@@ -142,13 +139,13 @@ def _where_operands(x: fx.Node) -> tuple[Any, Any, Any]:
 
 def _read_masked_fill(x: fx.Node, scores: Scores) -> fx.Node:
     scores.sources.append(MaskSource("hide", arg(x, 1, "mask"), arg(x, 2, "value"), scores.factor))
-    return x.args[0]  # type: ignore[return-value]
+    return source(x)
 
 
 def _read_mul(x: fx.Node, scores: Scores) -> fx.Node | None:
     a, b = x.args[:2]
     score, by = (b, a) if isinstance(b, fx.Node) and _is_score(b, x) else (a, b)
-    if not isinstance(score, fx.Node) or (tensor_of(by) is not None and tensor_of(by).dim()):  # type: ignore[union-attr]
+    if not isinstance(score, fx.Node) or ((t := tensor_of(by)) is not None and t.dim()):
         return None
     scores.scaled(by)
     return score
@@ -165,13 +162,13 @@ def _read_div(x: fx.Node, scores: Scores) -> fx.Node | None:
 
 def _read_tanh(x: fx.Node, scores: Scores) -> fx.Node:
     scores.obstacle = "softcap: scores go through tanh"
-    return x.args[0]  # type: ignore[return-value]
+    return source(x)
 
 
 def _is_score(x: Any, result: fx.Node) -> bool:
     """Does the way to the product lead through this operand: as large as the result, and made from a product?"""
-    tensor = tensor_of(x) if isinstance(x, fx.Node) else None
-    if tensor is None or not tensor.is_floating_point() or tensor.dim() != tensor_of(result).dim():  # type: ignore[union-attr]
+    example = tensor_of(x) if isinstance(x, fx.Node) else None
+    if example is None or not example.is_floating_point() or example.dim() != tensor(result).dim():
         return False
     return comes_from(PRODUCTS, x)
 

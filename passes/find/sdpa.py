@@ -7,8 +7,8 @@ from typing import Any
 
 import torch.fx as fx
 
-from tsa_compile.passes.facts.names import arg, number_of, op_name, tensor_of
-from tsa_compile.passes.find.match import Layouts, Match, Unrecognised
+from tsa_compile.passes.facts.names import Unreadable, arg, number_of, op_name, tensor, tensor_of
+from tsa_compile.passes.find.match import Layouts, Match
 from tsa_compile.passes.prove_mask.prove import MaskSource
 
 
@@ -16,14 +16,14 @@ def match_sdpa(node: fx.Node) -> Match | None:
     """The attention that an SDPA node computes; None for any other node.
 
     Raises:
-        Unrecognised: operands that are not [batch, heads, length, head_dim] or [batch, length, head_dim].
+        Unreadable: operands that are not [batch, heads, length, head_dim] or [batch, length, head_dim].
     """
     if op_name(node) != "scaled_dot_product_attention":
         return None
     q, k, v = (arg(node, n, name) for n, name in enumerate(("query", "key", "value")))
     ranks = [t.dim() if (t := tensor_of(x)) is not None else None for x in (q, k, v)]
     if ranks not in ([4, 4, 4], [3, 3, 3]):
-        raise Unrecognised(f"SDPA with operands of rank {ranks}, not [batch, heads, length, head_dim]")
+        raise Unreadable(f"SDPA with operands of rank {ranks}, not [batch, heads, length, head_dim]")
     layout = "bhld" if ranks[0] == 4 else "bld"
     mask, is_causal = arg(node, 3, "attn_mask"), arg(node, 5, "is_causal", False)
     sources = []
@@ -44,7 +44,7 @@ def _obstacle(node: fx.Node, is_causal: Any) -> str | None:
 
 def _scale(scale: Any, q: fx.Node) -> float | None:
     if scale is None:
-        head_dim = tensor_of(q).shape[-1]  # type: ignore[union-attr]
+        head_dim = tensor(q).shape[-1]
         return 1.0 / math.sqrt(head_dim) if isinstance(head_dim, int) else None
     scale = number_of(scale)
     return float(scale) if isinstance(scale, (int, float)) and scale > 0 else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sympy
 import torch.fx as fx
 
-from tsa_compile.passes.facts.names import arg, tensor_of
+from tsa_compile.passes.facts.names import arg, source, tensor
 from tsa_compile.passes.prove_mask.element import Elements, Index, transfer
 from tsa_compile.passes.prove_mask.values import Number, Value, arithmetic, as_numeric, cast, lift, number
 
@@ -17,30 +17,30 @@ def _at(index: Index, dim: int, i: sympy.Expr) -> Index:
 @transfer("cumsum")
 def _cumsum(elements: Elements, node: fx.Node, index: Index) -> Value | None:
     """Sums of entries that do not depend on the dimension."""
-    source = node.args[0]
+    summed = source(node)
     dim = elements.dim(node, arg(node, 1, "dim"))
-    running = elements.fresh(elements.shape(source)[dim])  # type: ignore[arg-type]
-    term = as_numeric(elements.entry(source, _at(index, dim, running)))  # type: ignore[arg-type]
+    running = elements.fresh(elements.shape(summed)[dim])
+    term = as_numeric(elements.entry(summed, _at(index, dim, running)))
     if not isinstance(term, Number) or isinstance(term.value, float) or running in term.value.free_symbols:
         return None
-    return cast(number(term.value * (index[dim] + 1)), tensor_of(node).dtype)  # type: ignore[union-attr]
+    return cast(number(term.value * (index[dim] + 1)), tensor(node).dtype)
 
 
 @transfer("diff")
 def _diff(elements: Elements, node: fx.Node, index: Index) -> Value | None:
     """First differences that are the same at every place, the first one (with `prepend`) included."""
-    source, prepend = node.args[0], arg(node, 3, "prepend")
+    terms, prepend = source(node), arg(node, 3, "prepend")
     if arg(node, 1, "n", 1) != 1 or arg(node, 4, "append") is not None:
         return None
     dim = elements.dim(node, arg(node, 2, "dim", -1))
     i = index[dim]
     later = (i, i - 1) if prepend is not None else (i + 1, i)
-    step = _difference(elements, source, _at(index, dim, later[0]), source, _at(index, dim, later[1]))  # type: ignore[arg-type]
+    step = _difference(elements, terms, _at(index, dim, later[0]), terms, _at(index, dim, later[1]))
     if prepend is None or step is None:
         return step
     if not isinstance(prepend, fx.Node) or elements.shape(prepend)[dim] != 1:
         return None
-    first = _difference(elements, source, _at(index, dim, 0), prepend, _at(index, dim, 0))  # type: ignore[arg-type]
+    first = _difference(elements, terms, _at(index, dim, 0), prepend, _at(index, dim, 0))
     return step if first == step else None
 
 

@@ -8,17 +8,13 @@ import sympy
 import torch
 import torch.fx as fx
 
-from tsa_compile.passes.facts.names import SHAPE_READERS, describe, op_name, tensor_of
-from tsa_compile.passes.facts.sizes import SizeProver, linear_in, size_expr
+from tsa_compile.passes.facts.names import SHAPE_READERS, Unreadable, describe, op_name, tensor_of
+from tsa_compile.passes.facts.sizes import SizeProver, known_size, linear_in
 from tsa_compile.passes.prove_mask.formula import BATCH, HEAD, KEY, QUERY, AtMostZero, Data, Formula, conjuncts
 from tsa_compile.passes.prove_mask.proven import KeyTerm, ProvenMask
 from tsa_compile.passes.site import Size
 
 INDICES = (BATCH, HEAD, QUERY, KEY)
-
-
-class UnprovenMask(Exception):
-    """The mask is not one of the forms known; the message says what stands in the way."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,10 +30,10 @@ def classify(formula: Formula, lengths: Lengths, sizes: SizeProver, written: fro
     """The facts that `formula`, true where query `QUERY` sees key `KEY`, amounts to.
 
     Raises:
-        UnprovenMask: it amounts to none.
+        Unreadable: it amounts to none.
     """
     if formula is False:
-        raise UnprovenMask("mask hides every key")
+        raise Unreadable("mask hides every key")
     uppers: list[sympy.Expr] = []  # key <= query + u
     lowers: list[sympy.Expr] = []  # key >= query + l
     ends: list[sympy.Expr] = []  # key <= e
@@ -48,7 +44,7 @@ def classify(formula: Formula, lengths: Lengths, sizes: SizeProver, written: fro
         elif isinstance(part, Data):
             data.append(part)
         else:
-            raise UnprovenMask(f"mask is not a causal band: {_text(part)}")
+            raise Unreadable(f"mask is not a causal band: {_text(part)}")
     facts = _band(_tightest(uppers, sizes), _tightest([-x for x in lowers], sizes), lengths, sizes)
     _check_ends(ends, facts, lengths, sizes)
     return dataclasses.replace(facts, key_mask=tuple(_key_term(x, facts.causal, written) for x in data))
@@ -57,7 +53,7 @@ def classify(formula: Formula, lengths: Lengths, sizes: SizeProver, written: fro
 def _sort_band(expr: sympy.Expr, uppers: list[sympy.Expr], lowers: list[sympy.Expr], ends: list[sympy.Expr]) -> None:
     linear = linear_in(expr, INDICES)
     if linear is None:
-        raise UnprovenMask(f"mask is not a causal band: {expr} <= 0")
+        raise Unreadable(f"mask is not a causal band: {expr} <= 0")
     factors, rest = linear
     if factors == {KEY: 1, QUERY: -1}:
         uppers.append(-rest)
@@ -66,7 +62,7 @@ def _sort_band(expr: sympy.Expr, uppers: list[sympy.Expr], lowers: list[sympy.Ex
     elif factors == {KEY: 1}:
         ends.append(-rest)
     else:
-        raise UnprovenMask(f"mask is not a causal band: {expr} <= 0")
+        raise Unreadable(f"mask is not a causal band: {expr} <= 0")
 
 
 def _tightest(bounds: list[sympy.Expr], sizes: SizeProver) -> sympy.Expr | None:
@@ -76,21 +72,21 @@ def _tightest(bounds: list[sympy.Expr], sizes: SizeProver) -> sympy.Expr | None:
         if best is None or sizes.at_most_zero(b - best):
             best = b
         elif not sizes.at_most_zero(best - b):
-            raise UnprovenMask(f"mask has two bounds that cannot be compared: {best} and {b}")
+            raise Unreadable(f"mask has two bounds that cannot be compared: {best} and {b}")
     return best
 
 
 def _band(upper: sympy.Expr | None, minus_lower: sympy.Expr | None, lengths: Lengths, sizes: SizeProver) -> ProvenMask:
     if upper is None:
         if minus_lower is not None:
-            raise UnprovenMask(f"mask hides earlier keys but not later ones (key >= query - {minus_lower})")
+            raise Unreadable(f"mask hides earlier keys but not later ones (key >= query - {minus_lower})")
         return ProvenMask()
     keys_used = _keys_used(upper, lengths, sizes)
     if minus_lower is None:
         return ProvenMask(causal=True, keys_used=keys_used)
     window = sympy.expand(upper + minus_lower + 1)
     if not window.is_Integer or window < 1:
-        raise UnprovenMask(f"sliding window of unknown width {window}")
+        raise Unreadable(f"sliding window of unknown width {window}")
     return ProvenMask(causal=True, window=int(window), keys_used=keys_used)
 
 
@@ -98,39 +94,39 @@ def _keys_used(offset: sympy.Expr, lengths: Lengths, sizes: SizeProver) -> Size 
     """None if `key <= query + offset` puts the queries at the end of all keys; else at the end of how many."""
     past = lengths.k - lengths.q
     if not sizes.at_most_zero(-past):
-        raise UnprovenMask(f"cannot show that there are at least as many keys ({lengths.k}) as queries ({lengths.q})")
+        raise Unreadable(f"cannot show that there are at least as many keys ({lengths.k}) as queries ({lengths.q})")
     if sizes.is_zero(offset - past):
         return None
     if sizes.is_zero(offset):
         return lengths.q_size
     if offset.is_Integer and offset > 0 and isinstance(lengths.q_size, int) and sizes.at_most_zero(offset - past):
         return lengths.q_size + int(offset)
-    raise UnprovenMask(f"causal with offset {offset}, where the last queries need {sympy.expand(past)}")
+    raise Unreadable(f"causal with offset {offset}, where the last queries need {sympy.expand(past)}")
 
 
 def _check_ends(ends: list[sympy.Expr], facts: ProvenMask, lengths: Lengths, sizes: SizeProver) -> None:
     """`key <= end` is fine where causality says it already."""
     last = lengths.k - 1
     if facts.keys_used is not None:
-        last = size_expr(facts.keys_used) - 1  # type: ignore[operator]
+        last = known_size(facts.keys_used) - 1
     for end in ends:
         if not (facts.causal and sizes.at_most_zero(last - end)):
-            raise UnprovenMask(f"mask cuts the keys off after {end}")
+            raise Unreadable(f"mask cuts the keys off after {end}")
 
 
 def _key_term(atom: Data, causal: bool, written: frozenset[fx.Node]) -> KeyTerm:
     """A run-time boolean as a mask of keys."""
-    tensor = tensor_of(atom.node)
-    if tensor is None or tensor.dtype != torch.bool:
-        raise UnprovenMask(f"mask is computed from {describe(atom.node)}, which is not a bool tensor")
+    example = tensor_of(atom.node)
+    if example is None or example.dtype != torch.bool:
+        raise Unreadable(f"mask is computed from {describe(atom.node)}, which is not a bool tensor")
     if atom.node in written:
-        raise UnprovenMask(f"mask reads {describe(atom.node)}, which is written in place")
+        raise Unreadable(f"mask reads {describe(atom.node)}, which is written in place")
     reads = set().union(*(i.free_symbols for i in atom.index)) if atom.index else set()
     if QUERY in reads:
         which = "query and key" if KEY in reads else "query"
-        raise UnprovenMask(f"mask varies with {which} in a way that is not understood: {describe(atom.node)}")
+        raise Unreadable(f"mask varies with {which} in a way that is not understood: {describe(atom.node)}")
     if HEAD in reads:
-        raise UnprovenMask(f"mask differs between heads: {describe(atom.node)}")
+        raise Unreadable(f"mask differs between heads: {describe(atom.node)}")
     if causal:
         _check_padding(atom.node)
     return KeyTerm(atom.node, tuple(_axis(i, atom.node) for i in atom.index), atom.negated)
@@ -144,15 +140,15 @@ def _check_padding(node: fx.Node) -> None:
     inputs, stack, seen = 0, [node], {node}
     while stack:
         x = stack.pop()
-        tensor = tensor_of(x)
-        if tensor is not None and tensor.is_floating_point() and tensor.dim() > 2:
-            raise UnprovenMask(f"mask hides keys by activations ({describe(x)}): their own rows may be read")
-        inputs += tensor is not None and x.op in ("placeholder", "get_attr")
+        example = tensor_of(x)
+        if example is not None and example.is_floating_point() and example.dim() > 2:
+            raise Unreadable(f"mask hides keys by activations ({describe(x)}): their own rows may be read")
+        inputs += example is not None and x.op in ("placeholder", "get_attr")
         new = [y for y in x.all_input_nodes if y not in seen and op_name(x) not in SHAPE_READERS]
         seen.update(new)
         stack += new
     if not inputs:
-        raise UnprovenMask(f"mask hides keys by a fixed pattern ({describe(node)}): their own rows may be read")
+        raise Unreadable(f"mask hides keys by a fixed pattern ({describe(node)}): their own rows may be read")
 
 
 def _axis(i: sympy.Expr, node: fx.Node) -> tuple[str, int]:
@@ -160,7 +156,7 @@ def _axis(i: sympy.Expr, node: fx.Node) -> tuple[str, int]:
         shift = sympy.expand(i - symbol)
         if shift.is_Integer and shift >= 0:
             return name, int(shift)
-    raise UnprovenMask(f"mask reads {describe(node)} at {i}")
+    raise Unreadable(f"mask reads {describe(node)} at {i}")
 
 
 def _text(part: Formula) -> str:

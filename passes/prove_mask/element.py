@@ -8,21 +8,20 @@ run-time numbers, gives `Data(node, index)`: the entry itself, nothing assumed a
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeAlias
 from typing import Any as Anything
+from typing import TypeAlias
 
 import sympy
 import torch
 import torch.fx as fx
 
-from tsa_compile.passes.facts.names import op_name, tensor_of, value_of
-from tsa_compile.passes.facts.sizes import Bounds, SizeProver, size_expr
+from tsa_compile.passes.facts.names import Unreadable, op_name, tensor, tensor_of, value_of
+from tsa_compile.passes.facts.sizes import Bounds, SizeProver, known_size, size_expr
 from tsa_compile.passes.prove_mask.formula import AtMostZero, Data, Formula, IsZero
+from tsa_compile.passes.prove_mask.patterns import Constants
 from tsa_compile.passes.prove_mask.values import Number, Value, Where, fits, is_formula, number
-
-if TYPE_CHECKING:
-    from tsa_compile.passes.prove_mask.constants import Constants
 
 Index: TypeAlias = tuple[sympy.Expr, ...]
 Transfer: TypeAlias = "Callable[[Elements, fx.Node, Index], Value | None]"
@@ -73,18 +72,17 @@ class Elements:
     def _entry(self, node: fx.Node, index: Index) -> Value:
         known = self.constants is not None and node in self.constants
         fn = TRANSFERS.get("constant" if known else op_name(node))
-        readable = fn is not None and node not in self.written and tensor_of(node) is not None
-        try:
-            value = fn(self, node, index) if readable else None  # type: ignore[misc]
-        except IndexError:  # an operand given by name
-            value = None
+        value: Value | None = None
+        if fn is not None and node not in self.written and tensor_of(node) is not None:
+            with contextlib.suppress(IndexError, Unreadable):  # an operand given by name, an argument of another kind
+                value = fn(self, node, index)
         if value is None or not self._representable(node, value):
             return Data(node, index)
         return value
 
     def _representable(self, node: fx.Node, value: Value) -> bool:
         """Does the node's dtype hold the value without rounding or wrapping, and are booleans where they belong?"""
-        dtype = tensor_of(node).dtype  # type: ignore[union-attr]
+        dtype = tensor(node).dtype
         if isinstance(value, Number):
             floating = isinstance(value.value, float)
             return dtype != torch.bool and floating == dtype.is_floating_point and fits(value, dtype)
@@ -111,10 +109,10 @@ class Elements:
         return tuple(sympy.Integer(0) if size == 1 else i for size, i in zip(shape, aligned, strict=True))
 
     def shape(self, x: fx.Node) -> tuple[sympy.Expr, ...]:
-        return tuple(size_expr(s) for s in tensor_of(x).shape)  # type: ignore[union-attr,misc]
+        return tuple(known_size(s) for s in tensor(x).shape)
 
     def dim(self, x: fx.Node, dim: int) -> int:
-        rank = tensor_of(x).dim()  # type: ignore[union-attr]
+        rank = tensor(x).dim()
         return dim % rank if rank else 0
 
     # ---- what can be decided about an index

@@ -7,7 +7,7 @@ from typing import Any as Anything
 import sympy
 import torch.fx as fx
 
-from tsa_compile.passes.facts.names import arg, op_name, tensor_of
+from tsa_compile.passes.facts.names import arg, dims_of, op_name, source, tensor, tensor_of
 from tsa_compile.passes.facts.sizes import size_expr
 from tsa_compile.passes.prove_mask.element import Elements, Index, transfer
 from tsa_compile.passes.prove_mask.formula import AtMostZero, Formula, both
@@ -16,27 +16,26 @@ from tsa_compile.passes.prove_mask.values import Number, Value, cast, number, se
 
 @transfer("expand", "broadcast_to", "expand_as")
 def _expand(elements: Elements, node: fx.Node, index: Index) -> Value | None:
-    return elements.entry(node.args[0], elements.broadcast(node.args[0], index))  # type: ignore[arg-type]
+    return elements.entry(source(node), elements.broadcast(source(node), index))
 
 
 @transfer("unsqueeze")
 def _unsqueeze(elements: Elements, node: fx.Node, index: Index) -> Value | None:
     dim = arg(node, 1, "dim") % len(index)
-    return elements.entry(node.args[0], index[:dim] + index[dim + 1 :])  # type: ignore[arg-type]
+    return elements.entry(source(node), index[:dim] + index[dim + 1 :])
 
 
 @transfer("view", "squeeze", "view_as", "reshape_as", "flatten")
 def _view(elements: Elements, node: fx.Node, index: Index) -> Value | None:
     """A reshape that only adds or drops dimensions of size 1."""
-    source = node.args[0]
-    before, after = elements.shape(source), elements.shape(node)  # type: ignore[arg-type]
+    before, after = elements.shape(source(node)), elements.shape(node)
     if arg(node, 1, "dtype") is not None and not isinstance(arg(node, 1, "dtype"), (int, tuple, list, fx.Node)):
         return None  # view(dtype) reinterprets the bytes
     long_dims = [i for i, size in zip(index, after, strict=True) if size != 1]
     if [s for s in before if s != 1] != [s for s in after if s != 1]:
         return None
     left = iter(long_dims)
-    return elements.entry(source, tuple(sympy.Integer(0) if s == 1 else next(left) for s in before))  # type: ignore[arg-type]
+    return elements.entry(source(node), tuple(sympy.Integer(0) if s == 1 else next(left) for s in before))
 
 
 @transfer("transpose")
@@ -44,12 +43,12 @@ def _transpose(elements: Elements, node: fx.Node, index: Index) -> Value | None:
     a, b = (arg(node, n, name) % len(index) for n, name in ((1, "dim0"), (2, "dim1")))
     order = list(index)
     order[a], order[b] = order[b], order[a]
-    return elements.entry(node.args[0], tuple(order))  # type: ignore[arg-type]
+    return elements.entry(source(node), tuple(order))
 
 
 @transfer("t", "mT")
 def _last_two(elements: Elements, node: fx.Node, index: Index) -> Value | None:
-    return elements.entry(node.args[0], (*index[:-2], *reversed(index[-2:])))  # type: ignore[arg-type]
+    return elements.entry(source(node), (*index[:-2], *reversed(index[-2:])))
 
 
 @transfer("getattr")
@@ -61,31 +60,30 @@ def _attribute(elements: Elements, node: fx.Node, index: Index) -> Value | None:
 
 @transfer("permute")
 def _permute(elements: Elements, node: fx.Node, index: Index) -> Value | None:
-    dims = node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:]
-    source: list[sympy.Expr] = list(index)
-    for position, dim in enumerate(dims):  # type: ignore[arg-type]
-        source[dim % len(index)] = index[position]
-    return elements.entry(node.args[0], tuple(source))  # type: ignore[arg-type]
+    before = list(index)
+    for position, dim in enumerate(dims_of(node)):
+        before[dim % len(index)] = index[position]
+    return elements.entry(source(node), tuple(before))
 
 
 @transfer("repeat")
 def _repeat(elements: Elements, node: fx.Node, index: Index) -> Value | None:
     """Repetition of dimensions of size 1 only; the others once."""
-    shape = elements.shape(node.args[0])  # type: ignore[arg-type]
+    shape = elements.shape(source(node))
     kept = elements.shape(node)[len(index) - len(shape) :]
     if any(s not in (1, k) for s, k in zip(shape, kept, strict=True)):
         return None
-    return elements.entry(node.args[0], elements.broadcast(node.args[0], index))  # type: ignore[arg-type]
+    return elements.entry(source(node), elements.broadcast(source(node), index))
 
 
 @transfer("pad", "constant_pad_nd")
 def _pad(elements: Elements, node: fx.Node, index: Index) -> Value | None:
     """The source's entry inside, a constant outside."""
-    source, widths = node.args[0], arg(node, 1, "pad")
+    padded, widths = source(node), arg(node, 1, "pad")
     named = op_name(node) == "pad"
     if (named and arg(node, 2, "mode", "constant") != "constant") or not isinstance(widths, (tuple, list)) or len(widths) % 2:
         return None
-    fill, dtype = arg(node, 3 if named else 2, "value", 0), tensor_of(node).dtype  # type: ignore[union-attr]
+    fill, dtype = arg(node, 3 if named else 2, "value", 0), tensor(node).dtype
     outside = None if isinstance(fill, fx.Node) else cast(number(fill or 0), dtype)
     inside: Formula = True
     moved = list(index)
@@ -94,9 +92,9 @@ def _pad(elements: Elements, node: fx.Node, index: Index) -> Value | None:
         if dim < 0 or first is None or last is None or not (elements.non_negative(first) and elements.non_negative(last)):
             return None  # a negative width cuts
         moved[dim] = sympy.expand(index[dim] - first)
-        end = moved[dim] - elements.shape(source)[dim] + 1  # type: ignore[arg-type]
+        end = moved[dim] - elements.shape(padded)[dim] + 1
         inside = both(inside, both(_settled(elements, -moved[dim]), _settled(elements, end)))
-    return None if outside is None else select(inside, elements.entry(source, tuple(moved)), outside, dtype)  # type: ignore[arg-type]
+    return None if outside is None else select(inside, elements.entry(padded, tuple(moved)), outside, dtype)
 
 
 def _settled(elements: Elements, expr: sympy.Expr) -> Formula:
@@ -117,17 +115,17 @@ def _narrow(elements: Elements, node: fx.Node, index: Index) -> Value | None:
 
 
 def _slice_of(elements: Elements, node: fx.Node, index: Index, dim: int, start: Anything, step: Anything) -> Value | None:
-    source: fx.Node = node.args[0]  # type: ignore[assignment]
-    moved = _sliced(elements, elements.shape(source)[dim], index[dim], start, step)
-    return None if moved is None else elements.entry(source, (*index[:dim], moved, *index[dim + 1 :]))
+    whole = source(node)
+    moved = _sliced(elements, elements.shape(whole)[dim], index[dim], start, step)
+    return None if moved is None else elements.entry(whole, (*index[:dim], moved, *index[dim + 1 :]))
 
 
 @transfer("select")
 def _select(elements: Elements, node: fx.Node, index: Index) -> Value | None:
-    source = node.args[0]
-    dim = elements.dim(source, arg(node, 1, "dim"))  # type: ignore[arg-type]
-    place = _absolute(elements, size_expr(arg(node, 2, "index")), elements.shape(source)[dim])  # type: ignore[arg-type]
-    return None if place is None else elements.entry(source, (*index[:dim], place, *index[dim:]))  # type: ignore[arg-type]
+    whole = source(node)
+    dim = elements.dim(whole, arg(node, 1, "dim"))
+    place = _absolute(elements, size_expr(arg(node, 2, "index")), elements.shape(whole)[dim])
+    return None if place is None else elements.entry(whole, (*index[:dim], place, *index[dim:]))
 
 
 def _sliced(elements: Elements, length: sympy.Expr, i: sympy.Expr, start: Anything, step: Anything) -> sympy.Expr | None:
@@ -153,13 +151,13 @@ def _absolute(elements: Elements, place: sympy.Expr | None, size: sympy.Expr) ->
 
 @transfer("getitem", "index")
 def _getitem(elements: Elements, node: fx.Node, index: Index) -> Value | None:
-    source = node.args[0]
-    if not isinstance(source, fx.Node) or tensor_of(source) is None:
+    whole = source(node)
+    if tensor_of(whole) is None:
         return None  # an item of a tuple
-    keys = node.args[1] if isinstance(node.args[1], (tuple, list)) else (node.args[1],)
+    keys: list[Anything] = [*node.args[1]] if isinstance(node.args[1], (tuple, list)) else [node.args[1]]
     if node.op == "call_function" and not _is_python(node):
-        keys = tuple(slice(None) if k is None else k for k in keys)  # type: ignore[union-attr]  # aten.index: None means all
-    return _Subscript(elements, source).entry(list(keys), index)  # type: ignore[arg-type]
+        keys = [slice(None) if k is None else k for k in keys]  # aten.index: None means all
+    return _Subscript(elements, whole).entry(keys, index)
 
 
 def _is_python(node: fx.Node) -> bool:
@@ -176,11 +174,11 @@ class _Subscript:
     def entry(self, keys: list[Anything], index: Index) -> Value | None:
         keys = self._without_ellipsis(keys)
         advanced = [n for n, k in enumerate(keys) if _is_tensor(k)]
-        if any(str(tensor_of(keys[n]).dtype) in ("torch.bool", "torch.uint8") for n in advanced):  # type: ignore[union-attr]
+        if any(str(tensor(keys[n]).dtype) in ("torch.bool", "torch.uint8") for n in advanced):
             return None
         if advanced and any(size_expr(k) is not None for k in keys):
             return None  # an int among index tensors counts as one of them
-        rank = max((tensor_of(keys[n]).dim() for n in advanced), default=0)  # type: ignore[union-attr]
+        rank = max((tensor(keys[n]).dim() for n in advanced), default=0)
         together = advanced == list(range(advanced[0], advanced[-1] + 1)) if advanced else True
         place = self._advanced_start(keys, advanced) if together else 0
         lookup, rest = index[place : place + rank], index[:place] + index[place + rank :]

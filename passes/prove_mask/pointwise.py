@@ -8,8 +8,8 @@ from typing import Any as Anything
 import torch
 import torch.fx as fx
 
-from tsa_compile.passes.facts.names import SAME_VALUE, arg, tensor_of
-from tsa_compile.passes.prove_mask.element import Elements, Index, transfer
+from tsa_compile.passes.facts.names import SAME_VALUE, arg, tensor
+from tsa_compile.passes.prove_mask.element import Elements, Index, Transfer, transfer
 from tsa_compile.passes.prove_mask.formula import Data, Formula, both, either, opposite
 from tsa_compile.passes.prove_mask.values import (
     Number,
@@ -26,10 +26,10 @@ from tsa_compile.passes.prove_mask.values import (
 
 
 def _cast_to(node: fx.Node, value: Value | None) -> Value | None:
-    return None if value is None else cast(value, tensor_of(node).dtype)  # type: ignore[union-attr]
+    return None if value is None else cast(value, tensor(node).dtype)
 
 
-def _binary(op: Callable[[Number, Number], Value | None], swap: bool = False):  # type: ignore[no-untyped-def]
+def _binary(op: Callable[[Number, Number], Value | None], swap: bool = False) -> Transfer:
     def fn(elements: Elements, node: fx.Node, index: Index) -> Value | None:
         if len(node.args) < 2 or node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("rounding_mode") is not None:
             return None
@@ -51,7 +51,7 @@ transfer("div")(_binary(divide))
 
 @transfer("mul")
 def _mul(elements: Elements, node: fx.Node, index: Index) -> Value | None:
-    if tensor_of(node).dtype == torch.bool:  # type: ignore[union-attr]
+    if tensor(node).dtype == torch.bool:
         return _logic(both)(elements, node, index)
     return _binary(arithmetic("mul"))(elements, node, index)
 
@@ -62,7 +62,7 @@ def _neg(elements: Elements, node: fx.Node, index: Index) -> Value | None:
     return None if value is None else _cast_to(node, lift(arithmetic("sub"), number(0), value))
 
 
-def _comparison(name: str):  # type: ignore[no-untyped-def]
+def _comparison(name: str) -> Transfer:
     def fn(elements: Elements, node: fx.Node, index: Index) -> Value | None:
         a, b = (elements.operand(x, node, index) for x in node.args[:2])
         if a is None or b is None:
@@ -85,11 +85,11 @@ def _formula(elements: Elements, x: Anything, node: fx.Node, index: Index) -> Fo
     """A bool operand as a formula; run-time booleans are atoms."""
     value = elements.operand(x, node, index)
     if isinstance(value, Data):
-        return value if tensor_of(value.node).dtype == torch.bool else None  # type: ignore[union-attr]
-    return value if value is not None and is_formula(value) else None  # type: ignore[return-value]
+        return value if tensor(value.node).dtype == torch.bool else None
+    return value if is_formula(value) else None
 
 
-def _logic(op: Callable[[Formula, Formula], Formula]):  # type: ignore[no-untyped-def]
+def _logic(op: Callable[[Formula, Formula], Formula]) -> Transfer:
     def fn(elements: Elements, node: fx.Node, index: Index) -> Value | None:
         a, b = (_formula(elements, x, node, index) for x in node.args[:2])
         return None if a is None or b is None else op(a, b)
@@ -126,19 +126,17 @@ def _is_method(node: fx.Node) -> bool:
 
 def _select(elements: Elements, node: fx.Node, index: Index, condition: Anything, yes: Anything, no: Anything) -> Value | None:
     c = _formula(elements, condition, node, index)
-    branches = [elements.operand(x, node, index) for x in (yes, no)]
-    if c is None or None in branches:
-        return None
-    dtype = tensor_of(node).dtype  # type: ignore[union-attr]
-    y, n = (b if isinstance(b, Data) else cast(b, dtype) for b in branches)  # type: ignore[arg-type]
-    return None if y is None or n is None else select(c, y, n, dtype)
+    dtype = tensor(node).dtype
+    branches = (elements.operand(x, node, index) for x in (yes, no))
+    y, n = (b if b is None or isinstance(b, Data) else cast(b, dtype) for b in branches)
+    return None if c is None or y is None or n is None else select(c, y, n, dtype)
 
 
 @transfer("to", "type_as")
 def _to(elements: Elements, node: fx.Node, index: Index) -> Value | None:
     value = elements.operand(node.args[0], node, index)
     if isinstance(value, Data):
-        same = tensor_of(value.node).dtype == tensor_of(node).dtype  # type: ignore[union-attr]
+        same = tensor(value.node).dtype == tensor(node).dtype
         return value if same else None
     return _cast_to(node, value)
 

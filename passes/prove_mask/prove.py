@@ -10,16 +10,16 @@ import sympy
 import torch
 import torch.fx as fx
 
-from tsa_compile.passes.facts.mutation import written_nodes
-from tsa_compile.passes.facts.names import describe, tensor_of
-from tsa_compile.passes.facts.sizes import SizeProver, size_expr
-from tsa_compile.passes.prove_mask import along_a_dim, creation, indexing, pointwise  # noqa: F401  (register transfers)
-from tsa_compile.passes.prove_mask.classify import Lengths, UnprovenMask, classify
-from tsa_compile.passes.prove_mask.constants import Constants
+from tsa_compile.passes.facts.graph_facts import GraphFacts
+from tsa_compile.passes.facts.names import Unreadable, describe, tensor_of
+from tsa_compile.passes.facts.sizes import known_size
+from tsa_compile.passes.prove_mask import along_a_dim, constants, creation, indexing, pointwise  # noqa: F401  (register transfers)
+from tsa_compile.passes.prove_mask.classify import Lengths, classify
 from tsa_compile.passes.prove_mask.element import Elements, Index
-from tsa_compile.passes.prove_mask.formula import BATCH, HEAD, KEY, QUERY, AtMostZero, Data, Formula, both, opposite
+from tsa_compile.passes.prove_mask.formula import BATCH, FORMULAS, HEAD, KEY, QUERY, AtMostZero, Data, Formula, both, opposite
+from tsa_compile.passes.prove_mask.patterns import Constants
 from tsa_compile.passes.prove_mask.proven import ProvenMask
-from tsa_compile.passes.prove_mask.values import HIDDEN_BELOW, Value, Where, is_formula, visible
+from tsa_compile.passes.prove_mask.values import HIDDEN_BELOW, Value, Where, visible
 from tsa_compile.passes.site import Size
 
 
@@ -45,14 +45,13 @@ class MaskProver:
     """Proves masks of one graph. Sites that share masks share the work.
 
     Args:
-        graph: the graph.
-        constants: tensors whose values are known, by node.
+        facts: what is known about the graph.
+        known: tensors whose values are known, by node.
     """
 
-    def __init__(self, graph: fx.Graph, constants: Mapping[fx.Node, torch.Tensor] | None = None) -> None:
-        self._sizes = SizeProver(graph)
-        self._written = written_nodes(graph)
-        self.constants = Constants(constants or {})
+    def __init__(self, facts: GraphFacts, known: Mapping[fx.Node, torch.Tensor] | None = None) -> None:
+        self._facts = facts
+        self.constants = Constants(known or {})
         self._elements: dict[tuple[sympy.Expr, ...], Elements] = {}
         self._proven: dict[tuple[Any, ...], ProvenMask] = {}
 
@@ -64,7 +63,7 @@ class MaskProver:
             shape: (batch, heads, q_len, k_len) of the scores.
             has_heads: the scores have a dimension of heads; False: `[batch, q_len, k_len]`.
         """
-        key = (sources, tuple(size_expr(s) for s in shape), has_heads)
+        key = (sources, tuple(known_size(s) for s in shape), has_heads)
         if key not in self._proven:
             self._proven[key] = self._prove(sources, shape, key[1], has_heads)
         return self._proven[key]
@@ -75,13 +74,13 @@ class MaskProver:
         index = (BATCH, HEAD, QUERY, KEY) if has_heads else (BATCH, QUERY, KEY)
         if sizes not in self._elements:
             bounds = dict(zip((BATCH, HEAD, QUERY, KEY), sizes, strict=True))
-            self._elements[sizes] = Elements(self._sizes, bounds, self._written, self.constants)
+            self._elements[sizes] = Elements(self._facts.sizes, bounds, self._facts.written, self.constants)
         try:
             formula: Formula = True
             for source in sources:
                 formula = both(formula, _visible_entry(self._elements[sizes], source, index))
-            return classify(formula, Lengths(sizes[2], sizes[3], shape[2]), self._sizes, self._written)
-        except UnprovenMask as why:
+            return classify(formula, Lengths(sizes[2], sizes[3], shape[2]), self._facts.sizes, self._facts.written)
+        except Unreadable as why:
             return ProvenMask(unproven=str(why))
 
 
@@ -91,17 +90,17 @@ def _visible_entry(elements: Elements, source: MaskSource, index: Index) -> Form
         return elements.settle(AtMostZero(KEY - QUERY))
     mask = source.mask
     assert mask is not None
-    tensor = tensor_of(mask)
-    if tensor is None or tensor.dim() > len(index):
-        raise UnprovenMask(f"shape of mask {describe(mask)} is unknown or has more than {len(index)} dimensions")
+    example = tensor_of(mask)
+    if example is None or example.dim() > len(index):
+        raise Unreadable(f"shape of mask {describe(mask)} is unknown or has more than {len(index)} dimensions")
     value = elements.entry(mask, elements.broadcast(mask, index))
-    if source.kind == "add" or (source.kind == "mask" and tensor.dtype != torch.bool):
+    if source.kind == "add" or (source.kind == "mask" and example.dtype != torch.bool):
         return _additive(elements, value, mask, source.factor)
-    if not (is_formula(value) or isinstance(value, Data)):
-        raise UnprovenMask(f"mask {describe(mask)} is not boolean")
+    if not isinstance(value, FORMULAS):
+        raise Unreadable(f"mask {describe(mask)} is not boolean")
     if source.kind in ("show", "hide"):
-        _check_fill(elements, source, index)
-    return opposite(value) if source.kind == "hide" else value  # type: ignore[arg-type,return-value]
+        _check_fill(elements, source, mask, index)
+    return opposite(value) if source.kind == "hide" else value
 
 
 def _additive(elements: Elements, value: Value, mask: fx.Node, factor: float) -> Formula:
@@ -109,14 +108,14 @@ def _additive(elements: Elements, value: Value, mask: fx.Node, factor: float) ->
     if formula is None:
         data = next((c.node for c in elements.cases(value) if isinstance(c, Data)), None)
         if data is not None:
-            raise UnprovenMask(f"scores get a bias that is not a mask: {describe(data)}")
+            raise Unreadable(f"scores get a bias that is not a mask: {describe(data)}")
         cases = [c for c in elements.cases(value) if not isinstance(c, Where)]
-        raise UnprovenMask(f"scores get a bias that neither leaves nor hides them: {describe(mask)}, {cases[:3]}")
+        raise Unreadable(f"scores get a bias that neither leaves nor hides them: {describe(mask)}, {cases[:3]}")
     return formula
 
 
-def _check_fill(elements: Elements, source: MaskSource, index: Index) -> None:
+def _check_fill(elements: Elements, source: MaskSource, mask: fx.Node, index: Index) -> None:
     """What takes the place of a hidden score must hide it."""
-    fill = elements.operand(source.fill, source.mask, index)  # type: ignore[arg-type]
+    fill = elements.operand(source.fill, mask, index)
     if fill is None or visible(fill, source.factor) is not False:
-        raise UnprovenMask(f"hidden scores are replaced by {source.fill}, which is not {HIDDEN_BELOW} or less")
+        raise Unreadable(f"hidden scores are replaced by {source.fill}, which is not {HIDDEN_BELOW} or less")

@@ -30,10 +30,11 @@ class ProvenMask:
     """`MaskFacts` with the nodes behind them.
 
     Args:
-        causal, window, unproven: as in `MaskFacts`.
+        causal, window: as in `MaskFacts`.
         key_mask: terms that hide keys from all queries and heads of a batch row alike; all must allow a key.
         keys_used: how many leading keys any query sees, where fewer than `Lk` (a mask aligned to the top left, such as
             `is_causal` with `Lq < Lk`); None: all.
+        unproven: why the mask is none of this; the other fields then say nothing.
     """
 
     causal: bool = False
@@ -44,4 +45,4 @@ class ProvenMask:
 
     @property
     def facts(self) -> MaskFacts:
-        return MaskFacts(self.causal, self.window, bool(self.key_mask), self.unproven)
+        return MaskFacts(self.causal, self.window, bool(self.key_mask))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import TypeAlias, TypeGuard
 
 import sympy
 import torch
@@ -56,7 +56,7 @@ def number(x: int | float | sympy.Expr) -> Number:
     return Number(x if isinstance(x, float) else sympy.Integer(x) if isinstance(x, int) else sympy.expand(x))
 
 
-def is_formula(value: Value) -> bool:
+def is_formula(value: Value | None) -> TypeGuard[Formula]:
     return isinstance(value, FORMULAS) and not isinstance(value, Data)
 
 
@@ -64,7 +64,7 @@ def as_numeric(value: Value) -> Value:
     """Booleans as 0 and 1."""
     if isinstance(value, bool):
         return number(int(value))
-    return Where(value, number(1), number(0)) if is_formula(value) else value  # type: ignore[arg-type]
+    return Where(value, number(1), number(0)) if is_formula(value) else value
 
 
 def lift(op: Callable[..., Value | None], *values: Value) -> Value | None:
@@ -85,8 +85,9 @@ def lift(op: Callable[..., Value | None], *values: Value) -> Value | None:
         yes, no = go(done, (head.yes, *rest)), go(done, (head.no, *rest))
         if yes is None or no is None:
             return None
-        booleans = isinstance(yes, FORMULAS) and isinstance(no, FORMULAS)  # Data among them: `op` gives no run-time numbers
-        return choose_formula(head.condition, yes, no) if booleans else choose(head.condition, yes, no)  # type: ignore[arg-type]
+        if isinstance(yes, FORMULAS) and isinstance(no, FORMULAS):  # Data among them: `op` gives no run-time numbers
+            return choose_formula(head.condition, yes, no)
+        return choose(head.condition, yes, no)
 
     return go((), values)
 
@@ -103,7 +104,7 @@ def choose(condition: Formula, yes: Value, no: Value) -> Value | None:
     if yes == no:
         return yes
     if is_formula(yes) and is_formula(no):
-        return choose_formula(condition, yes, no)  # type: ignore[arg-type]
+        return choose_formula(condition, yes, no)
     if is_formula(yes) or is_formula(no):
         yes, no = as_numeric(yes), as_numeric(no)
     return Where(condition, yes, no)
@@ -148,8 +149,9 @@ def cast(value: Value, dtype: torch.dtype) -> Value | None:
 
 def _to_float(n: Number) -> Number | None:
     c = n.constant
-    exact = c is not None and (isinstance(c, float) or abs(c) <= 256)  # 256: exact even in bfloat16
-    return Number(float(c)) if exact else None  # type: ignore[arg-type]
+    if c is None or (isinstance(c, int) and abs(c) > 256):  # up to 256: exact even in bfloat16
+        return None
+    return Number(float(c))
 
 
 def _to_integer(n: Number, dtype: torch.dtype) -> Number | None:
@@ -168,9 +170,9 @@ def fits(n: Number, dtype: torch.dtype) -> bool:
         return dtype.is_floating_point or torch.iinfo(dtype).min <= c <= torch.iinfo(dtype).max
     if dtype == torch.int64:
         return True
-    if dtype != torch.int32:
+    if dtype != torch.int32 or isinstance(n.value, float):
         return False
-    terms = n.value.as_coefficients_dict()  # type: ignore[union-attr]
+    terms = n.value.as_coefficients_dict()
     return all(
         abs(factor) <= (_INT32_REST if term == 1 else _INT32_FACTOR) and (term == 1 or term.is_Symbol)
         for term, factor in terms.items()
@@ -180,8 +182,8 @@ def fits(n: Number, dtype: torch.dtype) -> bool:
 def truth(value: Value) -> Formula | None:
     """`value != 0` as a formula; None for run-time numbers."""
     if is_formula(value):
-        return value  # type: ignore[return-value]
-    result = lift(lambda n: opposite(compare("eq")(n, number(0))), value)  # type: ignore[arg-type]
+        return value
+    result = lift(lambda n: compare("ne")(n, number(0)), value)
     return result if isinstance(result, FORMULAS) else None
 
 

@@ -82,8 +82,6 @@ def why_dense(policy: Policy, site: AttentionSite) -> str | None:
     if site.obstacle is not None:
         return site.obstacle
     mask = site.mask
-    if mask.unproven is not None:
-        return mask.unproven
     if mask.kind not in policy.masks:
         return _KINDS[mask.kind].format(policy=policy.name, masks=" or ".join(sorted(policy.masks)), window=mask.window)
     return policy.refuse(site) or cannot_run(site)
