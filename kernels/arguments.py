@@ -14,9 +14,12 @@ MaybeTensor = Tensor | None
 
 def select_tokens(
     q: Tensor, k: Tensor, order: MaybeTensor, ranks: MaybeTensor, scale: float, coverage: float, window: int, pool: int,
-    min_tokens: int, heavy: int, share: str = "head",
+    min_tokens: int, heavy: int, share: str = "head", min_queries: int = 0,
 ) -> tuple[Any, ...]:  # fmt: skip
-    view = KvView.ordered(order, ranks)
+    """Up to `min_queries` queries after keys of an earlier call keep every key, as a coverage of 0 does."""
+    view, rows, keys = KvView.ordered(order, ranks), q.shape[2], k.shape[2]
+    if isinstance(rows, int) and isinstance(keys, int) and rows <= min_queries and rows < keys:  # symbols, as fakes have: no guard
+        coverage = 0.0
     return Operands(q, k, None, view=view), scale, TokenRule(coverage, window, pool, min_tokens, heavy), share
 
 

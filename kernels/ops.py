@@ -31,8 +31,8 @@ OPERATORS = (
         host="common.ranks:rank_order",
     ),
     Operator(
-        f"select_tokens(Tensor q, Tensor k, {_ORDER}, float scale, {_RULE}, int heavy, *, str share='head')"
-        " -> (Tensor indices, Tensor counts, Tensor heavy_indices)",
+        f"select_tokens(Tensor q, Tensor k, {_ORDER}, float scale, {_RULE}, int heavy, *, str share='head',"
+        " int min_queries=0) -> (Tensor indices, Tensor counts, Tensor heavy_indices)",
         check=checks.select_tokens,
         fake=fakes.select_tokens,
         reference="compose_reference:select_tokens_reference",

@@ -14,7 +14,7 @@ from tsa_compile.passes.find.match import Match
 from tsa_compile.passes.prove_mask.patterns import Pattern
 from tsa_compile.passes.prove_mask.proven import ProvenMask
 from tsa_compile.passes.site import AttentionSite
-from tsa_compile.policies.base import Policy
+from tsa_compile.policies.base import Policy, note
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -51,6 +51,11 @@ class Decision:
     @property
     def site(self) -> AttentionSite:
         return self.at.site
+
+    @property
+    def note(self) -> str:
+        """What else there is to say of a replaced site."""
+        return note(self.policy, self.site)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,8 @@ import torch.fx as fx
 from tsa_compile.passes.context import Context, Decision, Replacement
 from tsa_compile.passes.emit import describe_new, emit_into
 from tsa_compile.passes.facts.dead_code import erase_dead
+from tsa_compile.passes.facts.names import tensor
+from tsa_compile.passes.layout import in_layout_of, layout_matters
 from tsa_compile.passes.operands import LAYOUT, operands_of
 from tsa_compile.passes.share_views import share_views
 
@@ -21,7 +23,7 @@ def rewrite_attention(context: Context) -> int:
     """
     for decision in reversed(context.decisions):
         if decision.reason is None:
-            context.replacements.append(_replace(context.gm.graph, decision))
+            context.replacements.append(_replace(context, decision))
     if context.replacements:
         share_views(context.gm.graph, context.replacements)
         erase_dead(context.gm.graph, [r.at.node for r in context.replacements])
@@ -29,7 +31,8 @@ def rewrite_attention(context: Context) -> int:
     return len(context.replacements)
 
 
-def _replace(graph: fx.Graph, decision: Decision) -> Replacement:
+def _replace(context: Context, decision: Decision) -> Replacement:
+    graph = context.gm.graph
     at, policy, old = decision.at, decision.policy, decision.at.node
     last_before = old.prev
     with graph.inserting_before(old):
@@ -42,11 +45,21 @@ def _replace(graph: fx.Graph, decision: Decision) -> Replacement:
         if at.match.layouts.out != layout:
             order = [layout.index(d) for d in at.match.layouts.out]
             new = graph.call_function(torch.ops.aten.permute.default, (new, order))
+    created = _described(last_before.next, old)
+    if layout_matters(old, tensor(new), context.facts.sizes):
+        last_before = old.prev
+        with graph.inserting_before(old):
+            new = in_layout_of(graph, new, old)
+        created += _described(last_before.next, old)
+    old.replace_all_uses_with(new)
+    return Replacement(at, new, created)
+
+
+def _described(node: fx.Node, old: fx.Node) -> list[fx.Node]:
+    """The nodes from `node` up to `old`, which get its origin and example values of their own."""
     created = []
-    node = last_before.next
     while node is not old:
         describe_new(node, old)
         created.append(node)
         node = node.next
-    old.replace_all_uses_with(new)
-    return Replacement(at, new, created)
+    return created

@@ -12,6 +12,8 @@ from tsa_compile.kernels.types import Operands
 Size: TypeAlias = int | torch.SymInt
 
 PHASES = ("prefill", "decode", "verify", "draft", "denoise_first", "denoise")
+MASKS = ("causal", "sliding window", "bidirectional")
+VERIFY_ROWS = 16  # so many query rows after keys of their own past check tokens that were proposed: speculative decoding
 NOT_EMITTED = Operands(None, None, None)  # in a graph, while policies are asked whether they take a site
 
 
@@ -31,7 +33,7 @@ class MaskFacts:
 
     @property
     def kind(self) -> str:
-        """ "causal", "sliding window" or "bidirectional"; a key mask may come with each."""
+        """One of `MASKS`; a key mask may come with each."""
         if not self.causal:
             return "bidirectional"
         return "causal" if self.window is None else "sliding window"
@@ -52,6 +54,7 @@ class AttentionSite:
         dtype: of the output, and of the operands.
         device: of the operands.
         scale: factor of the scores.
+        past: whether there are keys before the first query, as a cache has them; a causal mask puts the queries at the end.
         mask: what was proven about the mask.
         obstacle: why no policy may touch this site, such as a mask of which nothing was proven; or None.
         operands: graph nodes or tensors; `NOT_EMITTED` while policies are asked whether they take the site.
@@ -72,6 +75,7 @@ class AttentionSite:
     dtype: torch.dtype
     device: torch.device
     scale: float
+    past: bool
     mask: MaskFacts
     obstacle: str | None = None
     operands: Operands = NOT_EMITTED
@@ -83,7 +87,7 @@ class AttentionSite:
         mask: MaskFacts,
         scale: float | None = None,
         *,
-        phase: str = "prefill",
+        phase: str | None = None,
         module: str = "",
         layer: int = 0,
     ) -> AttentionSite:
@@ -93,7 +97,8 @@ class AttentionSite:
             operands: the tensors.
             mask: what holds of the mask.
             scale: factor of the scores; None: 1 / sqrt(head dim).
-            phase, module, layer: as above.
+            phase: as above; None: told by the number of query rows.
+            module, layer: as above.
         """
         q, k, v = operands.q, operands.k, operands.v
         batch, heads, q_len, head_dim = q.shape
@@ -101,7 +106,7 @@ class AttentionSite:
             module=module,
             index=layer,
             layer=layer,
-            phase=phase,
+            phase=phase or phase_of(q_len, past=k.shape[2] > q_len, causal=mask.causal),
             form="sdpa",
             batch=batch,
             heads=heads,
@@ -113,6 +118,14 @@ class AttentionSite:
             dtype=q.dtype,
             device=q.device,
             scale=head_dim**-0.5 if scale is None else scale,
+            past=k.shape[2] > q_len,
             mask=mask,
             operands=operands,
         )
+
+
+def phase_of(rows: Size, past: bool, causal: bool) -> str:
+    """The phase of an attention that nobody told: by its number of query rows. Rows that vary between runs are prefill's."""
+    if isinstance(rows, int) and rows == 1:
+        return "decode"
+    return "verify" if isinstance(rows, int) and rows <= VERIFY_ROWS and past and causal else "prefill"

@@ -43,7 +43,7 @@ class SiteReport:
             k_len=str(s.k_len),
             policy=decision.policy.name,
             replaced=reason is None,
-            reason=reason or "",
+            reason=reason or decision.note,
         )
 
 

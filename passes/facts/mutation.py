@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import operator
 from collections.abc import Iterable
 
@@ -65,9 +67,26 @@ def _function_writes(node: fx.Node) -> list[fx.Node]:
         or name in _INPLACE_METHODS
         or (name.endswith("_") and not name.endswith("__") and name not in ("and_", "or_"))
     )
-    if (inplace or node.kwargs.get("inplace") is True) and node.args and isinstance(node.args[0], fx.Node):
+    if (inplace or _asked_inplace(node)) and node.args and isinstance(node.args[0], fx.Node):
         return [node.args[0]]
     return []
+
+
+def _asked_inplace(node: fx.Node) -> bool:
+    """Is the function's argument `inplace` given, by name or in its place, and not known to be False?"""
+    position = _inplace_position(node.target)
+    given = node.args[position] if position is not None and len(node.args) > position else node.kwargs.get("inplace", False)
+    return given is not False and given is not None
+
+
+@functools.cache
+def _inplace_position(function: object) -> int | None:
+    """Where the function takes `inplace`; None: nowhere."""
+    try:
+        names = list(inspect.signature(function).parameters) if callable(function) else []
+    except ValueError:  # built in, without a signature
+        return None
+    return names.index("inplace") if "inplace" in names else None
 
 
 def _bodies_are_pure(node: fx.Node) -> bool:

@@ -19,7 +19,7 @@ from tsa_compile.passes.find.repeat_kv import RepeatedHeads
 from tsa_compile.passes.find.sdpa import match_sdpa
 from tsa_compile.passes.prove_mask.patterns import Pattern
 from tsa_compile.passes.prove_mask.prove import MaskProver
-from tsa_compile.passes.site import AttentionSite
+from tsa_compile.passes.site import AttentionSite, phase_of
 
 # Attention in one operator that the passes do not read.
 _OPAQUE_ATTENTION = re.compile(
@@ -75,26 +75,29 @@ class _Finder:
         if match.scale is None:
             obstacle = obstacle or _SCALE_UNKNOWN
         batch, heads, q_len, head_dim = (match.size("q", dim) for dim in "bhld")
-        k_len = match.size("k", "l")
-        mask = self._masks.prove(match.sources, (batch, heads, q_len, k_len), "h" in match.layouts.q)
+        lengths = match.size("k", "l")
+        mask = self._masks.prove(match.sources, (batch, heads, q_len, lengths), "h" in match.layouts.q)
+        k_len = lengths if mask.keys_used is None else mask.keys_used
+        past = not self._facts.sizes.same(q_len, k_len)
         module = module_path(match.node)
         number = re.search(r"(?:^|\.)(\d+)(?=\.|$)", module)
         site = AttentionSite(
             module=module,
             index=index,
             layer=int(number.group(1)) if number else index,
-            phase="decode" if isinstance(q_len, int) and q_len == 1 else "prefill",
+            phase=phase_of(q_len, past, mask.causal),
             form=match.form,
             batch=batch,
             heads=heads,
             kv_heads=match.size("k", "h"),
             q_len=q_len,
-            k_len=k_len if mask.keys_used is None else mask.keys_used,
+            k_len=k_len,
             head_dim=head_dim,
             v_head_dim=match.size("v", "d"),
             dtype=tensor(match.node).dtype,
             device=tensor(match.q).device,
             scale=1.0 if match.scale is None else match.scale,
+            past=past,
             mask=mask.facts,
             obstacle=obstacle or mask.unproven,
         )

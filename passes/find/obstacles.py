@@ -28,6 +28,8 @@ def _tensors(named: dict[str, fx.Node]) -> str | None:
             return f"{name} {node.name} has no example value"
         if type(example) not in _PLAIN:
             return f"{name} is a {type(example).__name__}: tensor subclasses are left alone"
+        if torch._C._functorch.is_functorch_wrapped_tensor(example):
+            return f"{name} is batched by torch.vmap or another function transform: its operands have a hidden dimension"
         if example.dtype not in _DTYPES:
             return f"{name} is {example.dtype}"
     return None

@@ -33,7 +33,7 @@ NAMES = {
     "Exact": "",  # decode, verify
     "TokenSparse": (
         "coverage=0.05, window=128, pool=7, min_tokens=1024, completion=Completion(window=256, sinks=4, heavy=256), "
-        "share='head', inner=None, engine='auto'"
+        "share='head', inner=None, engine='auto', min_queries=128"
     ),
     "TokenSparse.paper": "coverage=0.005, **fields",  # as the paper has it: without completion
     "Completion": "window=256, sinks=4, heavy=256",

@@ -9,8 +9,8 @@ import torch
 
 import tsa_compile as tsa
 
-SPARSE = tsa.TokenSparse(coverage=0.3, window=8, pool=3, min_tokens=8, completion=tsa.Completion(4, 2, 4))
-KEEP_ALL = tsa.TokenSparse.paper(coverage=0.0, window=1, pool=1, min_tokens=1)
+SPARSE = tsa.TokenSparse(coverage=0.3, window=8, pool=3, min_tokens=8, min_queries=0, completion=tsa.Completion(4, 2, 4))
+KEEP_ALL = tsa.TokenSparse.paper(coverage=0.0, window=1, pool=1, min_tokens=1, min_queries=0)
 LAYERS = 2
 
 

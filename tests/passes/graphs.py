@@ -16,7 +16,7 @@ from tsa_compile.plan import Plan
 from tsa_compile.policies.base import Policy
 
 # Keeps every token through the sparse path: no row is short enough to run dense.
-KEEP_ALL = tsa.TokenSparse.paper(coverage=0.0, window=1, pool=1, min_tokens=1)
+KEEP_ALL = tsa.TokenSparse.paper(coverage=0.0, window=1, pool=1, min_tokens=1, min_queries=0)
 
 
 @dataclasses.dataclass

@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.passes.graphs import Outcome, by_dynamo, by_export
 from tests.passes.mask_cases import CASES, MaskCase
 
-BATCH, HEADS, KV_HEADS, LENGTH, DIM = 2, 4, 2, 13, 16
+BATCH, HEADS, KV_HEADS, LENGTH, DIM = 2, 4, 2, 19, 16
 names = pytest.mark.parametrize("name", CASES)
 dynamic = pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 

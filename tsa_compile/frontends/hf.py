@@ -66,7 +66,7 @@ def _mask(
     """What transformers calls for each kind of layer of a model; the table above says what it returns."""
     from transformers import masking_utils
 
-    traced = torch.compiler.is_compiling()
+    traced = torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting() or _captured(device)
     mask_function = mask_function or masking_utils.causal_mask_function
     causal = mask_function is masking_utils.causal_mask_function
     if not causal or kv_offset or q_length == 1 or (traced and isinstance(q_offset, Tensor)):
@@ -91,6 +91,11 @@ def _mask(
     if used == q_length == kv_length:
         return None
     return torch.ones(batch_size, used, dtype=torch.bool, device=device)
+
+
+def _captured(device: torch.device | str) -> bool:
+    """Is a CUDA graph being captured? Then nothing may be read from the device."""
+    return torch.device(device).type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _attention(

@@ -11,7 +11,7 @@ import torch
 
 from tsa_compile.kernels.checks import MAX_HEAD_DIM
 from tsa_compile.kernels.types import Selection
-from tsa_compile.passes.site import AttentionSite
+from tsa_compile.passes.site import VERIFY_ROWS, AttentionSite
 
 T = TypeVar("T")
 Emit: TypeAlias = Callable[..., Any]  # emit(operator, *args, **kwargs): a node of a graph, or the operator's result
@@ -29,6 +29,8 @@ class Policy:
     name: ClassVar[str]
     masks: ClassVar[frozenset[str]] = frozenset({"causal"})  # the kinds (`MaskFacts.kind`) that it takes
     phases: ClassVar[frozenset[str]] = frozenset({"prefill"})  # those of `site.PHASES` that it is for
+    min_queries: int = 128  # prefill: so few query rows over a cache are left to the model
+    by_rows: ClassVar[bool] = False  # do the operators see to `min_queries` where only they know the number of rows?
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -67,7 +69,6 @@ def call(operator: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return operator(*args, **kwargs)
 
 
-_PHASES = {"decode": "decode step: one query"}
 _KINDS = {
     "causal": "causal mask: {policy} is for {masks} attention",
     "bidirectional": "bidirectional: no causal mask",
@@ -78,13 +79,34 @@ _KINDS = {
 def why_dense(policy: Policy, site: AttentionSite) -> str | None:
     """Why `site` stays as it is under `policy`; None: it is replaced. The one question that graphs and eager code ask."""
     if site.phase not in policy.phases:
-        return _PHASES.get(site.phase, f"{site.phase}: {policy.name} is for {' and '.join(sorted(policy.phases))}")
+        return f"{step(site)}: {policy.name} is for {' and '.join(sorted(policy.phases))}"
     if site.obstacle is not None:
         return site.obstacle
     mask = site.mask
     if mask.kind not in policy.masks:
         return _KINDS[mask.kind].format(policy=policy.name, masks=" or ".join(sorted(policy.masks)), window=mask.window)
-    return policy.refuse(site) or cannot_run(site)
+    return policy.refuse(site) or cannot_run(site) or _too_few_rows(policy, site)
+
+
+def step(site: AttentionSite) -> str:
+    """The phase in words, such as "decode step: one query"."""
+    words = {"decode": "decode step: one query", "verify": f"verify step: {site.q_len} queries over a cache"}
+    return words.get(site.phase, site.phase)
+
+
+def _too_few_rows(policy: Policy, site: AttentionSite) -> str | None:
+    if site.phase != "prefill" or not site.past or not site.mask.causal:
+        return None
+    if isinstance(site.q_len, int):
+        few = site.q_len <= policy.min_queries
+        return f"{site.q_len} queries over a cache: {policy.name} is for more than {policy.min_queries}" if few else None
+    return None if policy.by_rows else f"queries over a cache in a number that varies, and {policy.name} is for more than a few"
+
+
+def note(policy: Policy, site: AttentionSite) -> str:
+    """What else the report says of a replaced site."""
+    varies = site.phase == "prefill" and site.past and site.mask.causal and not isinstance(site.q_len, int)
+    return f"dense for up to {max(policy.min_queries, VERIFY_ROWS)} queries over a cache" if varies else ""
 
 
 def cannot_run(site: AttentionSite) -> str | None:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-from tsa_compile.passes.site import PHASES, AttentionSite
-from tsa_compile.policies.base import Policy
+from tsa_compile.passes.site import MASKS, PHASES, AttentionSite
+from tsa_compile.policies.base import Policy, step
 
 
 @dataclasses.dataclass(frozen=True)
 class Dense(Policy):
     """Attention as the model has it; where its mask was proven to be plainly causal, without the mask tensor."""
 
+    masks: ClassVar[frozenset[str]] = frozenset(MASKS)
     phases: ClassVar[frozenset[str]] = frozenset(PHASES)
     masks: ClassVar[frozenset[str]] = frozenset({"causal", "sliding window", "bidirectional"})
 
     def refuse(self, site: AttentionSite) -> str | None:
-        return "decode step: one query" if site.phase == "decode" else "policy is Dense"
+        return "policy is Dense" if site.phase == "prefill" else step(site)

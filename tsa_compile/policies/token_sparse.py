@@ -7,14 +7,14 @@ Per layer, the last `window` queries score all keys; per head the heaviest token
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from tsa_compile.kernels import ops  # noqa: F401 - registers torch.ops.tsa
 from tsa_compile.kernels.checks import SHARES
 from tsa_compile.kernels.types import Selection, Strip, TokenRule, Tokens
-from tsa_compile.passes.site import AttentionSite
+from tsa_compile.passes.site import VERIFY_ROWS, AttentionSite
 from tsa_compile.policies.base import Emit, Policy, build, check_int, check_share
 from tsa_compile.policies.block_sparse import BlockSparse
 
@@ -57,6 +57,8 @@ class TokenSparse(Policy):
         share: "head": each query head keeps tokens of its own, as in the paper; "group": the query heads of a KV head keep the
             same ones, by the sum of their scores.
         inner: attention among the kept tokens: None for all of them, or `BlockSparse`.
+        min_queries: up to so many query rows over a cache are left to the model. 2 to 16 are always: speculative decoding checks
+            tokens by them.
         engine: who computes the attention: "auto", "fused" (Triton), "packed" (vendor library) or "reference".
 
     Raises:
@@ -71,6 +73,8 @@ class TokenSparse(Policy):
     share: str = "head"
     inner: BlockSparse | None = None
     engine: str = "auto"
+    min_queries: int = 128
+    by_rows: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_share(self, "coverage")
@@ -79,6 +83,7 @@ class TokenSparse(Policy):
         if self.pool % 2 == 0:
             raise ValueError(f"TokenSparse.pool must be odd, got {self.pool}")
         check_int(self, "min_tokens", 1)
+        check_int(self, "min_queries", 0)
         if self.share not in SHARES:
             raise ValueError(f"TokenSparse.share must be one of {SHARES}, got {self.share!r}")
         if self.engine not in ENGINES:
@@ -137,7 +142,10 @@ class TokenSparse(Policy):
         x = site.operands
         heavy = self.completion.heavy if self.completion else 0
         rule = TokenRule(float(self.coverage), self.window, self.pool, self.min_tokens, heavy)
-        return Tokens(*emit(torch.ops.tsa.select_tokens.default, x.q, x.k, *x.view.order, site.scale, *rule, share=self.share))
+        options: dict[str, Any] = {"share": self.share}
+        if site.past and not isinstance(site.q_len, int):  # the operator alone knows how many rows there are
+            options["min_queries"] = max(self.min_queries, VERIFY_ROWS)
+        return Tokens(*emit(torch.ops.tsa.select_tokens.default, x.q, x.k, *x.view.order, site.scale, *rule, **options))
 
     def attend(self, emit: Emit, site: AttentionSite, selection: Selection | None) -> Any:
         assert isinstance(selection, Tokens)

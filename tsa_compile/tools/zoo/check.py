@@ -22,8 +22,8 @@ from tsa_compile.tools.zoo.entries import FLEX, NO_FAST_PATH, Entry, NotOffered
 from tsa_compile.tools.zoo.reference import SdpaReference
 from tsa_compile.tools.zoo.scenarios import Scenario
 
-KEEP_ALL = TokenSparse.paper(coverage=0.0, window=1, pool=1, min_tokens=1)
-SPARSE = TokenSparse(coverage=0.4, window=4, pool=3, min_tokens=4, completion=Completion(3, 2, 3))
+KEEP_ALL = TokenSparse.paper(coverage=0.0, window=1, pool=1, min_tokens=1, min_queries=0)
+SPARSE = TokenSparse(coverage=0.4, window=4, pool=3, min_tokens=4, min_queries=0, completion=Completion(3, 2, 3))
 TOLERANCE = 2e-4  # of the largest output, fp32
 NOT_RUN = "not run"
 
