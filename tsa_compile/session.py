@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from tsa_compile import first_call
 from tsa_compile.backend import Backend
 from tsa_compile.dynamo import called, isolated, room, settings, skips, traced_by_others
 from tsa_compile.plan import Plan
@@ -101,6 +102,9 @@ class Entry:
             return self._decode(*args, **kwargs)
         if traced_by_others():
             _refuse_to_be_traced()
+        two = None if args else first_call.parts(kwargs)
+        if two is not None:
+            return first_call.joined(self(**two[0]), self(**two[1]))
         return self.session(*args, **kwargs)
 
 

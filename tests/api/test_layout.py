@@ -17,7 +17,7 @@ ROWS = (
     ("policies",),
     ("passes", "plan"),
     ("dynamo",),
-    ("recorder", "report", "watched"),
+    ("recorder", "report", "watched", "first_call"),
     ("backend",),
     ("session",),
     ("api",),
