@@ -41,7 +41,7 @@ class Policy:
         """Why this policy leaves `site` as it is, or None if it takes it. Reads facts only: there are no operands yet."""
         raise NotImplementedError
 
-    def select(self, emit: Emit, site: AttentionSite, state: Any = None) -> Selection | None:
+    def select(self, emit: Emit, site: AttentionSite, state: Any) -> Selection | None:
         """Which keys each query reads; None: all, or `attend` chooses as it goes.
 
         Args:

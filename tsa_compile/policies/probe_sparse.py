@@ -44,7 +44,7 @@ class ProbeSparse(Policy):
     def refuse(self, site: AttentionSite) -> str | None:
         return None
 
-    def select(self, emit: Emit, site: AttentionSite, state: Any = None) -> Keys:
+    def select(self, emit: Emit, site: AttentionSite, state: Any) -> Keys:
         x, rule = site.operands, (float(self.coverage), self.probes, self.min_keys)
         return Keys(*emit(torch.ops.tsa.select_keys.default, x.q, x.k, *x.view.order, site.scale, *rule))
 

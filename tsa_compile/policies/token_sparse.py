@@ -138,7 +138,7 @@ class TokenSparse(Policy):
     def _strip(self) -> Strip:
         return Strip(self.completion.window, self.completion.sinks) if self.completion else Strip()
 
-    def select(self, emit: Emit, site: AttentionSite, state: Any = None) -> Tokens:
+    def select(self, emit: Emit, site: AttentionSite, state: Any) -> Tokens:
         x = site.operands
         heavy = self.completion.heavy if self.completion else 0
         rule = TokenRule(float(self.coverage), self.window, self.pool, self.min_tokens, heavy)
