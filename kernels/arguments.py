@@ -16,9 +16,9 @@ def select_tokens(
     q: Tensor, k: Tensor, order: MaybeTensor, ranks: MaybeTensor, scale: float, coverage: float, window: int, pool: int,
     min_tokens: int, heavy: int, share: str = "head", min_queries: int = 0,
 ) -> tuple[Any, ...]:  # fmt: skip
-    """Up to `min_queries` queries after keys of an earlier call keep every key, as a coverage of 0 does."""
+    """Up to `min_queries` queries over a cache keep every key, as a coverage of 0 does. Symbols are not asked."""
     view, rows, keys = KvView.ordered(order, ranks), q.shape[2], k.shape[2]
-    if isinstance(rows, int) and isinstance(keys, int) and rows <= min_queries and rows < keys:  # symbols, as fakes have: no guard
+    if isinstance(rows, int) and isinstance(keys, int) and rows <= min_queries and rows < keys:
         coverage = 0.0
     return Operands(q, k, None, view=view), scale, TokenRule(coverage, window, pool, min_tokens, heavy), share
 

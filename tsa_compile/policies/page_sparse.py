@@ -94,7 +94,7 @@ class PageSparse(Policy):
             return "a mask as data: pages are chosen without it"
         return too_many_rows(site)
 
-    def select(self, emit: Emit, site: AttentionSite, state: Any = None) -> Pages:
+    def select(self, emit: Emit, site: AttentionSite, state: Any) -> Pages:
         """`state`: the layer's "sums" and "counts" of `tsa::append_pages`; None: they are made here, which reads every key."""
         x = site.operands
         if isinstance(state, Mapping):
