@@ -8,8 +8,8 @@ page as -1. As integers the bits of these floats keep their order.
 import triton
 import triton.language as tl
 
+from tsa_compile.kernels.common.bins_device import BINS, from_top, kth_of_bin, score_bin
 from tsa_compile.kernels.common.pages_device import PAGE, place_of_page
-from tsa_compile.kernels.select.tokens.device import BINS, from_top, kth_of_bin, score_bin
 
 ONE = tl.constexpr(1073741824)  # a share of 1, in the units of the budget
 PAGES_OF_ENTRY = tl.constexpr(125)
