@@ -11,7 +11,8 @@ from rich.console import Console
 
 import tsa_compile as tsa
 from tests.tools.evaluate.tiny_lm import byte_tokenizer, tiny_lm
-from tsa_compile.tools.evaluate import pages, summary, svg
+from tsa_compile.tools import plots
+from tsa_compile.tools.evaluate import pages, summary
 from tsa_compile.tools.evaluate.anatomy import _overlap
 from tsa_compile.tools.evaluate.job import Options, run
 from tsa_compile.tools.evaluate.local_attention import local_attention, use_local_attention
@@ -222,9 +223,11 @@ def test_reports(evaluated):
 
 
 def test_plots_take_any_numbers():
-    assert "nothing measured" in svg.curves({"a": []}, "x", "y")
-    plot = svg.curves({"a": [(0.0, 0.0, "zero"), (0.5, 1e-4, "half <")]}, "x", "y", log=True)
+    assert "nothing measured" in plots.curves({"a": []}, "x", "y")
+    plot = plots.curves({"a": [(0.0, 0.0, "zero"), (0.5, 1e-4, "half <")]}, "x", "y", y="log10")
     assert plot.count("<circle") == 1  # no zero on a logarithmic axis
     assert "half &lt;" in plot
-    assert svg.curves({"a": [(0.1, 0.0, "")]}, "x", "y").count("<circle") == 1
-    assert svg.heat_map(["r"], ["c", "d"], [[0.5, None]], "label").count("<rect") == 2
+    doubled = plots.curves({"a": [(4096, 0.9, ""), (131072, 4.0, "")]}, "tokens", "speed-up", "log2", "log2")
+    assert all(f">{tick}<" in doubled for tick in (4096, 8192, 131072, 0.5, 1, 2, 4))
+    assert plots.curves({"a": [(0.1, 0.0, "")]}, "x", "y").count("<circle") == 1
+    assert plots.heat_map(["r"], ["c", "d"], [[0.5, None]], "label").count("<rect") == 2

@@ -5,18 +5,17 @@ from __future__ import annotations
 import dataclasses
 import html
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from tsa_compile.tools import plots
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from tsa_compile.tools.bench.attention import AttentionRow
     from tsa_compile.tools.bench.prefill import PrefillRow
-
-Points = Sequence[tuple[float, float]]
 
 
 def attention_table(rows: Sequence[AttentionRow], gpu: Mapping[str, float]) -> Table:
@@ -65,52 +64,18 @@ def write_json(path: str, rows: Sequence[Any], **head: Any) -> None:
     Path(path).write_text(json.dumps({**head, "rows": [dataclasses.asdict(r) for r in rows]}, indent=1) + "\n")
 
 
-def attention_plot(rows: Sequence[AttentionRow]) -> dict[str, list[tuple[float, float]]]:
+def attention_plot(rows: Sequence[AttentionRow]) -> dict[str, list[plots.Point]]:
     """Speed-up over SDPA against length, a curve for each kept share, of the named lengths."""
-    curves: dict[str, list[tuple[float, float]]] = {}
+    curves: dict[str, list[plots.Point]] = {}
     for r in rows:
         if r.case.name.startswith("L"):
-            curves.setdefault(f"keep {r.case.keep}", []).append((r.case.length, r.speedup("SDPA")))
+            ratio = r.speedup("SDPA")
+            curves.setdefault(f"keep {r.case.keep}", []).append((r.case.length, ratio, f"{r.case.name}: {ratio:.2f}x"))
     return curves
 
 
-def write_html(path: str, title: str, curves: Mapping[str, Points], notes: Sequence[str]) -> None:
-    """One self-contained page: curves over length, both axes logarithmic."""
-    body = [f"<h1>{html.escape(title)}</h1>", line_plot(curves), *(f"<p>{html.escape(n)}</p>" for n in notes)]
-    style = "body{font:15px system-ui;margin:2em;max-width:60em}svg text{font:12px system-ui}"
-    Path(path).write_text(f"<!doctype html><meta charset=utf-8><style>{style}</style>{''.join(body)}\n")
-
-
-def line_plot(curves: Mapping[str, Points], width: int = 720, height: int = 420) -> str:
-    """An SVG of curves `name -> [(x, y)]`, x and y above 0, on logarithmic axes of base 2."""
-    points = [p for curve in curves.values() for p in curve]
-    if not points:
-        return "<p>nothing to plot</p>"
-    (x0, x1), (y0, y1) = (_span([math.log2(p[i]) for p in points]) for i in (0, 1))
-    left, top, w, h = 60, 20, width - 200, height - 70
-    at = lambda x, y: (  # noqa: E731
-        left + w * (math.log2(x) - x0) / (x1 - x0),
-        top + h * (1 - (math.log2(y) - y0) / (y1 - y0)),
-    )
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" role="img">']
-    for e in range(math.ceil(y0), math.floor(y1) + 1):
-        _, y = at(2**x0, 2**e)
-        parts.append(f'<path d="M{left} {y:.1f}h{w}" stroke="#ddd"/><text x="8" y="{y + 4:.1f}">{2.0**e:g}x</text>')
-    for e in range(math.ceil(x0), math.floor(x1) + 1):
-        x, _ = at(2**e, 2**y0)
-        label = f"{2**e // 1024}K" if e >= 10 else str(2**e)
-        parts.append(f'<path d="M{x:.1f} {top}v{h}" stroke="#eee"/><text x="{x - 10:.1f}" y="{top + h + 18}">{label}</text>')
-    for n, (name, curve) in enumerate(curves.items()):
-        color = f"hsl({n * 360 // len(curves)} 65% 42%)"
-        places = [at(*p) for p in sorted(curve)]
-        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-        parts.append(f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="2"/>')
-        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>' for x, y in places]
-        parts.append(f'<text x="{left + w + 12}" y="{top + 18 * (n + 1)}" fill="{color}">{html.escape(name)}</text>')
-    return "".join([*parts, "</svg>"])
-
-
-def _span(values: Sequence[float]) -> tuple[float, float]:
-    low, high = min(values), max(values)
-    margin = 0.05 * (high - low) or 0.5
-    return low - margin, high + margin
+def write_html(path: str, title: str, curves: Mapping[str, Sequence[plots.Point]], notes: Sequence[str]) -> None:
+    """One self-contained page: curves of speed-up over length, both axes logarithmic."""
+    plot = plots.curves(curves, "tokens", "speed-up", "log2", "log2")
+    body = [f"<h1>{html.escape(title)}</h1>", plots.legend(list(curves)), plot, *(f"<p>{html.escape(n)}</p>" for n in notes)]
+    Path(path).write_text(f"<!doctype html><meta charset=utf-8><style>{plots.STYLE}</style>{''.join(body)}\n")

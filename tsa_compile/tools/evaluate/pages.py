@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from tsa_compile.tools.evaluate import svg
+from tsa_compile.tools import plots
 from tsa_compile.tools.evaluate.cells import DEPTHS, GENERATORS, INSIDE, NEEDLE
 from tsa_compile.tools.evaluate.ruler_summary import ruler_cells
 from tsa_compile.tools.evaluate.summary import Data, Row, cell, lengths, rows
@@ -15,24 +15,13 @@ from tsa_compile.tools.evaluate.tables import html_table, markdown_table
 from tsa_compile.tools.evaluate.variants import INNER
 
 _STAGES = ("select", "sparse attention", "dense attention", "everything else")
-_STYLE = """
-:root{color-scheme:light dark;--bg:#fff;--fg:#1b1f24;--soft:#667079;--grid:#dfe3e8;--heat:#2a78d6;
---c0:#1b1f24;--c1:#d1493f;--c2:#1f77c9;--c3:#1a8f5a;--c4:#9a6a00;--c5:#8a4fc4}
-@media(prefers-color-scheme:dark){:root{--bg:#15181c;--fg:#e6e9ec;--soft:#9aa4ae;--grid:#343a41;--heat:#4b97ee;
---c0:#e6e9ec;--c1:#f0796f;--c2:#62adf5;--c3:#4fc28c;--c4:#d9a53a;--c5:#bb8cf0}}
-body{font:15px/1.5 system-ui,sans-serif;background:var(--bg);color:var(--fg);margin:2em auto;max-width:84em;padding:0 1em}
-h2{margin-top:2em;border-bottom:1px solid var(--grid)}h3{margin-bottom:.3em}p{max-width:60em}.soft{color:var(--soft)}
-.plots{display:flex;flex-wrap:wrap;gap:1em}.wide{overflow-x:auto}svg text{font:12px system-ui,sans-serif;fill:var(--fg)}
-.grid{stroke:var(--grid)}.line{fill:none;stroke-width:2}.heat{fill:var(--heat)}
-table{font-size:13px;border-collapse:collapse;font-variant-numeric:tabular-nums}
-td,th{padding:.25em .5em;border-bottom:1px solid var(--grid);text-align:right}
-td:first-child,th:first-child{text-align:left;white-space:nowrap}th{font-weight:600;vertical-align:bottom}
-.legend{display:flex;flex-wrap:wrap;gap:.3em 1.4em;list-style:none;padding:0}
-.key{display:inline-block;width:.8em;height:.8em;margin-right:.4em;border-radius:2px}
-""" + "".join(
-    f".c{n}.line{{stroke:var(--c{n})}}.c{n}.dot,.fill.k{n}{{fill:var(--c{n})}}.key.k{n}{{background:var(--c{n})}}"
-    for n in range(6)
-)
+_STYLE = f"""{plots.STYLE}
+h2{{margin-top:2em;border-bottom:1px solid var(--grid)}}h3{{margin-bottom:.3em}}p{{max-width:60em}}.soft{{color:var(--soft)}}
+.plots{{display:flex;flex-wrap:wrap;gap:1em}}
+table{{font-size:13px;border-collapse:collapse;font-variant-numeric:tabular-nums}}
+td,th{{padding:.25em .5em;border-bottom:1px solid var(--grid);text-align:right}}
+td:first-child,th:first-child{{text-align:left;white-space:nowrap}}th{{font-weight:600;vertical-align:bottom}}
+"""
 _COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("tokens dropped", lambda r: _percent(r.sparsity)),
     ("KL", lambda r: "" if r.kl is None else f"{r.kl:.2g}"),
@@ -110,20 +99,20 @@ def _cells(found: Sequence[Row]) -> list[list[str]]:
 
 def _frontier(found: Sequence[Row]) -> str:
     families = list(dict.fromkeys(r.family for r in found))
-    plots = []
-    for label, log, value in (
-        ("KL from dense, nats", True, lambda r: r.kl),
-        ("perplexity, all tokens", False, lambda r: r.perplexity),
-        ("needle found", False, lambda r: r.scores.get(NEEDLE)),
-        ("loss of the right answers, nats a token", False, lambda r: r.answer_nll),
-        ("ms a prefill", False, lambda r: None if r.seconds is None else 1000 * r.seconds),
+    drawn = []
+    for label, axis, value in (
+        ("KL from dense, nats", "log10", lambda r: r.kl),
+        ("perplexity, all tokens", "linear", lambda r: r.perplexity),
+        ("needle found", "linear", lambda r: r.scores.get(NEEDLE)),
+        ("loss of the right answers, nats a token", "linear", lambda r: r.answer_nll),
+        ("ms a prefill", "linear", lambda r: None if r.seconds is None else 1000 * r.seconds),
     ):
         series = {f: _points(found, f, value) for f in families}
-        plots.append(svg.curves(series, "tokens dropped", label, log))
-    return f"<h3>Loss against sparsity</h3>{svg.legend(families)}<div class=plots>{''.join(plots)}</div>"
+        drawn.append(plots.curves(series, "tokens dropped", label, y=axis))
+    return f"<h3>Loss against sparsity</h3>{plots.legend(families)}<div class=plots>{''.join(drawn)}</div>"
 
 
-def _points(found: Sequence[Row], family: str, value: Callable[[Row], float | None]) -> list[svg.Point]:
+def _points(found: Sequence[Row], family: str, value: Callable[[Row], float | None]) -> list[plots.Point]:
     out = []
     for r in found:
         y = value(r)
@@ -136,14 +125,14 @@ def _needles(data: Data, found: Sequence[Row]) -> str:
     cells = [cell(data, r.length, NEEDLE, r.variant) for r in found]
     values: list[list[float | None]] = [c["groups"] if c else [None] * len(DEPTHS) for c in cells]
     depths = [f"{d:.0%}" for d in DEPTHS]
-    plot = svg.heat_map([r.variant for r in found], depths, values, "found, % of the samples")
+    plot = plots.heat_map([r.variant for r in found], depths, values, "found, % of the samples")
     return f"<h3>Needle by depth</h3><div class=wide>{plot}</div>"
 
 
 def _layers(data: Data, found: Sequence[Row]) -> str:
     layers, sparse = data["model"]["layers"], [r for r in found if r.sparsity]
     values = [[_kept(data, r, layer) for layer in layers] for r in sparse]
-    kept = svg.heat_map([r.variant for r in sparse], list(map(str, layers)), values, "tokens kept, % by layer; empty: dense")
+    kept = plots.heat_map([r.variant for r in sparse], list(map(str, layers)), values, "tokens kept, % by layer; empty: dense")
     overlap = _overlap(data, sparse)
     return f"<h3>Kept tokens by layer and head</h3><div class=wide>{kept}</div>{overlap}"
 
@@ -167,7 +156,7 @@ def _overlap(data: Data, sparse: Sequence[Row]) -> str:
     table: Mapping[str, list[float]] = found["overlap"]
     heads = [str(i) for i in range(max(map(len, table.values())))]
     label = "kept by another head of the layer too, %"
-    plot = svg.heat_map([f"layer {n}" for n in table], heads, list(table.values()), label)
+    plot = plots.heat_map([f"layer {n}" for n in table], heads, list(table.values()), label)
     text = "All heads of a layer keep equally many tokens, but not the same ones. Of one head's kept tokens, the share that"
     return f"<p>{text} another head keeps too, on average ({html.escape(found['variant'])}):</p><div class=wide>{plot}</div>"
 
@@ -176,9 +165,9 @@ def _inside(data: Data, found: Sequence[Row]) -> str:
     cells = [(r, cell(data, r.length, INSIDE, r.variant)) for r in found]
     known = [(r.variant, c["time"]) for r, c in cells if c]
     splits = [{k: 1000 * v for k, v in time.items()} for _, time in known]
-    plot = svg.bars([name for name, _ in known], splits, _STAGES, "ms")
+    plot = plots.bars([name for name, _ in known], splits, _STAGES, "ms")
     note = "device time of one sample's prefill" if data["setting"]["device"] != "CPU" else "CPU time of one sample's prefill"
-    return f"<h3>Where the time goes</h3><p class=soft>{note}</p>{svg.legend(_STAGES)}<div class=wide>{plot}</div>"
+    return f"<h3>Where the time goes</h3><p class=soft>{note}</p>{plots.legend(_STAGES)}<div class=wide>{plot}</div>"
 
 
 def _spans(numbers: Sequence[int]) -> str:

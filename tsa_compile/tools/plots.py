@@ -7,35 +7,56 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 Point = tuple[float, float, str]  # x, y, what it is (shown on hover)
+Axis = tuple[Callable[[float], float], list[float]]  # value -> place in [0, 1]; ticks
 _W, _H, _LEFT, _RIGHT, _BOTTOM, _TOP = 480, 310, 66, 24, 44, 14
 
 
-def curves(series: Mapping[str, Sequence[Point]], x_label: str, y_label: str, log: bool = False) -> str:
-    """Lines with dots: x in [0, 1] shown in percent; y linear from 0, or logarithmic to base 10 (zeros are left out)."""
-    series = {n: [p for p in ps if not log or p[1] > 0] for n, ps in series.items()}
-    values = [p[1] for ps in series.values() for p in ps]
-    if not values:
+# For a page's <style>: colours c0 to c5, light and dark, and the classes below.
+STYLE = """
+:root{color-scheme:light dark;--bg:#fff;--fg:#1b1f24;--soft:#667079;--grid:#dfe3e8;--heat:#2a78d6;
+--c0:#1b1f24;--c1:#d1493f;--c2:#1f77c9;--c3:#1a8f5a;--c4:#9a6a00;--c5:#8a4fc4}
+@media(prefers-color-scheme:dark){:root{--bg:#15181c;--fg:#e6e9ec;--soft:#9aa4ae;--grid:#343a41;--heat:#4b97ee;
+--c0:#e6e9ec;--c1:#f0796f;--c2:#62adf5;--c3:#4fc28c;--c4:#d9a53a;--c5:#bb8cf0}}
+body{font:15px/1.5 system-ui,sans-serif;background:var(--bg);color:var(--fg);margin:2em auto;max-width:84em;padding:0 1em}
+.wide{overflow-x:auto}svg text{font:12px system-ui,sans-serif;fill:var(--fg)}
+.grid{stroke:var(--grid)}.line{fill:none;stroke-width:2}.heat{fill:var(--heat)}
+.legend{display:flex;flex-wrap:wrap;gap:.3em 1.4em;list-style:none;padding:0}
+.key{display:inline-block;width:.8em;height:.8em;margin-right:.4em;border-radius:2px}
+""" + "".join(
+    f".c{n}.line{{stroke:var(--c{n})}}.c{n}.dot,.fill.k{n}{{fill:var(--c{n})}}.key.k{n}{{background:var(--c{n})}}"
+    for n in range(6)
+)
+
+
+def curves(series: Mapping[str, Sequence[Point]], x_label: str, y_label: str, x: str = "share", y: str = "linear") -> str:
+    """Lines with dots, at most six.
+
+    Args:
+        x, y: the axes: "share" (0 to 1, in percent), "linear" (from 0), "log2" or "log10" (what is not above 0 is left out).
+    """
+    series = {n: [p for p in ps if _fits(x, p[0]) and _fits(y, p[1])] for n, ps in series.items()}
+    points = [p for ps in series.values() for p in ps]
+    if not points:
         return "<p>nothing measured</p>"
-    scale, ticks = _log_axis(values) if log else _linear_axis(values)
+    (x_scale, x_ticks), (y_scale, y_ticks) = _axis(x, [p[0] for p in points]), _axis(y, [p[1] for p in points])
     width, height = _W - _LEFT - _RIGHT, _H - _TOP - _BOTTOM
-    at_x: Callable[[float], float] = lambda x: _LEFT + width * x  # noqa: E731
-    at_y: Callable[[float], float] = lambda y: _TOP + height * (1 - scale(y))  # noqa: E731
+    at_x: Callable[[float], float] = lambda value: _LEFT + width * x_scale(value)  # noqa: E731
+    at_y: Callable[[float], float] = lambda value: _TOP + height * (1 - y_scale(value))  # noqa: E731
     parts = [_open(_W, _H, f"{y_label} against {x_label}")]
-    for y in ticks:
-        parts.append(f'<path class=grid d="M{_LEFT} {at_y(y):.1f}h{width}"/>')
-        parts.append(_text(_LEFT - 6, at_y(y) + 4, f"{y:g}", "end"))
-    for x in (0, 0.25, 0.5, 0.75, 1):
-        parts.append(_text(at_x(x), _H - _BOTTOM + 16, f"{x:.0%}"))
+    for tick in y_ticks:
+        parts.append(f'<path class=grid d="M{_LEFT} {at_y(tick):.1f}h{width}"/>')
+        parts.append(_text(_LEFT - 6, at_y(tick) + 4, _tick(y, tick), "end"))
+    parts += [_text(at_x(tick), _H - _BOTTOM + 16, _tick(x, tick)) for tick in x_ticks]
     parts.append(_text(_LEFT + width / 2, _H - 8, x_label))
     parts.append(
         f'<text transform="translate(14 {_TOP + height / 2:.0f}) rotate(-90)" text-anchor=middle>{html.escape(y_label)}</text>'
     )
-    for n, points in enumerate(series.values()):
-        ordered = sorted(points)
-        line = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y, _ in ordered)
+    for n, curve in enumerate(series.values()):
+        places = [(at_x(p[0]), at_y(p[1]), p[2]) for p in sorted(curve)]
+        line = " ".join(f"{left:.1f},{top:.1f}" for left, top, _ in places)
         parts.append(f'<polyline class="line c{n}" points="{line}"/>')
-        for x, y, name in ordered:
-            dot = f'class="dot c{n}" cx="{at_x(x):.1f}" cy="{at_y(y):.1f}" r="4"'
+        for left, top, name in places:
+            dot = f'class="dot c{n}" cx="{left:.1f}" cy="{top:.1f}" r="4"'
             parts.append(f"<circle {dot}><title>{html.escape(name)}</title></circle>")
     return "".join([*parts, "</svg>"])
 
@@ -88,13 +109,28 @@ def bars(row_names: Sequence[str], parts_of: Sequence[Mapping[str, float]], kind
     return "".join([*out, "</svg>"])
 
 
-def _log_axis(values: Sequence[float]) -> tuple[Callable[[float], float], list[float]]:
-    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
+def _fits(kind: str, value: float) -> bool:
+    return value > 0 or not kind.startswith("log")
+
+
+def _tick(kind: str, value: float) -> str:
+    return f"{value:.0%}" if kind == "share" else f"{value:.6g}"
+
+
+def _axis(kind: str, values: Sequence[float]) -> Axis:
+    if kind == "share":
+        return lambda value: value, [0, 0.25, 0.5, 0.75, 1]
+    return _linear_axis(values) if kind == "linear" else _log_axis(values, kind)
+
+
+def _log_axis(values: Sequence[float], kind: str) -> Axis:
+    base, log = {"log2": (2.0, math.log2), "log10": (10.0, math.log10)}[kind]
+    low, high = math.floor(log(min(values))), math.ceil(log(max(values)))
     high = max(high, low + 1)
-    return lambda y: (math.log10(y) - low) / (high - low), [10.0**e for e in range(low, high + 1)]
+    return lambda value: (log(value) - low) / (high - low), [base**e for e in range(low, high + 1)]
 
 
-def _linear_axis(values: Sequence[float]) -> tuple[Callable[[float], float], list[float]]:
+def _linear_axis(values: Sequence[float]) -> Axis:
     most = max(values) or 1.0
     power = 10.0 ** math.floor(math.log10(most))
     step = next(s for s in (power / 5, power / 2, power, 2 * power) if most / s <= 6)
