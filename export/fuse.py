@@ -22,7 +22,7 @@ def fuse_selection(gm: fx.GraphModule) -> list[fx.Node]:
             is block-sparse (`inner`).
     """
     for node in gm.graph.find_nodes(op="call_function", target=torch.ops.tsa.block_sparse_attention.default):
-        raise ExportError(f"{node.name}: TokenSparse.inner is a BlockSparse; this export takes only inner=None")
+        raise ExportError(f"{node.name}: TokenSparse.inner is an InnerBlocks; this export takes only inner=None")
     fused = []
     for node in list(gm.graph.find_nodes(op="call_function", target=torch.ops.tsa.sparse_attention.default)):
         call = _arguments(node)

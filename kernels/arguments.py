@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -66,3 +67,11 @@ def block_sparse_attention(
 
 def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Any, ...]:
     return (out, lse), (other, other_lse)
+
+
+def select_key_blocks(
+    q: Tensor, k: Tensor, means: Tensor, counts: Tensor, start: MaybeTensor, lengths: MaybeTensor, key_mask: MaybeTensor,
+    scale: float, alpha: Sequence[float], pool: int, window: int, sinks: int, last_dense: int, share: str = "head",
+) -> tuple[Any, ...]:  # fmt: skip
+    rule = (scale, alpha, pool, window, sinks, last_dense, share)
+    return q, means, counts, start, lengths, key_mask, k.shape[2], *rule

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from tsa_compile.kernels import arguments, checks, decode_checks, fakes, page_checks
+from tsa_compile.kernels import arguments, checks, decode_checks, fakes, key_block_checks, page_checks
 from tsa_compile.kernels.registry import LIBRARY, Operator, add, observing, register
 
 _RULE = "float coverage, int window, int pool, int min_tokens"
@@ -20,6 +20,7 @@ _STRIP = "int strip_window, int strip_sinks"
 _ATTENDED = "(Tensor out, Tensor lse)"
 _CACHE = "Tensor? blocks, int block, Tensor? start, Tensor? lengths, Tensor? key_mask, float scale"  # KvView, then what is read
 _VIEW = "Tensor? blocks, int block, Tensor? start, Tensor? lengths"
+_PADDING = "Tensor? start, Tensor? lengths, Tensor? key_mask"
 _MASKS = "Tensor? mask=None, Tensor? sinks=None, float softcap=0.0"
 
 OPERATORS = (
@@ -148,6 +149,36 @@ OPERATORS = (
         reference="select.top_pages.reference:select_pages_reference",
         host="select.top_pages.host:select_pages",
     ),
+    Operator(
+        "padding_range(Tensor key_mask) -> (Tensor start, Tensor lengths)",
+        check=key_block_checks.padding_range,
+        fake=fakes.padding_range,
+        reference="common.view:padding_range",
+        host="common.view:padding_range",
+    ),
+    Operator(
+        f"key_block_means(Tensor k, {_PADDING}) -> (Tensor means, Tensor counts)",
+        check=key_block_checks.key_block_means,
+        fake=fakes.key_block_means,
+        reference="score.page_mass.reference:key_block_means_reference",
+        host="score.page_mass.host:key_block_means",
+    ),
+    Operator(
+        f"select_key_blocks(Tensor q, Tensor k, Tensor means, Tensor counts, {_PADDING}, float scale, float[] alpha,"
+        " int pool, int window, int sinks, int last_dense, *, str share='head') -> Tensor",
+        check=key_block_checks.select_key_blocks,
+        fake=fakes.select_key_blocks,
+        reference="select.threshold_pages.reference:select_key_blocks_reference",
+        host="select.threshold_pages.host:select_key_blocks",
+        arguments=arguments.select_key_blocks,
+    ),
+    Operator(
+        f"key_block_attention(Tensor q, Tensor k, Tensor v, Tensor bits, {_CACHE}, bool need_lse) -> (Tensor out, Tensor lse)",
+        check=key_block_checks.key_block_attention,
+        fake=fakes.key_block_attention,
+        reference="attend.pages.reference:key_block_attention_reference",
+        host="attend.pages.host:key_block_attention",
+    ),
 )
 
 for _operator in OPERATORS:
@@ -156,7 +187,8 @@ for _operator in OPERATORS:
 
 def source_tag() -> str:
     """A hash of the table and of what it registers: compile caches see a schema, but neither its fake nor its gradient."""
-    names = ("ops", "registry", "arguments", "types", "fakes", "common/results", "checks", "decode_checks", "page_checks")
+    tables = ("ops", "registry", "arguments", "types", "fakes", "common/results")
+    names = (*tables, "checks", "decode_checks", "page_checks", "key_block_checks")
     files = (Path(__file__).parent / f"{name}.py" for name in names)
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:16]
 

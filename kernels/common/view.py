@@ -42,3 +42,14 @@ def row_range(capacity: int, batch: int, view: KvView, device: torch.device) -> 
     first = torch.zeros(batch, dtype=torch.long, device=device) if view.start is None else view.start.long().clamp(0)
     end = torch.full_like(first, capacity) if view.lengths is None else first + view.lengths.long()
     return first, end.clamp(max=capacity)
+
+
+def padding_range(key_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """`tsa::padding_range`: `KvView.start` and `lengths` of bool `[B, Lk]`, int32 `[B]` each: from a row's first key to its last.
+
+    A mask with holes hides keys between them, so kernels are given the mask as well.
+    """
+    position = torch.arange(key_mask.shape[1], device=key_mask.device, dtype=torch.int32)
+    last = torch.where(key_mask, position, -1).amax(1, keepdim=True)
+    first = torch.where(key_mask, position, last + 1).amin(1, keepdim=True)
+    return first[:, 0].clone(), (last + 1 - first)[:, 0]

@@ -8,6 +8,7 @@ from torch import nn
 import tsa_compile as tsa
 from tsa_compile import export
 from tsa_compile.export.trace import trace
+from tsa_compile.policies.inner_blocks import InnerBlocks
 
 PAPER = tsa.TokenSparse.paper(coverage=0.3, window=16, min_tokens=32)
 SHAPES = ({0: torch.export.Dim("batch", max=8), 1: torch.export.Dim("length", max=4096)},)
@@ -40,7 +41,7 @@ POLICIES = {  # module -> its policy: options that one exported node does not ex
     "0": PAPER,
     "1": tsa.TokenSparse(**NUMBERS, completion=tsa.Completion(24, 4, 20)),
     "2": tsa.TokenSparse(**NUMBERS, share="group"),
-    "3": tsa.TokenSparse(**NUMBERS, inner=tsa.BlockSparse(block=16, pool=4, mass=0.5)),
+    "3": tsa.TokenSparse(**NUMBERS, inner=InnerBlocks(block=16, pool=4, mass=0.5)),
     "4": tsa.ProbeSparse(coverage=0.3, min_keys=32),
 }
 

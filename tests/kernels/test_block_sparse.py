@@ -25,6 +25,7 @@ from tsa_compile.export.trace import trace
 from tsa_compile.kernels.attend.blocks.reference import block_masses, kept_by_mass
 from tsa_compile.kernels.attend.tokens.definition import sparse_attention_oracle
 from tsa_compile.policies.base import from_dict
+from tsa_compile.policies.inner_blocks import InnerBlocks
 
 pytest.importorskip("triton")
 
@@ -247,7 +248,7 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.tsa.block_sparse_attention.default, attend)
 
 
-INNER = tsa.BlockSparse(mass=0.5, block=16, pool=4, local=1)
+INNER = InnerBlocks(mass=0.5, block=16, pool=4, local=1)
 POLICY = tsa.TokenSparse(coverage=0.05, window=8, pool=3, min_tokens=8, completion=tsa.Completion(4, 2, 4), inner=INNER)
 
 
@@ -271,19 +272,19 @@ def test_policies_and_plans_carry_it():
 
 
 def test_exports_refuse_it_by_name():
-    with pytest.raises(ExportError, match=r"TokenSparse\.inner is a BlockSparse"):
+    with pytest.raises(ExportError, match=r"TokenSparse\.inner is an InnerBlocks"):
         trace(tiny_llama(), (token_ids(60),), {"use_cache": False}, policy=POLICY)
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: tsa.BlockSparse(mass=0), r"BlockSparse\.mass must be a number in \(0, 1\], got 0"),
-        (lambda: tsa.BlockSparse(block=48), r"BlockSparse\.block must be one of .* got 48"),
-        (lambda: tsa.BlockSparse(pool=4), r"BlockSparse\.pool must divide block \(128\) into at most 16 parts, got 4"),
-        (lambda: tsa.BlockSparse(pool=0), r"BlockSparse\.pool must be an int >= 1 and <= 128, got 0"),
-        (lambda: tsa.BlockSparse(local=0), r"BlockSparse\.local must be an int >= 1, got 0"),
-        (lambda: tsa.TokenSparse(inner=0.9), r"TokenSparse\.inner must be a BlockSparse or None, got 0\.9"),
+        (lambda: InnerBlocks(mass=0), r"InnerBlocks\.mass must be a number in \(0, 1\], got 0"),
+        (lambda: InnerBlocks(block=48), r"InnerBlocks\.block must be one of .* got 48"),
+        (lambda: InnerBlocks(pool=4), r"InnerBlocks\.pool must divide block \(128\) into at most 16 parts, got 4"),
+        (lambda: InnerBlocks(pool=0), r"InnerBlocks\.pool must be an int >= 1 and <= 128, got 0"),
+        (lambda: InnerBlocks(local=0), r"InnerBlocks\.local must be an int >= 1, got 0"),
+        (lambda: tsa.TokenSparse(inner=0.9), r"TokenSparse\.inner must be an InnerBlocks or None, got 0\.9"),
         (lambda: tsa.TokenSparse(inner=INNER, engine="packed"), "TokenSparse.engine 'packed' .* with inner use 'auto'"),
     ],
 )

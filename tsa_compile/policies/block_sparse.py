@@ -1,44 +1,92 @@
-"""Block-sparse attention on the kept tokens, scored by pooled queries and keys (after FlexPrefill, arXiv 2502.20766)."""
+"""Block-sparse prefill: each block of query rows reads the key blocks that matter to it, as means of both estimate.
+
+After FlashPrefill (arXiv 2603.06199, 2608.19758): a key block is kept whose mass reaches a share of the heaviest block's. Here a
+query head has a list of its own, and masses are averaged over softmaxes of pooled queries.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
-from tsa_compile.kernels.checks import BLOCKS
-from tsa_compile.policies.base import check_int
+import torch
+
+from tsa_compile.kernels import ops  # noqa: F401 - registers torch.ops.tsa
+from tsa_compile.kernels.checks import SHARES
+from tsa_compile.kernels.common.row_blocks import ROWS
+from tsa_compile.kernels.types import PageBitmap, Selection
+from tsa_compile.passes.site import AttentionSite
+from tsa_compile.policies.base import Emit, Policy, check_int
+
+Padding = tuple[Any, Any, Any]  # start, lengths and key_mask of the operators
 
 
 @dataclasses.dataclass(frozen=True)
-class BlockSparse:
-    """An option of `TokenSparse`: each block of queries reads only the blocks of kept tokens that matter to it.
+class BlockSparse(Policy):
+    """Blocks of 128 query rows read key blocks of 64; every row keeps its output.
 
-    Blocks are counted among the kept tokens of a head, so that token and block sparsity multiply. For each block of queries the
-    heaviest blocks of keys are kept that together hold a share `mass` of the attention, as pooled queries and keys estimate it.
+    A row's keys are chosen with the 127 other rows of its block, so a token may depend on later ones of its block, and with
+    `last_dense` on where the prompt ends.
 
     Args:
-        mass: share of the estimated attention mass, in (0, 1].
-        block: tokens of a block: 16, 32, 64 or 128.
-        pool: tokens whose queries, or keys, are averaged for the estimate; a divisor of `block`, at least a 16th of it.
-        sinks: first blocks, always kept.
-        local: blocks up to and with the query's own, always kept.
+        alpha: share of the heaviest key block's mass that a block must reach to be read, in [0, 1); 0 reads every key. One
+            number, or one for each query head.
+        pool: query rows whose mean is scored, a divisor of 128; 1 scores every row.
+        window: own and preceding tokens that every row reads, in tokens.
+        sinks: first tokens, whose blocks every row reads.
+        last_dense: last rows, whose blocks read every key.
+        share: "head": each query head reads blocks of its own; "group": the heads of a KV head read what any of them keeps.
 
     Raises:
         ValueError: a field is outside its range; the message names it.
     """
 
-    mass: float = 0.95
-    block: int = 128
+    alpha: float | tuple[float, ...] = 0.05
     pool: int = 16
-    sinks: int = 1
-    local: int = 3
+    window: int = 256
+    sinks: int = 4
+    last_dense: int = 128
+    share: str = "head"
 
     def __post_init__(self) -> None:
-        if isinstance(self.mass, bool) or not isinstance(self.mass, (int, float)) or not 0 < self.mass <= 1:
-            raise ValueError(f"BlockSparse.mass must be a number in (0, 1], got {self.mass!r}")
-        if self.block not in BLOCKS:
-            raise ValueError(f"BlockSparse.block must be one of {BLOCKS}, got {self.block!r}")
-        check_int(self, "pool", 1, self.block)
-        if self.block % self.pool or self.block // self.pool > 16:
-            raise ValueError(f"BlockSparse.pool must divide block ({self.block}) into at most 16 parts, got {self.pool}")
+        if isinstance(self.alpha, list):
+            object.__setattr__(self, "alpha", tuple(self.alpha))
+        numbers = self.alpha if isinstance(self.alpha, tuple) else (self.alpha,)
+        if not numbers or not all(type(a) in (int, float) and 0 <= a < 1 for a in numbers):
+            raise ValueError(f"BlockSparse.alpha must be a number in [0, 1), or one for each query head, got {self.alpha!r}")
+        check_int(self, "pool", 1, ROWS)
+        if ROWS % self.pool:
+            raise ValueError(f"BlockSparse.pool must divide {ROWS}, got {self.pool}")
+        check_int(self, "window", 1)
         check_int(self, "sinks", 0)
-        check_int(self, "local", 1)
+        check_int(self, "last_dense", 0)
+        if self.share not in SHARES:
+            raise ValueError(f"BlockSparse.share must be one of {SHARES}, got {self.share!r}")
+
+    def refuse(self, site: AttentionSite) -> str | None:
+        if isinstance(self.alpha, tuple) and len(self.alpha) != site.heads:
+            return f"alpha has {len(self.alpha)} numbers for {site.heads} query heads"
+        return None
+
+    def select(self, emit: Emit, site: AttentionSite, state: Any = None) -> PageBitmap:
+        x, padding = site.operands, _padding(emit, site)
+        means, counts = emit(torch.ops.tsa.key_block_means.default, x.k, *padding)
+        alphas = [float(a) for a in (self.alpha if isinstance(self.alpha, tuple) else (self.alpha,))]
+        rule = (site.scale, alphas, self.pool, self.window, self.sinks, self.last_dense)
+        choose = torch.ops.tsa.select_key_blocks.default
+        return PageBitmap(emit(choose, x.q, x.k, means, counts, *padding, *rule, share=self.share))
+
+    def attend(self, emit: Emit, site: AttentionSite, selection: Selection | None) -> Any:
+        assert isinstance(selection, PageBitmap)
+        x, (start, lengths, key_mask) = site.operands, _padding(emit, site)
+        attend = torch.ops.tsa.key_block_attention.default
+        return emit(attend, x.q, x.k, x.v, selection.bits, None, 1, start, lengths, key_mask, site.scale, False)[0]
+
+
+def _padding(emit: Emit, site: AttentionSite) -> Padding:
+    """What says which keys are real; None three times without padding."""
+    mask = site.operands.key_mask
+    if mask is None:
+        return None, None, None
+    start, lengths = emit(torch.ops.tsa.padding_range.default, mask)
+    return start, lengths, mask

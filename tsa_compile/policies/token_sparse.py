@@ -16,7 +16,7 @@ from tsa_compile.kernels.checks import SHARES
 from tsa_compile.kernels.types import Selection, Strip, TokenRule, Tokens
 from tsa_compile.passes.site import VERIFY_ROWS, AttentionSite
 from tsa_compile.policies.base import Emit, Policy, build, check_int, check_share
-from tsa_compile.policies.block_sparse import BlockSparse
+from tsa_compile.policies.inner_blocks import InnerBlocks
 
 ENGINES = ("auto", "fused", "packed", "reference")
 
@@ -56,7 +56,7 @@ class TokenSparse(Policy):
             lists at most `min_tokens` heaviest tokens.
         share: "head": each query head keeps tokens of its own, as in the paper; "group": the query heads of a KV head keep the
             same ones, by the sum of their scores.
-        inner: attention among the kept tokens: None for all of them, or `BlockSparse`.
+        inner: attention among the kept tokens: None for all of them, or `InnerBlocks`.
         min_queries: up to so many query rows over a cache are left to the model. 2 to 16 are always: speculative decoding checks
             tokens by them.
         engine: who computes the attention: "auto", "fused" (Triton), "packed" (vendor library) or "reference".
@@ -71,7 +71,7 @@ class TokenSparse(Policy):
     min_tokens: int = 1024
     completion: Completion | None = Completion()
     share: str = "head"
-    inner: BlockSparse | None = None
+    inner: InnerBlocks | None = None
     engine: str = "auto"
     min_queries: int = 128
     by_rows: ClassVar[bool] = True
@@ -94,8 +94,8 @@ class TokenSparse(Policy):
     def _check_inner(self) -> None:
         if self.inner is None:
             return
-        if not isinstance(self.inner, BlockSparse):
-            raise ValueError(f"TokenSparse.inner must be a BlockSparse or None, got {self.inner!r}")
+        if not isinstance(self.inner, InnerBlocks):
+            raise ValueError(f"TokenSparse.inner must be an InnerBlocks or None, got {self.inner!r}")
         if self.engine == "packed":
             raise ValueError("TokenSparse.engine 'packed' runs dense attention among the kept tokens; with inner use 'auto'")
 
@@ -123,7 +123,7 @@ class TokenSparse(Policy):
         if isinstance(fields.get("completion"), dict):
             fields["completion"] = build(Completion, fields["completion"])
         if isinstance(fields.get("inner"), dict):
-            fields["inner"] = build(BlockSparse, fields["inner"])
+            fields["inner"] = build(InnerBlocks, fields["inner"])
         return super()._from_fields(fields)
 
     def refuse(self, site: AttentionSite) -> str | None:
@@ -155,7 +155,7 @@ class TokenSparse(Policy):
         numbers = (site.scale, *self._strip, self._dense_below, self.engine)
         return emit(torch.ops.tsa.sparse_attention.default, x.q, x.k, x.v, *selection, *x.view.order, *numbers)[0]
 
-    def _attend_blocks(self, emit: Emit, site: AttentionSite, kept: Tokens, inner: BlockSparse) -> Any:
+    def _attend_blocks(self, emit: Emit, site: AttentionSite, kept: Tokens, inner: InnerBlocks) -> Any:
         x, i = site.operands, inner
         rule = (i.block, i.pool, float(i.mass), i.sinks, i.local, self._dense_below)
         blocks = emit(torch.ops.tsa.select_blocks.default, x.q, x.k, kept.indices, kept.counts, site.scale, *rule)

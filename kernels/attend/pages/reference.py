@@ -1,0 +1,43 @@
+"""Attention over kept key blocks in plain PyTorch. The contract is docs/operators.md, `key_block_attention`."""
+
+from __future__ import annotations
+
+import torch
+
+from tsa_compile.kernels.common.results import empty_result, no_lse
+from tsa_compile.kernels.common.row_blocks import KEYS, ROWS, own_keys, valid_keys, valid_range
+
+Tensor = torch.Tensor
+
+
+def key_block_attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, bits: Tensor, blocks: None, block: int, start: Tensor | None, lengths: Tensor | None,
+    key_mask: Tensor | None, scale: float, need_lse: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`tsa::key_block_attention`, one row block after the other. Half inputs are computed in float32, float64 stays float64."""
+    (batch, heads, q_len, _), k_len = q.shape, k.shape[2]
+    exact = torch.float64 if q.dtype == torch.float64 else torch.float32
+    out = empty_result(q, v)
+    lse = q.new_empty(batch, heads, q_len, dtype=torch.float32)
+    first, end = valid_range(batch, k_len, start, lengths, q.device)
+    begin, own = own_keys(q_len, k_len, end)
+    key = torch.arange(k_len, device=q.device)
+    valid = valid_keys(k_len, first, end, key_mask)
+    keys, values = (x.to(exact).repeat_interleave(heads // k.shape[1], 1) for x in (k, v))
+    for r, from_position in enumerate(begin.tolist()):
+        low, high = (max(0, min(x - (k_len - q_len), q_len)) for x in (from_position, from_position + ROWS))
+        kept = (bits[:, :, r, key // (KEYS * 64)] >> (key // KEYS % 64) & 1).bool() | _is_own(key, own[:, r])[:, None]
+        seen = valid[:, None] & kept.repeat_interleave(heads // bits.shape[1], 1)
+        causal = key <= torch.arange(low, high, device=q.device)[:, None] + k_len - q_len
+        scores = scale * q[:, :, low:high].to(exact) @ keys.transpose(2, 3)
+        scores = scores.masked_fill(~(seen[:, :, None] & causal), -torch.inf)
+        total = scores.logsumexp(-1)
+        weights = torch.where(total[..., None] == -torch.inf, 0, scores.softmax(-1))  # a row without keys is zero
+        out[:, :, low:high] = (weights @ values).to(out.dtype)
+        lse[:, :, low:high] = total.float()
+    return out, lse if need_lse else no_lse(q)
+
+
+def _is_own(key: Tensor, own: Tensor) -> Tensor:
+    """Whether each position is among the own keys that begin at `own` `[B]`: bool `[B, Lk]`."""
+    return (key >= own[:, None]) & (key < own[:, None] + ROWS)

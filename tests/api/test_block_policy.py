@@ -1,0 +1,88 @@
+"""The policy BlockSparse in a model, in plans, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+import tsa_compile as tsa
+from tests.api.tiny import tiny_llama, token_ids
+from tsa_compile.passes.site import AttentionSite, MaskFacts, Operands
+from tsa_compile.policies.base import call, from_dict, why_dense
+
+SPARSE = tsa.BlockSparse(alpha=0.999, pool=32, window=1, sinks=0, last_dense=0)
+
+
+def logits(policy, ids, mask, fullgraph=True):
+    torch.manual_seed(0)
+    model = tiny_llama()
+    if policy is not None:
+        tsa.transform(model, policy, fullgraph=fullgraph)
+    with torch.no_grad():
+        return model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_alpha_zero_is_the_dense_model(padded):
+    ids = token_ids(330, batch=2)
+    mask = torch.ones_like(ids)
+    mask[1, : 150 if padded else 0] = 0
+    want = logits(None, ids, mask)[mask.bool()]
+    torch.testing.assert_close(logits(tsa.BlockSparse(alpha=0), ids, mask)[mask.bool()], want, rtol=1e-4, atol=1e-5)
+    sparse = logits(SPARSE, ids, mask)[mask.bool()]
+    assert sparse.isfinite().all()
+    assert not torch.allclose(sparse, want, atol=1e-5)
+
+
+def test_later_tokens_do_not_reach_back_beyond_their_row_block():
+    """Rows before the block that holds the first changed token are equal; so is everything with `last_dense=0`."""
+    ids = token_ids(400)
+    changed = ids.clone()
+    changed[:, 300:] = (changed[:, 300:] + 7) % 100
+    one, two = (logits(SPARSE, x, torch.ones_like(x)) for x in (ids, changed))
+    assert torch.equal(one[:, :256], two[:, :256])
+    assert not torch.equal(one[:, 300:], two[:, 300:])
+
+
+def test_plans_carry_it():
+    for policy in (SPARSE, tsa.BlockSparse(alpha=[0.1, 0.2]), tsa.BlockSparse(share="group")):
+        assert from_dict(policy.to_dict()) == policy
+        assert tsa.Plan.from_dict(tsa.Plan(policy).to_dict()) == tsa.Plan(policy)
+
+
+def site(heads=4, kv_heads=2, length=400):
+    q, k, v = (torch.randn(1, h, length, 16) for h in (heads, kv_heads, kv_heads))
+    return AttentionSite.of(Operands(q, k, v), MaskFacts(True), 0.25)
+
+
+def test_alphas_by_head():
+    at = site()
+    assert "alpha has 3 numbers for 4 query heads" in why_dense(tsa.BlockSparse(alpha=(0.1, 0.2, 0.3)), at)
+    assert why_dense(tsa.BlockSparse(alpha=(0.1, 0.2, 0.3, 0.4)), at) is None
+
+
+def test_a_group_reads_what_any_of_its_heads_keeps():
+    at = site()
+    single = SPARSE.select(call, at).bits
+    union = dataclasses.replace(SPARSE, share="group")
+    assert torch.equal(union.select(call, at).bits, single[:, 0::2] | single[:, 1::2])
+    assert union.attend(call, at, union.select(call, at)).shape == (1, 4, 400, 16)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(alpha=1), r"BlockSparse\.alpha must be a number in \[0, 1\), or one for each query head, got 1"),
+        (dict(alpha=()), r"BlockSparse\.alpha must be .* got \(\)"),
+        (dict(alpha=(0.1, True)), r"BlockSparse\.alpha must be .*True"),
+        (dict(pool=48), r"BlockSparse\.pool must divide 128, got 48"),
+        (dict(pool=0), r"BlockSparse\.pool must be an int >= 1 and <= 128, got 0"),
+        (dict(window=0), r"BlockSparse\.window must be an int >= 1, got 0"),
+        (dict(share="all"), r"BlockSparse\.share must be one of .* got 'all'"),
+    ],
+)
+def test_a_bad_value_is_named(fields, message):
+    with pytest.raises(ValueError, match=message):
+        tsa.BlockSparse(**fields)

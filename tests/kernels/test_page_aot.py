@@ -1,0 +1,61 @@
+"""The kernels of block-sparse prefill compile ahead of time for several GPUs, on a machine without one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).parents[2]
+SCRIPT = """
+import sys
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from tsa_compile.kernels.attend.pages.device import key_block_attention_kernel
+from tsa_compile.kernels.attend.pages.host import tile_config
+from tsa_compile.kernels.score.page_mass.device import key_block_means_kernel
+from tsa_compile.kernels.select.threshold_pages.device import select_key_blocks_kernel
+from tsa_compile.kernels.select.threshold_pages.host import tile
+
+TYPES = {"means": "*fp32", "counts": "*i32", "key_mask": "*i1",
+         "lse": "*fp32", "bits": "*i64", "starts": "*i32", "lengths": "*i32", "alphas": "*fp32",
+         "scratch": "*i32", "scale_log2": "fp32", "alpha_log2": "fp32"}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+capability = int(sys.argv[1])
+
+def compile_kernel(kernel, dtype, constants, **options):
+    names = [p.name for p in kernel.params]
+    pointers = ("q", "k", "v", "out")
+    signature = {n: "constexpr" if n in constants else TYPES.get(n, "*" + dtype if n in pointers else "i32") for n in names}
+    wide = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] == "*" or n[1:3] == "_s"}
+    assert triton.compile(ASTSource(kernel, signature, constants, wide), target=GPUTarget("cuda", capability, 32),
+                          options=options).asm["cubin"]
+
+for padded, (dtype, dim) in ((False, ("bf16", 128)), (True, ("fp32", 64))):
+    view = dict(START=padded, LENGTH=padded, MASK=padded)
+    compile_kernel(key_block_means_kernel, dtype, dict(D=dim, BLOCK_D=dim, KEYS=64, **view), num_warps=4)
+    for pool in (16,) if padded else (128, 16):
+        together, warps = tile(pool)
+        precise = "tf32x3" if dtype == "fp32" else "ieee"
+        shape = dict(D=dim, BLOCK_D=dim, POOL=pool, PER=128 // pool, ROW_BLOCKS=together, BY_HEAD=padded, POOLING=precise,
+                     PRECISION="tf32x3" if dtype == "fp32" else "tf32", **view)
+        compile_kernel(select_key_blocks_kernel, dtype, shape, num_warps=warps, num_stages=2 if dim <= 128 else 1)
+    config = tile_config(dim, DTYPES[dtype])
+    shape = dict(D=dim, DV=dim, BLOCK_D=dim, BLOCK_DV=dim, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+                 PER=64 // config.block_n, CHUNK=16, LSE=padded, PRECISION=precise, **view)
+    compile_kernel(key_block_attention_kernel, dtype, shape, **config.options)
+print("compiled")
+"""
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_compiles_ahead_of_time(capability, tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(capability)], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.strip().endswith("compiled"), done.stderr[-3000:]
