@@ -65,10 +65,10 @@ def test_alphas_by_head():
 
 def test_a_group_reads_what_any_of_its_heads_keeps():
     at = site()
-    single = SPARSE.select(call, at).bits
+    single = SPARSE.select(call, at, None).bits
     union = dataclasses.replace(SPARSE, share="group")
-    assert torch.equal(union.select(call, at).bits, single[:, 0::2] | single[:, 1::2])
-    assert union.attend(call, at, union.select(call, at)).shape == (1, 4, 400, 16)
+    assert torch.equal(union.select(call, at, None).bits, single[:, 0::2] | single[:, 1::2])
+    assert union.attend(call, at, union.select(call, at, None)).shape == (1, 4, 400, 16)
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ class BlockSparse(Policy):
             return f"alpha has {len(self.alpha)} numbers for {site.heads} query heads"
         return None
 
-    def select(self, emit: Emit, site: AttentionSite, state: Any = None) -> PageBitmap:
+    def select(self, emit: Emit, site: AttentionSite, state: Any) -> PageBitmap:
         x, padding = site.operands, _padding(emit, site)
         means, counts = emit(torch.ops.tsa.key_block_means.default, x.k, *padding)
         alphas = [float(a) for a in (self.alpha if isinstance(self.alpha, tuple) else (self.alpha,))]

@@ -106,12 +106,12 @@ def bench_length(length: int, heads: int, kv_heads: int, dim: int) -> tuple[dict
     for pool in POOLS:
         for alpha in ALPHAS:
             policy = BlockSparse(alpha=alpha, pool=pool)
-            selection = policy.select(call, site)
+            selection = policy.select(call, site, None)
             rule = (site.scale, [alpha], pool, policy.window, policy.sinks, policy.last_dense)
             out = policy.attend(call, site, selection)
             row = Row(
                 length, pool, alpha,
-                ms=timed(lambda: policy.attend(call, site, policy.select(call, site)), length),  # noqa: B023
+                ms=timed(lambda: policy.attend(call, site, policy.select(call, site, None)), length),  # noqa: B023
                 means_ms=timed(lambda: torch.ops.tsa.key_block_means(k, None, None, None), length),
                 select_ms=timed(lambda: torch.ops.tsa.select_key_blocks(q, k, *means, None, None, None, *rule), length),  # noqa: B023
                 attend_ms=timed(lambda: policy.attend(call, site, selection), length),  # noqa: B023
