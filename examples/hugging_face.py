@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 import tsa_compile as tsa
-from tsa_compile.tools.bench.models import load_causal_lm, load_tokenizer
 from tsa_compile.tools.bench.prompts import essay
+from tsa_compile.tools.load_models import load_causal_lm, load_tokenizer
 
 name = sys.argv[1] if len(sys.argv) > 1 else "smollm2"
 text = Path(sys.argv[2]).read_text() if len(sys.argv) > 2 else essay(1200, seed=0)

@@ -12,8 +12,8 @@ pytest.importorskip("gguf", reason="extra 'demo' is not installed")
 
 import tsa_compile as tsa  # noqa: E402
 from tsa_compile import export  # noqa: E402
-from tsa_compile.tools.bench.models import load_packaged  # noqa: E402
 from tsa_compile.tools.bench.prompts import chat_ids, needle_prompt  # noqa: E402
+from tsa_compile.tools.load_models import load_packaged  # noqa: E402
 
 DYNAMIC = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
 POLICY = tsa.TokenSparse(coverage=0.05, window=32, min_tokens=96, completion=tsa.Completion(64, 4, 64))

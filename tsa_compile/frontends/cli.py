@@ -49,7 +49,7 @@ def explain(
 
     from tsa_compile import api
     from tsa_compile.plan import default_policy
-    from tsa_compile.tools.bench.models import load_causal_lm
+    from tsa_compile.tools.load_models import load_causal_lm
 
     policy = default_policy(coverage)
     network = load_causal_lm(model)
@@ -76,8 +76,8 @@ def compare(
 
     from tsa_compile import check
     from tsa_compile.plan import default_policy
-    from tsa_compile.tools.bench.models import load_causal_lm, load_tokenizer
     from tsa_compile.tools.bench.prompts import essay
+    from tsa_compile.tools.load_models import load_causal_lm, load_tokenizer
 
     policy = default_policy(coverage)
     prompt = Path(text).read_text() if text else essay(tokens, seed=0)
@@ -161,7 +161,7 @@ def export_command(
 
     from tsa_compile.export import export_cli
     from tsa_compile.plan import Plan, as_plan, default_policy
-    from tsa_compile.tools.bench.models import load_causal_lm
+    from tsa_compile.tools.load_models import load_causal_lm
 
     if dtype not in ("float32", "float16", "bfloat16"):
         raise ValueError(f"--dtype must be float32, float16 or bfloat16, got {dtype!r}")
@@ -187,20 +187,21 @@ def zoo(
 ) -> None:
     """Check tiny random models of every family: what is replaced, what stays dense and why, and that all outputs are right."""
     from tsa_compile.progress import track
-    from tsa_compile.tools.zoo import registry, run, table
+    from tsa_compile.tools.zoo import all_entries, support_table
+    from tsa_compile.tools.zoo.jobs import jobs_of, run
 
     if results:
-        runs = table.joined([table.read_json(path) for path in results])
+        runs = support_table.joined([support_table.read_json(path) for path in results])
     else:
-        jobs = run.jobs_of(registry.select_entries(only))
-        checked = track(run.run(jobs, processes), "checking", len(jobs), console)
-        runs = [(table.environment(), [r for group in checked for r in group])]
+        jobs = jobs_of(all_entries.select_entries(only))
+        checked = track(run(jobs, processes), "checking", len(jobs), console)
+        runs = [(support_table.environment(), [r for group in checked for r in group])]
     found = [r for _, part in runs for r in part]
-    console.print(table.rich_table(found))
+    console.print(support_table.rich_table(found))
     if json:
-        table.write_json(json, found)
+        support_table.write_json(json, found)
     if markdown:
-        Path(markdown).write_text(table.markdown(runs))
+        Path(markdown).write_text(support_table.markdown(runs))
     failures = [r for r in found if r.status == "failed"]
     for r in failures:
         console.print(f"failed: {r.model}, {r.implementation}, {r.scenario}: {r.detail}", markup=False)

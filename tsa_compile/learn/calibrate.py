@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from tsa_compile.learn import search
-from tsa_compile.learn.inputs import as_inputs, fingerprint
+from tsa_compile.learn.measurements import Run
 from tsa_compile.learn.meter import Meter, Sample
-from tsa_compile.learn.run import Run
+from tsa_compile.learn.model_inputs import as_inputs, fingerprint
 from tsa_compile.learn.search import Step
 from tsa_compile.learn.state import Measured
 from tsa_compile.learn.target import Target

@@ -11,7 +11,7 @@ from tsa_compile.learn.prompt_file import read_prompts
 from tsa_compile.learn.target import Target
 from tsa_compile.plan import Plan
 from tsa_compile.policies.base import Policy, from_dict
-from tsa_compile.tools.bench.models import load_causal_lm, load_tokenizer
+from tsa_compile.tools.load_models import load_causal_lm, load_tokenizer
 
 
 def calibrate_files(

@@ -12,8 +12,8 @@ from tsa_compile import api
 from tsa_compile.check import Measurement, compare
 from tsa_compile.policies.base import Policy
 from tsa_compile.progress import step
-from tsa_compile.tools.bench.models import load_packaged
 from tsa_compile.tools.bench.prompts import needle_ids
+from tsa_compile.tools.load_models import load_packaged
 
 LAST = 128  # predictions that are compared
 

@@ -12,7 +12,7 @@ from rich.console import Console
 import tsa_compile as tsa
 from tests.tools.evaluate.tiny_lm import byte_tokenizer, tiny_lm
 from tsa_compile.tools import plots
-from tsa_compile.tools.evaluate import pages, summary
+from tsa_compile.tools.evaluate import report_pages, summary
 from tsa_compile.tools.evaluate.anatomy import _overlap
 from tsa_compile.tools.evaluate.job import Options, run
 from tsa_compile.tools.evaluate.local_attention import local_attention, use_local_attention
@@ -212,11 +212,11 @@ def test_every_cell_is_measured_and_written(evaluated):
 
 def test_reports(evaluated):
     _, data = evaluated
-    table = pages.markdown(data)
+    table = report_pages.markdown(data)
     assert table.count("\n| ") == 2 + 5
     assert "| dense | 0% |" in table
     assert "| needle |" not in table  # not measured
-    page = pages.page(data)
+    page = report_pages.page(data)
     assert page.count("<svg") >= 7
     for outside in ("http://", "https://", "src=", "@import", "url("):
         assert outside not in page.replace('xmlns="http://www.w3.org/2000/svg"', "")

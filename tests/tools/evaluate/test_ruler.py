@@ -12,10 +12,10 @@ from rich.console import Console
 
 import tsa_compile as tsa
 from tests.tools.evaluate.tiny_lm import byte_tokenizer, tiny_lm
-from tsa_compile.tools.evaluate import pages, ruler_data
+from tsa_compile.tools.evaluate import report_pages, ruler_data
 from tsa_compile.tools.evaluate.eval_cli import _tasks
 from tsa_compile.tools.evaluate.job import Options, run
-from tsa_compile.tools.evaluate.prompts import Prompter
+from tsa_compile.tools.evaluate.prompter import Prompter
 from tsa_compile.tools.evaluate.ruler_cell import RulerCell, left_padded
 from tsa_compile.tools.evaluate.ruler_summary import paired, ruler_rows
 from tsa_compile.tools.evaluate.runner import Runner
@@ -106,8 +106,8 @@ def test_cells_resume_and_come_into_the_report(tmp_path):
     rows = ruler_rows(data)
     assert [r.variant for r in rows] == [v["name"] for v in data["variants"]]
     assert rows[0].difference == rows[0].low == rows[0].high == 0.0
-    assert "minus dense" in pages.markdown(data)
-    assert "minus dense" in pages.page(data)
+    assert "minus dense" in report_pages.markdown(data)
+    assert "minus dense" in report_pages.page(data)
     before = (tmp_path / "results.json").read_text()
     run(options, model, byte_tokenizer(False), tmp_path, console)
     assert json.loads((tmp_path / "results.json").read_text())["cells"] == json.loads(before)["cells"]

@@ -9,7 +9,7 @@ import pytest
 from tests.tools.evaluate.tiny_lm import byte_tokenizer
 from tsa_compile.tools.evaluate import tasks
 from tsa_compile.tools.evaluate.cells import DEPTHS, GENERATORS
-from tsa_compile.tools.evaluate.prompts import Prompter
+from tsa_compile.tools.evaluate.prompter import Prompter
 from tsa_compile.tools.evaluate.reference_text import reference_text, vocabulary
 
 LENGTH = 2500

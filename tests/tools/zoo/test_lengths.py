@@ -7,7 +7,7 @@ import torch
 
 import tsa_compile as tsa
 from tests.api.tiny import KEEP_ALL, LAYERS, tiny_llama, token_ids
-from tsa_compile.tools.zoo.registry import ENTRIES
+from tsa_compile.tools.zoo.all_entries import ENTRIES
 
 LENGTHS = range(40, 140, 10)
 

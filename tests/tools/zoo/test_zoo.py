@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tsa_compile.tools.zoo import registry, run, table
-from tsa_compile.tools.zoo.check import Result, check, difference
+from tsa_compile.tools.zoo import all_entries, jobs, support_table
+from tsa_compile.tools.zoo.check_model import Result, check, difference
 from tsa_compile.tools.zoo.entries import Entry
-from tsa_compile.tools.zoo.reference import causal_with_padding
 from tsa_compile.tools.zoo.scenarios import SCENARIOS
+from tsa_compile.tools.zoo.sdpa_reference import causal_with_padding
 
 QUICK = {  # (model, implementation) -> scenarios; `tsa-compile zoo` runs all
     ("Qwen3", "sdpa"): ("chunked prefill", "left padding"),
@@ -34,7 +34,7 @@ QUICK = {  # (model, implementation) -> scenarios; `tsa-compile zoo` runs all
 
 
 def entry_named(name: str) -> Entry:
-    return next(e for e in registry.ENTRIES if e.name == name)
+    return next(e for e in all_entries.ENTRIES if e.name == name)
 
 
 @pytest.mark.parametrize(("name", "implementation"), QUICK)
@@ -129,12 +129,12 @@ def test_difference_is_infinite_where_nothing_compares():
 
 
 def test_a_missing_library_is_a_row(monkeypatch):
-    monkeypatch.setattr(run, "missing", lambda library: f"{library} is not installed")
-    (result,) = run.run_job(run.jobs_of([entry_named("DiT")])[0])
+    monkeypatch.setattr(jobs, "missing", lambda library: f"{library} is not installed")
+    (result,) = jobs.run_job(jobs.jobs_of([entry_named("DiT")])[0])
     assert (result.status, result.detail) == ("not run", "diffusers is not installed")
-    assert "| DiT | sdpa |  |  | diffusers is not installed | not run |" in table.markdown([({"torch": "1"}, [result])])
+    assert "| DiT | sdpa |  |  | diffusers is not installed | not run |" in support_table.markdown([({"torch": "1"}, [result])])
     here = dataclasses.replace(result, scenario="call", status="ok", detail="", sites=2)
-    text = table.markdown([({"torch": "1"}, [result]), ({"torch": "2", "timm": "1"}, [here])])
+    text = support_table.markdown([({"torch": "1"}, [result]), ({"torch": "2", "timm": "1"}, [here])])
     assert "not run" not in text  # another run had it
     assert "| DiT | sdpa | 2 | 0 |  | 1 of 1 |" in text
     assert "Run 2: torch 2." in text  # versions of what was run, no others
@@ -143,24 +143,27 @@ def test_a_missing_library_is_a_row(monkeypatch):
 def test_the_table_shows_runs_side_by_side(tmp_path):
     ok = Result("M", "torch", "sdpa", "prefill", calls=2, sites=4, replaced=2, reasons={"softcap: x (tanh)": 2})
     bad = dataclasses.replace(ok, scenario="decode", status="failed", detail="a | b")
-    table.write_json(str(tmp_path / "a.json"), [ok, bad])
-    environment, read = table.read_json(str(tmp_path / "a.json"))
+    support_table.write_json(str(tmp_path / "a.json"), [ok, bad])
+    environment, read = support_table.read_json(str(tmp_path / "a.json"))
     assert read == [ok, bad]
     assert environment["torch"] == importlib.metadata.version("torch")
-    text = table.markdown([(environment, read), (environment, [ok])])
+    text = support_table.markdown([(environment, read), (environment, [ok])])
     assert "| M | sdpa | 2 | 1 | softcap | 1 of 2 | 1 of 1 |" in text
     assert "- M, sdpa, decode: a \\| b" in text
     unread = "2 attention-like operation(s) not recognised, left as they are: a.0: flash_attn; a.1: flash_attn"
     flash = Result("M", "torch", "flash", "prefill", calls=1, warnings=[unread])
-    assert "| M | flash | 0 | 0 | not recognised: flash_attn | 1 of 1 |" in table.markdown([(environment, [flash])])
-    assert table.joined([(environment, [bad]), ({}, [ok]), (environment, [ok, bad])]) == [(environment, [bad, ok]), ({}, [ok])]
+    assert "| M | flash | 0 | 0 | not recognised: flash_attn | 1 of 1 |" in support_table.markdown([(environment, [flash])])
+    assert support_table.joined([(environment, [bad]), ({}, [ok]), (environment, [ok, bad])]) == [
+        (environment, [bad, ok]),
+        ({}, [ok]),
+    ]
     (tmp_path / "b.json").write_text("{}")
     with pytest.raises(ValueError, match="was not written by"):
-        table.read_json(str(tmp_path / "b.json"))
+        support_table.read_json(str(tmp_path / "b.json"))
 
 
 def test_names_that_no_model_has():
-    assert len({(e.library, e.name) for e in registry.ENTRIES}) == len(registry.ENTRIES)
-    assert [e.name for e in registry.select_entries("gemma 3,bloom")] == ["Gemma 3", "BLOOM"]
+    assert len({(e.library, e.name) for e in all_entries.ENTRIES}) == len(all_entries.ENTRIES)
+    assert [e.name for e in all_entries.select_entries("gemma 3,bloom")] == ["Gemma 3", "BLOOM"]
     with pytest.raises(ValueError, match="no model of the zoo has 'nope'"):
-        registry.select_entries("nope")
+        all_entries.select_entries("nope")

