@@ -9,6 +9,8 @@ from tsa_compile.kernels.types import BlockLists, BlockRule, Keys, Operands, Str
 Tensor = torch.Tensor
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_HEAD_DIM = 256
+MAX_SELECTED_FROM = 1 << 24  # tokens of a row: selection counts them in fields of 24 bits
+MAX_BLOCKS = 1 << 15  # of a row, whose numbers are int16
 BLOCKS = (16, 32, 64, 128)  # tokens of a block
 SHARES = ("head", "group")  # whose list of tokens it is: a query head's, or that of all heads of a KV head
 
@@ -58,6 +60,12 @@ def _check_mask(name: str, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Non
             f"{name}: key_mask must be bool {expected} on {q.device}, "
             f"got {key_mask.dtype} {tuple(key_mask.shape)} on {key_mask.device}"
         )
+
+
+def check_selected_from(name: str, k: Tensor) -> None:
+    """Raise a ValueError naming operator `name`, unless the kernels can count the keys of a row."""
+    if k.shape[2] >= MAX_SELECTED_FROM:
+        raise ValueError(f"{name}: a row must have fewer than {MAX_SELECTED_FROM} keys, got {k.shape[2]}")
 
 
 def check_rule(name: str, rule: TokenRule, share: str) -> None:
@@ -133,6 +141,7 @@ def key_view(key_mask: Tensor) -> None:
 
 def select_tokens(x: Operands, scale: float, rule: TokenRule, share: str) -> None:
     check_operands("tsa::select_tokens", x)
+    check_selected_from("tsa::select_tokens", x.k)
     check_rule("tsa::select_tokens", rule, share)
 
 
@@ -152,6 +161,7 @@ def token_sparse_attention(x: Operands, scale: float, rule: TokenRule, strip: St
 def select_keys(x: Operands, scale: float, coverage: float, probes: int, min_keys: int) -> None:
     name = "tsa::select_keys"
     check_operands(name, x, causal=False)
+    check_selected_from(name, x.k)
     if not 0 <= coverage < 1:
         raise ValueError(f"{name}: coverage must be in [0, 1), got {coverage}")
     if probes < 1 or min_keys < 1:
@@ -167,6 +177,11 @@ def select_blocks(x: Operands, kept: Keys, scale: float, rule: BlockRule) -> Non
     check_operands("tsa::select_blocks", x)
     check_lists("tsa::select_blocks", x.q, x.k, *kept)
     check_block_rule("tsa::select_blocks", rule)
+    if -(-x.k.shape[2] // rule.block) > MAX_BLOCKS:
+        raise ValueError(
+            f"tsa::select_blocks: block must be at least {-(-x.k.shape[2] // MAX_BLOCKS)} for {x.k.shape[2]} keys "
+            f"(a row has at most {MAX_BLOCKS} blocks), got {rule.block}"
+        )
 
 
 def block_sparse_attention(

@@ -44,7 +44,7 @@ class KvView(NamedTuple):
         return cls(order, 1, None, None, ranks)
 
     @property
-    def order(self) -> tuple[T | None, T | None]:
+    def order(self) -> tuple[T, T]:
         """(order, ranks), as operators of prefill take them; (None, None) without padding."""
         return self.blocks, self.ranks
 

@@ -7,35 +7,17 @@ tests/export/test_native_cuda.py compares both with what the host code launches,
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
-
-import torch
 
 from tsa_compile.export.native.aot_form import AotKernel, Form, widths
 from tsa_compile.kernels.attend.tokens import hopper
 from tsa_compile.kernels.common.tiles import precision, prefill_config, strip_config
 from tsa_compile.kernels.score.window import hopper as scores_hopper
-from tsa_compile.kernels.score.window import host as token_scores
+from tsa_compile.kernels.score.window.host import score_config
 
 _STRIP_BINDS = {
     "window": "strip_window", "sinks": "strip_sinks", "order": "strip_order",
     "ranks": "strip_ranks", "part": "out", "part_lse": "lse", "s_sb": "i_sb", "s_sg": "i_sg", "p_sb": "o_sb", "p_sh": "o_sh",
 }  # fmt: skip
-
-
-class ScoreConfig(NamedTuple):
-    """Compile-time sizes of the window-score kernels."""
-
-    block_d: int
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
-def score_config(dim: int, dtype: torch.dtype, window: int) -> ScoreConfig:
-    """What kernels/score/window/host.py takes for these queries."""
-    return ScoreConfig(*token_scores._config(torch.empty(1, 1, 1, dim, dtype=dtype, device="meta"), window))
 
 
 def takes_hopper(form: Form, capability: tuple[int, int]) -> bool:
@@ -77,7 +59,7 @@ def _scores(form: Form, capability: tuple[int, int]) -> Iterator[AotKernel]:
         return
     from tsa_compile.kernels.score.window import device as scores
 
-    config = score_config(form.dim, form.torch_dtype, form.window)
+    config = score_config(form.dim, form.torch_dtype, form.window, capability)
     tile = {
         "D": form.dim, "BLOCK_D": config.block_d, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
         "PRECISION": precision(form.torch_dtype),

@@ -86,7 +86,7 @@ def _register_strip(trtp: ModuleType) -> None:
     ) -> Result:  # fmt: skip
         batch, heads, q_len, _ = q.shape_expr
         kernel = _compile("sparse_strip", q, v, {"scale": scale, "window": window, "sinks": sinks})
-        launch = _launch(trtp, kernel, trtp.cdiv(q_len, kernel.block_m), batch * heads)
+        launch = _launch(trtp, kernel, trtp.cdiv(q_len, kernel.block_m) * batch * heads)
         sizes = (heads, k.shape_expr[1], q_len, k.shape_expr[2], heavy.shape_expr[2])
         return kernel.entry, kernel.ptx, launch, trtp.SymIntExprs.from_tuple(sizes)
 
@@ -100,8 +100,8 @@ def _combination(trtp: ModuleType, types: list[str]) -> Any:
     return trtp.AutoTuneCombination(", ".join(types), ", ".join(["LINEAR"] * len(types)))
 
 
-def _launch(trtp: ModuleType, kernel: PluginKernel, x: Any, y: Any = 1) -> Any:
-    return trtp.KernelLaunchParams(grid_x=x, grid_y=y, block_x=kernel.threads, shared_mem=kernel.shared)
+def _launch(trtp: ModuleType, kernel: PluginKernel, programs: Any) -> Any:
+    return trtp.KernelLaunchParams(grid_x=programs, grid_y=1, block_x=kernel.threads, shared_mem=kernel.shared)
 
 
 def _compile(name: str, q: Any, v: Any, settings: Mapping[str, float]) -> PluginKernel:

@@ -10,6 +10,11 @@ Tensor = torch.Tensor
 MASS_UNIT = 2.0**52  # one unit of the fixed-point mass is 2**-52
 
 
+def finite_scores(scores: Tensor) -> Tensor:
+    """A score is at most 1, or it is not a finite number because a query or a key is not one: then it is 0, in all forms."""
+    return torch.where((scores >= 0) & (scores <= 2), scores, 0.0)
+
+
 def count_dropped(scores: Tensor, coverage: float) -> int:
     """How many of the lightest tokens together stay below `coverage` of the mass that all heads give.
 

@@ -31,6 +31,12 @@ def _interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+def tiles_in_yz(tiles: int) -> tuple[int, int]:
+    """y and z of a grid, together at least `tiles`: each ends at 65,535."""
+    deep = -(-tiles // 65535)
+    return (tiles, 1) if deep <= 1 else (-(-tiles // deep), deep)
+
+
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
     """Streaming multiprocessors of a GPU."""

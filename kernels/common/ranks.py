@@ -22,7 +22,7 @@ def rank_order(key_mask: Tensor) -> tuple[Tensor, Tensor]:
     ranks = key_mask.cumsum(1, dtype=torch.int32)
     order = torch.empty_like(ranks)
     if order.numel():
-        order_kernel[(triton.cdiv(ranks.shape[1], 1024), ranks.shape[0])](ranks, order, ranks.shape[1], BLOCK=1024)
+        order_kernel[(ranks.shape[0], triton.cdiv(ranks.shape[1], 1024))](ranks, order, ranks.shape[1], BLOCK=1024)
     return order, ranks
 
 
@@ -37,14 +37,15 @@ def order_or_unread(view: KvView, device: torch.device) -> tuple[Tensor, Tensor]
     if view.ranks is None:
         unread = torch.empty(1, dtype=torch.int32, device=device)
         return unread, unread
-    return view.blocks, view.ranks
+    return view.order
 
 
 def real_positions(view: KvView, b: int, k_len: int, device: torch.device) -> Tensor:
     """Positions of the real keys of batch row `b`, ascending, int64; for references, as it waits for the device."""
     if view.ranks is None:
         return torch.arange(k_len, device=device)
-    return view.blocks[b, : int(view.ranks[b, -1]) if k_len else 0].long()
+    order, ranks = view.order
+    return order[b, : int(ranks[b, -1]) if k_len else 0].long()
 
 
 def view_of_mask(key_mask: Tensor | None) -> KvView:

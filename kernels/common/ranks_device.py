@@ -27,9 +27,9 @@ def positions_of(order, b, rank, ok, k_len, PADDED: tl.constexpr):
 @triton.jit(do_not_specialize=["k_len"])
 def order_kernel(ranks, order, k_len, BLOCK: tl.constexpr):
     """order[b]: the real positions, ascending, then the padding. ranks [B, Lk]: running count of real positions."""
-    ranks += tl.program_id(1).to(tl.int64) * k_len
-    order += tl.program_id(1).to(tl.int64) * k_len
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    ranks += tl.program_id(0).to(tl.int64) * k_len
+    order += tl.program_id(0).to(tl.int64) * k_len
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     ok = at < k_len
     rank = tl.load(ranks + at, mask=ok, other=0)
     real = rank > tl.load(ranks + at - 1, mask=ok & (at > 0), other=0)

@@ -26,9 +26,16 @@ class Config(NamedTuple):
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
 
 
+def small_shared(capability: tuple[int, int]) -> bool:
+    """Whether a program has 101,376 bytes of shared memory (capability 8.6, 8.9, 12.x), and not 166,912 (8.0) or more."""
+    return capability in ((8, 6), (8, 9)) or capability[0] == 12
+
+
 def prefill_config(block_d: int, dtype: torch.dtype, capability: tuple[int, int]) -> Config:
     """For `sparse_prefill_kernel`; block_d: the larger head dim, rounded up to a power of two."""
     # Three stages: positions are read one block before the rows that they name; with two, 239 instead of 387 TFLOP/s.
+    if dtype == torch.float32 and block_d > 64 and small_shared(capability):
+        return Config(64, 16, 4, 3) if block_d <= 128 else Config(16, 16, 4, 2)
     if dtype == torch.float32:
         return Config(64, 32, 4, 3) if block_d <= 128 else Config(32, 16, 4, 3)
     if capability[0] == 9:
@@ -40,6 +47,8 @@ def prefill_config(block_d: int, dtype: torch.dtype, capability: tuple[int, int]
 
 def strip_config(block_d: int, dtype: torch.dtype, capability: tuple[int, int]) -> Config:
     """For `strip_kernel`: short loops, so smaller tiles and several programs on a multiprocessor."""
+    if dtype == torch.float32 and block_d > 64 and small_shared(capability):
+        return Config(64, 16, 4, 2) if block_d <= 128 else Config(16, 16, 4, 2)
     if dtype == torch.float32:
         return Config(64, 32, 4, 2) if block_d <= 128 else Config(32, 16, 4, 2)
     if capability[0] == 9 and block_d <= 128:
@@ -58,7 +67,12 @@ def section_heads(heads: int, kv_heads: int, k_len: int, row_bytes: int) -> int:
 
 
 def capability_of(device: torch.device) -> tuple[int, int]:
-    """Compute capability; (9, 0) for CPU tensors, which only Triton's interpreter takes."""
+    """Compute capability of an NVIDIA GPU; (9, 0) for CPU tensors, which only Triton's interpreter takes.
+
+    (0, 0) on ROCm, whose GPUs are "cuda" devices too and count their generations in the same numbers: (9, 0) is no Hopper there.
+    """
+    if torch.version.hip is not None:
+        return (0, 0)
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 

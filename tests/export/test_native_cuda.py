@@ -152,20 +152,22 @@ def recorded(monkeypatch):
 @pytest.mark.parametrize(("batch", "q_len", "k_len"), [(2, 90, 1100), (1, 9000, 9000), (1, 60, 17000)])
 def test_the_library_launches_what_the_host_code_launches(site, machine, recorded, form, masked, batch, q_len, k_len):
     """Same kernels, grids, numbers, constants and options, in the same order: `aot_kernels` and cuda.cc follow the host code."""
-    from tests.kernels.flat import select_tokens, sparse_attention
+    from tsa_compile.kernels.attend.tokens.host import sparse_attention
+    from tsa_compile.kernels.common.ranks import rank_order
+    from tsa_compile.kernels.compose import select_tokens
+    from tsa_compile.kernels.types import KvView, Operands, Strip, TokenRule
 
     s = getattr(site, form)
     q, k, v = site.operands(batch, q_len, k_len, dim=DIM, v_dim=V_DIM)
     mask = site.ragged_mask(batch, k_len) if masked else None
-    chosen = select_tokens(q, k, mask, site.scale, s["coverage"], s["window"], s["pool"], s["min_tokens"], s["heavy"])
-    sparse_attention(q, k, v, *chosen, mask, site.scale, s["strip_window"], s["strip_sinks"], 48, "fused")
+    x = Operands(q, k, v, view=KvView.ordered(*(rank_order(mask) if masked else (None, None))))
+    rule = TokenRule(s["coverage"], s["window"], s["pool"], s["min_tokens"], s["heavy"])
+    chosen, strip = select_tokens(x, site.scale, rule), Strip(s["strip_window"], s["strip_sinks"])
+    sparse_attention(x, chosen, site.scale, strip, 48, "fused")
     host = list(recorded)
     recorded.clear()
     site.run(session(site, machine, s, masked), q, k, v, mask)
-    if masked and form == "strip":  # the host code orders the ranks for the selection and again for the strip
-        first, second = (i for i, x in enumerate(host) if x[0] == "order_kernel")
-        assert host.pop(second) == host[first]
-    assert [x for x in recorded if x[0] != "rank_kernel"] == host  # PyTorch's cumsum in the host code
+    assert [launch for launch in recorded if launch[0] != "rank_kernel"] == host  # PyTorch's cumsum in the host code
 
 
 @pytest.mark.parametrize("form", ["paper", "strip"])
@@ -182,7 +184,7 @@ def test_the_same_with_the_kernels_for_hopper(site, machine, recorded, monkeypat
     monkeypatch.setattr(GluonJITFunction, "run", InterpretedFunction.run)
     for module in (prefill, scores):
         monkeypatch.setattr(module, "takes", lambda *_: True)
-        monkeypatch.setattr(module, "_multiprocessors", lambda _: 132)
+        monkeypatch.setattr(module, "multiprocessors", lambda _: 132)
     monkeypatch.setattr(scores, "_run_at_once", lambda *_: False)  # the library launches the passes one by one
     s = getattr(site, form)
     q, k, v = site.operands(batch, length, length, dim=64, v_dim=64, dtype=torch.float16)

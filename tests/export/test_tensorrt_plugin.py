@@ -64,7 +64,7 @@ def run_plugin(name, settings, inputs, outputs):
     sizes = [heads, k.shape[1], q_len, k.shape[2]] + ([inputs[6].shape[2]] if name == "sparse_strip" else [])
     blocks = lambda n: -(-n // constants["BLOCK_M"])  # noqa: E731
     tiles = min(blocks(k.shape[2]), blocks(q_len) + 1)
-    grid = (blocks(q_len), batch * heads) if name == "sparse_strip" else (batch * heads * tiles,)
+    grid = (blocks(q_len) * batch * heads,) if name == "sparse_strip" else (batch * heads * tiles,)
     plugin_function(name)[grid](*inputs, *sizes, *outputs, **constants, **options)
 
 
@@ -247,7 +247,7 @@ def test_registration_and_launch(trtp, compiled, monkeypatch, name):
     assert f".entry {entry}(" in ptx
     assert seen[0][:5] == (name, torch.float16, 64, 64, settings)
     rows = compiled[name].block_m
-    grid = (-(-300 // rows), 16) if name == "sparse_strip" else (16 * min(-(-500 // rows), -(-300 // rows) + 1), 1)
+    grid = (16 * (-(-300 // rows) if name == "sparse_strip" else min(-(-500 // rows), -(-300 // rows) + 1)), 1)
     assert (launch["grid_x"], launch["grid_y"]) == grid
     assert list(sizes) == [8, 4, 300, 500, 20][: len(sizes)]
     names = parameters(plugin_function(name))

@@ -16,7 +16,7 @@ void rank_order(Call& c) {
   c.values.ranks = c.take<int32_t>(p.batch * p.k_len);
   c.values.order = c.take<int32_t>(p.batch * p.k_len);
   c.launch(Kernel::rank, p.batch);
-  c.launch(Kernel::order, ceil_div(p.k_len, c.image(Kernel::order).block_m), p.batch);
+  c.launch(Kernel::order, p.batch, ceil_div(p.k_len, c.image(Kernel::order).block_m));
 }
 
 void window_scores(Call& c) {
@@ -51,7 +51,7 @@ void select_from_means(Call& c) {
   c.values.mass_bins = c.take<int64_t>(p.batch * kMassRow);
   c.fill8(c.values.mass_bins, 0, p.batch * kMassRow * 8);
   for (Kernel kernel : {Kernel::pool, Kernel::count})
-    c.launch(kernel, ceil_div(p.k_len, c.image(kernel).block_m), p.batch);
+    c.launch(kernel, ceil_div(p.k_len, c.image(kernel).block_m) * p.batch);
 }
 
 // Each list, by programs of its own for each chunk of a row; rows of one chunk, or all of whose tokens are kept, at once.
@@ -62,15 +62,15 @@ void write_lists(Call& c, bool by_score) {
   const int64_t lists = c.a.heavy > 0 ? 2 : 1;
   if (by_score) c.values.gathered = c.take<float>(lists * rows * p.k_len);
   if (chunks == 1 || !by_score) {
-    c.launch(Kernel::select, chunks, lists, rows);
+    c.launch(Kernel::select, chunks * lists * rows);
     return;
   }
   c.values.bins = c.take<int32_t>(rows * chunks * kBins);
   c.values.cuts = c.take<int32_t>(rows * 2 * 4);
   c.fill8(c.values.cuts, 0, rows * 2 * 4 * 4);
-  c.launch(Kernel::bin, chunks, rows);
-  c.launch(Kernel::cut, chunks, lists, rows);
-  c.launch(Kernel::write, chunks, lists, rows);
+  c.launch(Kernel::bin, chunks * rows);
+  c.launch(Kernel::cut, chunks * lists * rows);
+  c.launch(Kernel::write, chunks * lists * rows);
 }
 
 // Every real token of every row; known on the host, so nothing is scored.
@@ -136,10 +136,10 @@ void add_strip(Call& c) {
   const int64_t lists = p.batch * p.heads;
   c.values.slots = c.take<int32_t>(lists * p.k_len);
   c.fill32(c.values.slots, 0xffffffffu, lists * p.k_len);
-  c.launch(Kernel::invert, ceil_div(p.k_len, c.image(Kernel::invert).block_m), lists);
+  c.launch(Kernel::invert, lists, ceil_div(p.k_len, c.image(Kernel::invert).block_m));
   c.values.strip_order = p.key_mask ? c.values.order : c.values.slots;
   c.values.strip_ranks = p.key_mask ? c.values.ranks : c.values.slots;
-  c.launch(Kernel::strip, ceil_div(p.q_len, c.image(Kernel::strip).block_m), lists);
+  c.launch(Kernel::strip, ceil_div(p.q_len, c.image(Kernel::strip).block_m) * lists);
 }
 
 bool aligned(const void* x) { return reinterpret_cast<uintptr_t>(x) % 16 == 0; }

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from tsa_compile.kernels.attend.tokens.device import diagonal_steps, schedule
+from tsa_compile.kernels.common.grid_device import tile_and_row
 from tsa_compile.kernels.common.rows_device import load_columns, load_rows, store_lse, store_rows, zero_rows
 from tsa_compile.kernels.common.softmax_device import softmax_step
 
@@ -26,8 +27,9 @@ def pool_rows_kernel(
 
     Row 0 of x is at position `skipped`; kept tokens before it do not count.
     """
-    b, h = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
-    first, n = tl.program_id(0) * SUB, tl.load(counts + b)
+    tile, head_index = tile_and_row(tl.cdiv(n_pooled, SUB))
+    b, h = (head_index // heads).to(tl.int64), (head_index % heads).to(tl.int64)
+    first, n = tile * SUB, tl.load(counts + b)
     if first * POOL >= n:
         return
     slots = first * POOL + tl.arange(0, SUB * POOL)
@@ -52,7 +54,8 @@ def block_mass_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, POOL: tl.constexpr, PER: tl.constexpr, COLS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Estimated mass of one block of queries (PER pooled rows, at most 16) to each block of keys, to masses [B, H, N, N]."""
-    row, head_index = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    row, head_index = tile_and_row(n_blocks)
+    head_index = head_index.to(tl.int64)
     b, h = head_index // heads, head_index % heads
     n = tl.load(counts + b)
     if row * PER * POOL >= n:
@@ -86,7 +89,9 @@ def block_mass_kernel(
         visible = (w[None, :] <= u[:, None]) & (w <= last)[None, :] & present[:, None]
         share = tl.sum(tl.where(visible, tl.exp2(scores - lse[:, None]), 0.0), 0)
         column = start // PER + tl.arange(0, COLS // PER)
-        tl.store(masses + column, tl.sum(tl.reshape(share, [COLS // PER, PER]), 1), mask=column <= row)
+        total = tl.sum(tl.reshape(share, [COLS // PER, PER]), 1)
+        total = tl.where((total >= 0.0) & (total <= 2.0 * PER), total, 0.0)  # not finite: counts for nothing
+        tl.store(masses + column, total, mask=column <= row)
 
 
 @triton.jit
@@ -119,7 +124,8 @@ def pick_blocks_kernel(
     dense_below, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """The kept key blocks of one block of queries, ascending, then -1, to blocks [B, H, N, N]; their number to block_counts."""
-    row, head_index = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    row, head_index = tile_and_row(n_blocks)
+    head_index = head_index.to(tl.int64)
     b, h = head_index // heads, head_index % heads
     n = tl.load(counts + b)
     out = (head_index * n_blocks + row) * n_blocks

@@ -9,11 +9,10 @@ from tsa_compile.kernels.attend.tokens.fused import new_result
 from tsa_compile.kernels.attend.tokens.strip import add_strip, invert
 from tsa_compile.kernels.common.launch import check_triton
 from tsa_compile.kernels.common.results import no_lse
-from tsa_compile.kernels.common.tiles import LOG2_E, capability_of, precision, prefill_config, section_heads
+from tsa_compile.kernels.common.tiles import LOG2_E, capability_of, precision, prefill_config, section_heads, small_shared
 from tsa_compile.kernels.types import Attended, BlockLists, BlockRule, Keys, Operands, Strip, Tokens
 
 Tensor = torch.Tensor
-_COLUMNS = 64  # pooled keys a step
 _CHUNK = 256  # masses a step
 
 
@@ -45,20 +44,25 @@ def select_blocks(x: Operands, kept: Keys, scale: float, rule: BlockRule) -> Blo
     lists_of = (*indices.stride()[:2],)
     sub = max(1, 64 // pool)
     for rows, pooled, skipped in ((q, queries, k_len - q_len), (k, keys, 0)):
-        device.pool_rows_kernel[(triton.cdiv(n_pooled, sub), batch * pooled.shape[1])](
+        device.pool_rows_kernel[(triton.cdiv(n_pooled, sub) * batch * pooled.shape[1],)](
             rows, pooled, indices, counts, *rows.stride(), *lists_of, pooled.shape[1], rows.shape[1], lists, skipped, n_pooled,
             D=dim, BLOCK_D=block_d, POOL=pool, SUB=sub,
         )  # fmt: skip
-    grid = (n_blocks, batch * heads)
+    grid, columns = (n_blocks * batch * heads,), mass_columns(block_d, q.dtype, capability_of(q.device))
     device.block_mass_kernel[grid](
         queries, keys, masses, indices, counts, *lists_of, heads, lists, q_len, k_len, n_pooled, n_blocks, scale * LOG2_E,
-        D=dim, BLOCK_D=block_d, POOL=pool, PER=per_block, COLS=_COLUMNS, PRECISION=precision(q.dtype), num_stages=2,
+        D=dim, BLOCK_D=block_d, POOL=pool, PER=per_block, COLS=columns, PRECISION=precision(q.dtype), num_stages=2,
     )  # fmt: skip
     device.pick_blocks_kernel[grid](
         masses, blocks, block_counts, indices, counts, *lists_of, heads, lists, q_len, k_len, n_blocks, mass, sinks, local,
         dense_below, BLOCK=block, CHUNK=_CHUNK, num_warps=1,
     )  # fmt: skip
     return BlockLists(blocks, block_counts)
+
+
+def mass_columns(block_d: int, dtype: torch.dtype, capability: tuple[int, int]) -> int:
+    """Pooled keys a step of `block_mass_kernel`."""
+    return 32 if block_d > 128 and dtype == torch.float32 and small_shared(capability) else 64
 
 
 def block_sparse_attention(

@@ -31,7 +31,9 @@ def select_blocks_reference(x: Operands, kept: Keys, scale: float, rule: BlockRu
         masses = block_masses(q[b], k[b], indices[b, :, :n].long(), scale, block, pool)
         row, column = (torch.arange(rows, device=q.device) for _ in range(2))
         wanted = kept_by_mass(masses, mass) | (column < sinks) | (column > row[:, None] - local) | (n <= dense_below or mass >= 1)
-        wanted &= (column <= row[:, None]) & (masses.sum(-1, keepdim=True) > 0)
+        last = indices[b][:, torch.arange(block - 1, rows * block, block, device=q.device).clamp(max=n - 1)]  # [G, N] positions
+        has_query = (last >= k.shape[2] - q.shape[2]).repeat_interleave(heads // indices.shape[1], 0)
+        wanted &= (column <= row[:, None]) & has_query[..., None]
         listed = torch.where(wanted, column, n_blocks).sort(-1).values
         blocks[b, :, :rows, :rows] = torch.where(listed < n_blocks, listed, -1).short()
         block_counts[b, :, :rows] = wanted.sum(-1).int()
@@ -58,7 +60,8 @@ def block_masses(q: Tensor, k: Tensor, kept: Tensor, scale: float, block: int, p
     shares = scores.masked_fill(later | ~has_key[:, None], -torch.inf).softmax(-1)
     shares = torch.where(has_query[..., None], shares, 0.0)
     per_block = block // pool
-    return shares.unflatten(2, (-1, per_block)).sum(3).unflatten(1, (-1, per_block)).sum(2)
+    masses = shares.unflatten(2, (-1, per_block)).sum(3).unflatten(1, (-1, per_block)).sum(2)
+    return torch.where((masses >= 0) & (masses <= 2 * per_block), masses, 0.0)  # not finite: counts for nothing
 
 
 def _pooled(x: Tensor, present: Tensor, block: int, pool: int) -> tuple[Tensor, Tensor]:

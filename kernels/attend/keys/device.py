@@ -6,6 +6,7 @@ No order among keys: only the last tile, up to the count that is read on the dev
 import triton
 import triton.language as tl
 
+from tsa_compile.kernels.common.grid_device import tile_and_row
 from tsa_compile.kernels.common.rows_device import copy_rows, load_columns, load_rows
 from tsa_compile.kernels.common.softmax_device import softmax_step
 
@@ -19,10 +20,11 @@ def pack_keys_kernel(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Kept rows of k and v of each list, to packed_* [B, G, Lk, D or Dv]; rows beyond the count are left as they are."""
-    b, g = (tl.program_id(1) // lists).to(tl.int64), (tl.program_id(1) % lists).to(tl.int64)
+    tile, row = tile_and_row(tl.cdiv(k_len, BLOCK))
+    b, g = (row // lists).to(tl.int64), (row % lists).to(tl.int64)
     n = tl.load(counts + b)
-    slots = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    if tl.program_id(0) * BLOCK >= n:
+    slots = tile * BLOCK + tl.arange(0, BLOCK)
+    if tile * BLOCK >= n:
         return
     ok = slots < n
     at = tl.load(indices + b * i_sb + g * i_sg + slots, mask=ok, other=0).to(tl.int64)

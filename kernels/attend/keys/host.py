@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from tsa_compile.kernels.common.results import empty_result, no_lse
-from tsa_compile.kernels.common.tiles import LOG2_E, Config, capability_of, precision, prefill_config
+from tsa_compile.kernels.common.tiles import LOG2_E, Config, capability_of, precision, prefill_config, small_shared
 from tsa_compile.kernels.types import Attended, Keys, Operands
 
 Tensor = torch.Tensor
@@ -42,11 +42,11 @@ def key_attention(x: Operands, kept: Keys, scale: float, need_lse: bool = False)
     block_d, block_dv = (max(16, triton.next_power_of_2(x)) for x in (dim, v_dim))
     shape = {"D": dim, "DV": v_dim, "BLOCK_D": block_d, "BLOCK_DV": block_dv}
     if k_len:
-        pack_keys_kernel[(triton.cdiv(k_len, 64), batch * lists)](
+        pack_keys_kernel[(triton.cdiv(k_len, 64) * batch * lists,)](
             k, v, packed_k, packed_v, indices, counts, *k.stride(), *v.stride(), *indices.stride()[:2],
             kv_heads, lists, k_len, **shape, BLOCK=64,
         )  # fmt: skip
-    config = _config(max(block_d, block_dv), q)
+    config = key_config(max(block_d, block_dv), q.dtype, capability_of(q.device))
     tiles = triton.cdiv(q_len, config.block_m)
     key_attention_kernel[(batch * heads * tiles,)](
         q, packed_k, packed_v, out, counts, *q.stride(), *out.stride()[:3],
@@ -57,8 +57,12 @@ def key_attention(x: Operands, kept: Keys, scale: float, need_lse: bool = False)
     return Attended(out, no_lse(q) if lse is None else lse)
 
 
-def _config(block_d: int, q: Tensor) -> Config:
+def key_config(block_d: int, dtype: torch.dtype, capability: tuple[int, int]) -> Config:
     """Tiles and warps by head dim and dtype, chosen on an H200; never by length."""
-    if q.dtype != torch.float32 and block_d != 128:
+    if small_shared(capability) and dtype == torch.float32 and block_d > 64:
+        return Config(32, 16, 4, 2) if block_d <= 128 else Config(16, 16, 4, 2)
+    if small_shared(capability) and block_d > 128:
+        return Config(64, 32, 4, 2)
+    if dtype != torch.float32 and block_d != 128:
         return Config(64, 64, 4, 3) if block_d <= 64 else Config(64, 64, 8, 2)
-    return prefill_config(block_d, q.dtype, capability_of(q.device))
+    return prefill_config(block_d, dtype, capability)

@@ -3,14 +3,15 @@
 import triton
 import triton.language as tl
 
+from tsa_compile.kernels.common.grid_device import tile_of_yz
 from tsa_compile.kernels.common.rows_device import copy_rows
 
 
 @triton.jit(do_not_specialize=["i_sb", "i_sg", "s_sb", "s_sg", "lists"])
 def invert_kernel(indices, counts, slots, i_sb, i_sg, s_sb, s_sg, lists, BLOCK: tl.constexpr):
     """slots[b, g, indices[b, g, c]] = c for c < counts[b]; the caller filled `slots` with -1."""
-    b, g = (tl.program_id(1) // lists).to(tl.int64), (tl.program_id(1) % lists).to(tl.int64)
-    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    b, g = (tl.program_id(0) // lists).to(tl.int64), (tl.program_id(0) % lists).to(tl.int64)
+    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     ok = c < tl.load(counts + b)
     at = tl.load(indices + b * i_sb + g * i_sg + c, mask=ok, other=0)
     tl.store(slots + b * s_sb + g * s_sg + at, c, mask=ok)
@@ -28,7 +29,7 @@ def pack_kernel(
     """
     b, h = (tl.program_id(0) // packed_heads).to(tl.int64), (tl.program_id(0) % packed_heads).to(tl.int64)
     n = tl.load(counts + b)
-    first = tl.program_id(1) * BLOCK
+    first = tile_of_yz() * BLOCK
     if first >= n + TAIL:
         return
     slots = first + tl.arange(0, BLOCK)
@@ -46,7 +47,7 @@ def scatter_kernel(
 ):  # fmt: skip
     """Every row of out: its packed row, or zero where slots [B, G, Lq] is -1."""
     b, h = (tl.program_id(0) // heads).to(tl.int64), (tl.program_id(0) % heads).to(tl.int64)
-    rows = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    rows = tile_of_yz() * BLOCK + tl.arange(0, BLOCK)
     slot = tl.load(slots + b * s_sb + h * lists // heads * s_sg + rows, mask=rows < q_len, other=-1)
     d = tl.arange(0, BLOCK_DV)
     packed += b * p_sb + h * p_sh

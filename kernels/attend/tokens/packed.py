@@ -48,14 +48,13 @@ def packed_attention(
         else:
             packed = pack_all(q_c, k_c, v_c, indices_c, kept.counts)
             part = Attended(*inner.attend(*packed, kept.counts, scale, has_strip or need_lse))
+        part_lse: Tensor | None = part.lse
         if has_strip:
             part_lse = add_strip(part_x, out_c, part, slots_c, heavy_c, strip, scale, need_lse)
         elif inner is not None:
             scatter(part.out, out_c, slots_c)
             part_lse = lse_by_row(part.lse, slots_c) if need_lse else None
-        else:
-            part_lse = part.lse
-        if need_lse:
+        if need_lse and part_lse is not None:
             lse_c.copy_(part_lse)
         del part, part_lse  # before the next chunk allocates
     return Attended(out, lse)

@@ -45,8 +45,8 @@ def sparse_attention_reference(
     """
     check_reference_engine("tsa::sparse_attention", engine)
 
-    def attend(b: int, *row: Any) -> tuple[Tensor, Tensor | None]:
-        return _attend_row(*row, scale, need_lse)
+    def attend(b: int, q: Tensor, k: Tensor, v: Tensor, own: Tensor | None, strip: RowStrip) -> tuple[Tensor, Tensor | None]:
+        return _attend_row(q, k, v, own, strip, scale, need_lse)
 
     return by_row(x, kept, strip, x.k.shape[2] <= dense_below, need_lse, attend)
 

@@ -19,7 +19,7 @@ def invert(indices: Tensor, counts: Tensor) -> Tensor:
 
     batch, lists, k_len = indices.shape
     slots = torch.full(indices.shape, -1, dtype=torch.int32, device=indices.device)
-    invert_kernel[(triton.cdiv(k_len, 1024), batch * lists)](
+    invert_kernel[(batch * lists, triton.cdiv(k_len, 1024))](
         indices, counts, slots, *indices.stride()[:2], *slots.stride()[:2], lists, BLOCK=1024
     )
     return slots
@@ -46,7 +46,7 @@ def add_strip(
     padded = x.view.ranks is not None
     order, ranks = x.view.order if padded else (slots, slots)  # not read
     lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device) if need_lse else None
-    strip_kernel[(triton.cdiv(q_len, config.block_m), batch * heads)](
+    strip_kernel[(triton.cdiv(q_len, config.block_m) * batch * heads,)](
         q, k, v, out, part.out, part.lse, slots, heavy_indices, order, ranks,
         *q.stride(), *k.stride(), *v.stride(), *out.stride()[:3], *part.out.stride()[:3],
         *part.lse.stride()[:2], *slots.stride()[:2], *heavy_indices.stride()[:2],

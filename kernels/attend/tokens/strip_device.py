@@ -7,6 +7,7 @@ softmax from the finished attention over the kept tokens (output and log-sum-exp
 import triton
 import triton.language as tl
 
+from tsa_compile.kernels.common.grid_device import tile_and_row
 from tsa_compile.kernels.common.rows_device import load_columns, load_rows
 
 LENGTHS = (
@@ -103,8 +104,8 @@ def strip_kernel(
     the kept tokens, by slot if PACKED, else by row; `part` may be `out`. `lse`: takes the natural log-sum-exp [B, H, Lq] of
     every row, -inf where it reads nothing; None: nobody needs it.
     """
-    tile = tl.program_id(0)
-    b, h = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
+    tile, head_index = tile_and_row(tl.cdiv(q_len, BLOCK_M))
+    b, h = (head_index // heads).to(tl.int64), (head_index % heads).to(tl.int64)
     slots += b * s_sb + h * lists // heads * s_sg
     heavy_indices += b * h_sb + h * lists // heads * h_sg
     order += b * k_len

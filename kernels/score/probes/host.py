@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from tsa_compile.kernels.common.ranks import order_or_unread
-from tsa_compile.kernels.common.tiles import LOG2_E, precision
+from tsa_compile.kernels.common.tiles import LOG2_E, capability_of, precision, small_shared
 from tsa_compile.kernels.score.probes.reference import probe_ranks
 from tsa_compile.kernels.types import KvView
 
@@ -17,7 +17,8 @@ def probing_queries(q: Tensor, k_len: int, view: KvView, probes: int) -> Tensor:
     """The probes, contiguous `[B, H, probes, D]`: evenly spread over the queries, or over the real ones of `Lq == Lk`."""
     if view.ranks is None or q.shape[2] != k_len:
         return q[:, :, probe_ranks(q.shape[2], probes, q.device)].contiguous()
-    at = view.blocks.gather(1, probe_ranks(view.ranks[:, -1:].long(), probes, q.device))  # a row without keys: some padding
+    order, ranks = view.order
+    at = order.gather(1, probe_ranks(ranks[:, -1:].long(), probes, q.device))  # a row without keys: some padding
     return q.gather(2, at.long()[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3])).contiguous()
 
 
@@ -29,9 +30,7 @@ def probe_means(q: Tensor, k: Tensor, view: KvView, scale: float) -> Tensor:
 
     (batch, heads, probes, dim), (kv_heads, k_len) = q.shape, k.shape[1:3]
     (order, ranks), padded = order_or_unread(view, q.device), view.ranks is not None
-    block_d = max(16, triton.next_power_of_2(dim))
-    small = q.dtype == torch.float32 or block_d > 128
-    block_m, block_n = min(64 if small else 128, max(16, triton.next_power_of_2(probes))), 32 if small else 128
+    block_d, block_m, block_n, warps, stages = probe_config(dim, q.dtype, probes, capability_of(q.device))
     splits = max(1, min(triton.cdiv(_PROGRAMS, batch * heads), triton.cdiv(k_len, _MIN_SPAN)))
     span = triton.cdiv(triton.cdiv(k_len, splits), block_n) * block_n
     splits = triton.cdiv(k_len, span)
@@ -40,8 +39,19 @@ def probe_means(q: Tensor, k: Tensor, view: KvView, scale: float) -> Tensor:
     rest = (order, ranks, *k.stride(), heads, kv_heads, k_len, probes, splits, span, scale * LOG2_E)
     shape = {
         "D": dim, "BLOCK_D": block_d, "BLOCK_M": block_m, "BLOCK_N": block_n, "PADDED": padded,
-        "PRECISION": precision(q.dtype), "num_warps": 4 if small else 8, "num_stages": 2,
+        "PRECISION": precision(q.dtype), "num_warps": warps, "num_stages": stages,
     }  # fmt: skip
     probe_lse_kernel[(batch * heads, splits, triton.cdiv(probes, block_m))](q, k, part[0], part[1], *rest, **shape)
     probe_mean_kernel[(batch * heads, splits)](q, k, part[0], part[1], mean, *rest, **shape)
     return mean
+
+
+def probe_config(dim: int, dtype: torch.dtype, probes: int, capability: tuple[int, int]) -> tuple[int, int, int, int, int]:
+    """(BLOCK_D, BLOCK_M, BLOCK_N, warps, stages) by head dim, dtype, probes and GPU; never by length."""
+    block_d = max(16, 1 << (dim - 1).bit_length())
+    block_m = max(16, 1 << (probes - 1).bit_length())
+    if dtype == torch.float32 and block_d > 128 and small_shared(capability):
+        return block_d, min(32, block_m), 16, 4, 2
+    if dtype == torch.float32 or block_d > 128:
+        return block_d, min(64, block_m), 32, 4, 2
+    return block_d, min(128, block_m), 128, 8, 2

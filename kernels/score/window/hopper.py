@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from tsa_compile.kernels.common.launch import multiprocessors
+from tsa_compile.kernels.common.tiles import capability_of
 
 Tensor = torch.Tensor
 BLOCK, MAX_SPLITS = 128, 32  # as the kernels have them
@@ -16,7 +17,7 @@ def takes(q: Tensor, k: Tensor, window: int) -> bool:
     """Whether the kernels run this call: Hopper, half precision, head dim 64 or 128, one tile of queries, aligned rows."""
     return (
         q.device.type == "cuda"
-        and torch.cuda.get_device_capability(q.device) == (9, 0)
+        and capability_of(q.device) == (9, 0)
         and q.dtype in (torch.float16, torch.bfloat16)
         and q.shape[-1] in HEAD_DIMS
         and window <= BLOCK
@@ -67,12 +68,21 @@ def launch(
     shape = {"D": dim, "HEADS": together, "STAGES": stages, "PADDED": padded, "num_warps": WARPS.value}
     grid = (programs, splits)
     kernel = score_hopper_kernel[grid]
-    if _run_at_once(grid, processors):
-        most = triton.next_power_of_2(most)
-        kernel(*operands, *sizes, **shape, SPLITS=most, LSE=True, MEAN=True, launch_cooperative_grid=True)
-    else:
-        kernel(*operands, *sizes, **shape, SPLITS=MAX_SPLITS, LSE=True, MEAN=False)
-        kernel(*operands, *sizes, **shape, SPLITS=MAX_SPLITS, LSE=False, MEAN=True)
+    if _run_at_once(grid, processors) and q.device not in _REFUSED:
+        try:
+            most = triton.next_power_of_2(most)
+            return kernel(*operands, *sizes, **shape, SPLITS=most, LSE=True, MEAN=True, launch_cooperative_grid=True)
+        except RuntimeError as error:
+            if "cooperative" not in str(error):
+                raise
+            _REFUSED.add(q.device)
+    kernel(*operands, *sizes, **shape, SPLITS=MAX_SPLITS, LSE=True, MEAN=False)
+    kernel(*operands, *sizes, **shape, SPLITS=MAX_SPLITS, LSE=False, MEAN=True)
+
+
+#: GPUs of which this process has fewer multiprocessors than they have (green contexts, MPS), so that a cooperative launch failed
+#: once: nothing was run then, and two launches do the same.
+_REFUSED: set[torch.device] = set()
 
 
 def _run_at_once(grid: tuple[int, int], processors: int) -> bool:

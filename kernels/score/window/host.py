@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
+from tsa_compile.kernels.common.tiles import LOG2_E, capability_of, small_shared
 from tsa_compile.kernels.score.window import hopper
 
 Tensor = torch.Tensor
-LOG2_E = 1.4426950408889634
 _PROGRAMS = 528  # at least: four for each multiprocessor of a Hopper GPU
 _MIN_SPAN = 512  # keys a program reads, at least
+
+
+class ScoreConfig(NamedTuple):
+    """Compile-time sizes of the window-score kernels."""
+
+    block_d: int
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
 
 
 def window_scores(
@@ -38,7 +50,7 @@ def window_scores(
 
     from tsa_compile.kernels.score.window.device import score_lse_kernel, score_mean_kernel
 
-    block_d, block_m, block_n, warps, stages = _config(q, window)
+    block_d, block_m, block_n, warps, stages = score_config(dim, q.dtype, window, capability_of(q.device))
     splits = max(1, min(triton.cdiv(_PROGRAMS, batch * heads), triton.cdiv(k_len, _MIN_SPAN)))
     span = triton.cdiv(triton.cdiv(k_len, splits), block_n) * block_n
     splits = max(1, triton.cdiv(k_len, span))
@@ -55,12 +67,12 @@ def window_scores(
     return mean
 
 
-def _config(q: Tensor, window: int) -> tuple[int, int, int, int, int]:
-    """(BLOCK_D, BLOCK_M, BLOCK_N, warps, stages) by head dim, dtype and window; never by length."""
-    import triton
-
-    block_d = max(16, triton.next_power_of_2(q.shape[-1]))
-    block_m = min(128, max(16, triton.next_power_of_2(window)))
-    if q.dtype == torch.float32:
-        return block_d, min(block_m, 64), 32, 4, 2
-    return (block_d, block_m, 128, 8, 3) if block_d <= 128 else (block_d, min(block_m, 64), 64, 4, 2)
+def score_config(dim: int, dtype: torch.dtype, window: int, capability: tuple[int, int]) -> ScoreConfig:
+    """Sizes by head dim, dtype, window and GPU; never by length."""
+    block_d = max(16, 1 << (dim - 1).bit_length())
+    block_m = min(128, max(16, 1 << (window - 1).bit_length()))
+    if dtype == torch.float32:
+        if block_d > 128 and small_shared(capability):
+            return ScoreConfig(block_d, min(block_m, 32), 16, 4, 2)
+        return ScoreConfig(block_d, min(block_m, 64), 32, 4, 2)
+    return ScoreConfig(block_d, block_m, 128, 8, 3) if block_d <= 128 else ScoreConfig(block_d, min(block_m, 64), 64, 4, 2)

@@ -8,6 +8,7 @@ that comes last, finds among them the mass at which it is reached: few by compar
 import triton
 import triton.language as tl
 
+from tsa_compile.kernels.common.grid_device import tile_and_row
 from tsa_compile.kernels.common.ranks_device import row_extent
 
 MASS_BINS = tl.constexpr(2048)  # 32 an octave
@@ -41,11 +42,12 @@ def pool_kernel(
     HEADS: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """Pools mean [B, H, Lk] into scores [B, H, Lk]; adds the heads' masses, and bins them. HEADS heads at a time."""
-    b = tl.program_id(1).to(tl.int64)
+    tile, b = tile_and_row(tl.cdiv(k_len, BLOCK))
+    b = b.to(tl.int64)
     length, rows = row_extent(ranks, b, q_len, k_len, window, PADDED)
     n = tl.where(rows > 0, length - window, 0)
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    if tl.program_id(0) * BLOCK >= n:
+    i = tile * BLOCK + tl.arange(0, BLOCK)
+    if tile * BLOCK >= n:
         return
     mass = tl.zeros([BLOCK], tl.int64)
     for first in tl.range(0, heads, HEADS):
@@ -78,24 +80,25 @@ def crossing(bins, coverage_bits):
 
 
 @triton.jit
-def gather(masses, n, at, candidates, tallies, BLOCK: tl.constexpr):
-    """Appends this program's masses of bin `at` to the candidates, in any order, and counts those of lower bins.
+def gather(masses, n, at, candidates, tallies, tile, tiles, BLOCK: tl.constexpr):
+    """Appends the masses of bin `at` in tile `tile` of a row's `tiles` to the candidates, in any order, and counts those of lower
+    bins.
 
     Returns whether this program is the last, and then: how many candidates there are, how many masses are in lower bins.
     """
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    i = tile * BLOCK + tl.arange(0, BLOCK)
     mass = tl.load(masses + i, mask=i < n, other=0)
     bin = mass_bin(mass)
     inside = ((bin == at) & (i < n)).to(tl.int32)
     tally = tl.sum(((bin < at) & (i < n)).to(tl.int64) * 4294967296 + inside)
     first = tl.zeros([], tl.int64)
-    if tl.num_programs(0) > 1:
+    if tiles > 1:
         first = tl.atomic_add(tallies, tally, sem="relaxed") & 0xFFFFFFFF
     tl.store(candidates + first + tl.cumsum(inside, 0) - 1, mass, mask=inside > 0)
     tl.debug_barrier()  # all of this program's stores come before its sign that it is through
-    last = tl.num_programs(0) == 1
-    if tl.num_programs(0) > 1:
-        last = tl.atomic_add(tallies + 1, 1, sem="acq_rel") + 1 == tl.num_programs(0)
+    last = tiles == 1
+    if tiles > 1:
+        last = tl.atomic_add(tallies + 1, 1, sem="acq_rel") + 1 == tiles
         tally = tl.atomic_add(tallies, 0)
     return last, tally & 0xFFFFFFFF, tally >> 32
 
@@ -152,7 +155,9 @@ def count_kernel(
     BLOCK: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """Kept tokens of one row, to counts [B]: docs/operators.md, `select_tokens`, steps 1, 4 and 5."""
-    b = tl.program_id(1).to(tl.int64)
+    tiles = tl.cdiv(k_len, BLOCK)
+    tile, b = tile_and_row(tiles)
+    b = b.to(tl.int64)
     length, rows = row_extent(ranks, b, q_len, k_len, window, PADDED)
     if (length <= min_tokens + window) | (rows == 0):
         tl.store(counts + b, length)
@@ -163,7 +168,7 @@ def count_kernel(
     mass_bins += b * MASS_ROW
     tallies = mass_bins + MASS_BINS
     at, below_mass, threshold = crossing(mass_bins, coverage_bits)
-    last, found, n_drop = gather(masses, n, at, candidates, tallies, BLOCK)
+    last, found, n_drop = gather(masses, n, at, candidates, tallies, tile, tiles, BLOCK)
     if not last:
         return
     rest = threshold - below_mass

@@ -130,15 +130,24 @@ def write_rest(
         tl.store(out + i, -1, mask=i < tl.minimum(first + CHUNK, capacity))
 
 
+@triton.jit
+def place(k_len, heavy, CHUNK: tl.constexpr):
+    """Of a program in a grid of chunks * kinds * rows, where a row is a list of one batch row and head: its chunk, the kind of
+    its list (0: kept, 1: heaviest, if any are asked for), its row; and the numbers of chunks and rows."""
+    chunks, kinds = tl.cdiv(k_len, CHUNK), tl.where(heavy > 0, 2, 1)
+    pid = tl.program_id(0)
+    row = (pid // (chunks * kinds)).to(tl.int64)
+    return pid % chunks, pid // chunks % kinds, row, chunks, tl.num_programs(0) // (chunks * kinds)
+
+
 @triton.jit(do_not_specialize=LENGTHS)
 def select_kernel(
     scores, gathered, counts, indices, heavy_indices, order, ranks, heads, q_len, k_len, window, heavy,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Grid (1, lists, B * H), for rows of up to CHUNK scores: positions to indices [B, H, Lk] and heavy_indices
-    [B, H, heavy], ascending, then -1. `gathered` [lists, B * H, Lk]: scores of the bins that have the cuts. Any number of rows
-    that keep everything: grid (chunks, lists, B * H)."""
-    chunk, which, head_index = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    """Grid as in `place`, for rows of up to CHUNK scores, or any that keep everything: positions to indices [B, H, Lk] and
+    heavy_indices [B, H, heavy], ascending, then -1. `gathered` [kinds, B * H, Lk]: scores of the bins that have the cuts."""
+    chunk, which, head_index, _, total = place(k_len, heavy, CHUNK)
     b = head_index // heads
     length, _ = row_extent(ranks, b, q_len, k_len, window, PADDED)
     n = length - window
@@ -147,7 +156,7 @@ def select_kernel(
     )
     scores += head_index * k_len
     if by_score > 0:
-        gathered += (which * tl.num_programs(2) + head_index) * k_len
+        gathered += (which * total + head_index) * k_len
         at, need, found = from_top(bin_scores(scores, 0, n, BLOCK), n, by_score)
         gather_bin(scores, 0, n, at, gathered, BLOCK)
         tl.debug_barrier()  # what other threads have gathered is read
@@ -162,12 +171,12 @@ def bin_kernel(
     scores, bins, ranks, heads, q_len, k_len, window,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Grid (chunks, B * H). Bins of each chunk's scores, to bins [B * H, chunks, BINS]."""
-    chunk, head_index = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    """Grid (chunks * B * H). Bins of each chunk's scores, to bins [B * H, chunks, BINS]."""
+    chunk, _, head_index, chunks, _ = place(k_len, 0, CHUNK)
     length, _ = row_extent(ranks, head_index // heads, q_len, k_len, window, PADDED)
     end = tl.minimum(chunk * CHUNK + CHUNK, length - window)
     count = bin_scores(scores + head_index * k_len, chunk * CHUNK, end, BLOCK)
-    tl.store(bins + (head_index * tl.num_programs(0) + chunk) * BINS + tl.arange(0, BINS), count)
+    tl.store(bins + (head_index * chunks + chunk) * BINS + tl.arange(0, BINS), count)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -175,10 +184,10 @@ def cut_kernel(
     scores, bins, gathered, cuts, counts, ranks, heads, q_len, k_len, window, heavy,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Grid (chunks, lists, B * H). Of each list: the bin of its cut, the cut, how many equal it are chosen, and how many
-    programs are through, to cuts [B * H, 2, 4], zero before. `gathered` [lists, B * H, Lk]: that bin's scores, in their order."""
-    chunk, which, head_index = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    chunks, b = tl.num_programs(0), head_index // heads
+    """Grid as in `place`. Of each list: the bin of its cut, the cut, how many equal it are chosen, and how many
+    programs are through, to cuts [B * H, 2, 4], zero before. `gathered` [kinds, B * H, Lk]: that bin's scores, in their order."""
+    chunk, which, head_index, chunks, total = place(k_len, heavy, CHUNK)
+    b = head_index // heads
     length, _ = row_extent(ranks, b, q_len, k_len, window, PADDED)
     n = length - window
     _, _, _, k, _ = list_of(counts, cuts, cuts, which, head_index, b, length, k_len, window, heavy)
@@ -186,7 +195,7 @@ def cut_kernel(
         return
     scores += head_index * k_len
     bins += head_index * chunks * BINS
-    gathered += (which * tl.num_programs(2) + head_index) * k_len
+    gathered += (which * total + head_index) * k_len
     cuts += (head_index * 2 + which) * 4
     at, need, _ = from_top(count_bins(bins, chunks), n, k)
     first = chunk * CHUNK
@@ -204,9 +213,9 @@ def write_kernel(
     scores, bins, gathered, cuts, counts, indices, heavy_indices, order, ranks, heads, q_len, k_len, window, heavy,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Grid (chunks, lists, B * H): as `select_kernel`, by the cuts of `cut_kernel`."""
-    chunk, which, head_index = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    chunks, b = tl.num_programs(0), head_index // heads
+    """Grid as in `place`: as `select_kernel`, by the cuts of `cut_kernel`."""
+    chunk, which, head_index, chunks, total = place(k_len, heavy, CHUNK)
+    b = head_index // heads
     length, _ = row_extent(ranks, b, q_len, k_len, window, PADDED)
     out, capacity, size, by_score, rest = list_of(
         counts, indices, heavy_indices, which, head_index, b, length, k_len, window, heavy
@@ -214,7 +223,7 @@ def write_kernel(
     first = chunk * CHUNK
     if by_score > 0:
         bins += head_index * chunks * BINS
-        gathered += (which * tl.num_programs(2) + head_index) * k_len
+        gathered += (which * total + head_index) * k_len
         cuts += (head_index * 2 + which) * 4
         at, cut, need = tl.load(cuts), tl.load(cuts + 1), tl.load(cuts + 2)
         above, equal = count_before(gathered, bins, chunk, at, cut, BLOCK)

@@ -34,18 +34,18 @@ def select_from_means(
     mass_bins, cuts, _ = zeroed or zeros(batch, lists, 0, mean.device)
     coverage_bits = struct.unpack("<q", struct.pack("<d", coverage))[0]
     row = (q_len, k_len, window)
-    count_device.pool_kernel[(triton.cdiv(k_len, POOL_BLOCK), batch)](
+    count_device.pool_kernel[(triton.cdiv(k_len, POOL_BLOCK) * batch,)](
         mean, scores, masses, mass_bins, ranks, heads, *row, pool,
         HEADS=POOL_HEADS, BLOCK=POOL_BLOCK, PADDED=padded, num_warps=POOL_WARPS,
     )  # fmt: skip
-    count_device.count_kernel[(triton.cdiv(k_len, COUNT_BLOCK), batch)](
+    count_device.count_kernel[(triton.cdiv(k_len, COUNT_BLOCK) * batch,)](
         masses, candidates, mass_bins, counts, ranks, *row, min_tokens, coverage_bits,
         BLOCK=COUNT_BLOCK, PADDED=padded, num_warps=COUNT_WARPS,
     )  # fmt: skip
     if lists < heads:
         scores = scores.unflatten(1, (lists, -1)).sum(2)
     kinds = 2 if heavy else 1  # the kept, the heaviest
-    grid = (chunks, kinds, batch * lists)
+    grid = (chunks * kinds * batch * lists,)
     out = (indices, heavy_indices, order, ranks, lists, *row, heavy)
     shape = {"CHUNK": CHUNK, "BLOCK": SELECT_BLOCK, "PADDED": padded, "num_warps": SELECT_WARPS}
     gathered = new(kinds, batch, lists, k_len, dtype=torch.float32)
@@ -53,7 +53,7 @@ def select_from_means(
         device.select_kernel[grid](scores, gathered, counts, *out, **shape)
         return Tokens(indices, counts, heavy_indices)
     bins = new(batch, lists, chunks, BINS)
-    device.bin_kernel[(chunks, batch * lists)](scores, bins, ranks, lists, *row, **shape)
+    device.bin_kernel[(chunks * batch * lists,)](scores, bins, ranks, lists, *row, **shape)
     device.cut_kernel[grid](scores, bins, gathered, cuts, counts, ranks, lists, *row, heavy, **shape)
     device.write_kernel[grid](scores, bins, gathered, cuts, counts, *out, **shape)
     return Tokens(indices, counts, heavy_indices)
@@ -79,8 +79,9 @@ def select_everything(k: Tensor, view: KvView, heavy: int, lists: int) -> Tokens
     batch, k_len = k.shape[0], k.shape[2]
     slot = torch.arange(k_len, device=k.device, dtype=torch.int32)
     if view.ranks is not None:
-        counts = view.ranks[:, -1].contiguous() if k_len else view.ranks.new_zeros(batch)
-        row = torch.where(slot < counts[:, None], view.blocks, -1)
+        order, ranks = view.order
+        counts = ranks[:, -1].contiguous() if k_len else ranks.new_zeros(batch)
+        row = torch.where(slot < counts[:, None], order, -1)
     else:
         counts = torch.full((batch,), k_len, dtype=torch.int32, device=k.device)
         row = slot.expand(batch, -1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tsa_compile.kernels.common.coverage_reference import count_dropped, largest
+from tsa_compile.kernels.common.coverage_reference import count_dropped, finite_scores, largest
 
 Tensor = torch.Tensor
 
@@ -23,6 +23,7 @@ def select_row(
         lists: how many lists share the heads, by the sum of their scores; None: each head has its own.
     """
     lists = lists or scores.shape[0]
+    scores = finite_scores(scores)
     everything, nothing = everything_row(lists, length, scores.device)
     n_drop = count_dropped(scores, coverage)
     if n_drop == 0:
