@@ -48,6 +48,23 @@ for padded, (dtype, dim) in ((False, ("bf16", 128)), (True, ("fp32", 64))):
     shape = dict(D=dim, DV=dim, BLOCK_D=dim, BLOCK_DV=dim, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
                  PER=64 // config.block_n, CHUNK=16, LSE=padded, PRECISION=precise, **view)
     compile_kernel(key_block_attention_kernel, dtype, shape, **config.options)
+if capability == 90:
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon._runtime import GluonASTSource
+    from tsa_compile.kernels.attend.pages.hopper_device import key_block_attention_hopper_kernel as hopper
+
+    def pieces(rows, columns):
+        return f"tensordesc<bf16[1, 1, {rows}, {columns}],{gl.NVMMASharedLayout(128, 16, 4)!r}>"
+
+    types = TYPES | {"q": pieces(128, 128), "k": pieces(64, 64), "v": pieces(64, 64), "out": "*bf16", "holes": "*i1",
+                     "queue": "*i32"}
+    constants = dict(D=128, STAGES=3, START=True, LENGTH=True, MASK=True, LSE=True)
+    names = [p.name for p in hopper.params]
+    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
+    wide = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] == "*" or n[1:3] == "_s"}
+    kernel = triton.compile(GluonASTSource(hopper, signature, constants, wide), target=GPUTarget("cuda", 90, 32),
+                            options={"num_warps": 4})
+    assert kernel.metadata.shared <= 232448
 print("compiled")
 """
 

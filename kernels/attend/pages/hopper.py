@@ -30,8 +30,13 @@ def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 def _addressable(x: Tensor) -> bool:
     """The tensor memory accelerator takes addresses and strides of whole 16 bytes, none of them 0 or above 2^40."""
-    *outer, last = x.stride()
+    *outer, last = _strides(x)
     return last == 1 and x.data_ptr() % 16 == 0 and all(s % 8 == 0 and 0 < s < 1 << 39 for s in outer)
+
+
+def _strides(x: Tensor) -> list[int]:
+    """Strides, in elements; those of dimensions of size 1, which say nothing, are a row's length."""
+    return [x.shape[-1] if n == 1 and i < 3 else s for i, (n, s) in enumerate(zip(x.shape, x.stride(), strict=True))]
 
 
 def launch(
@@ -70,7 +75,7 @@ def _descriptor(x: Tensor, rows: int, columns: int) -> Any:
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    return TensorDescriptor.from_tensor(x, [1, 1, rows, columns], gl.NVMMASharedLayout(128, 16, 4))
+    return TensorDescriptor(x, list(x.shape), _strides(x), [1, 1, rows, columns], gl.NVMMASharedLayout(128, 16, 4))
 
 
 @functools.cache
