@@ -278,6 +278,7 @@ def test_prompts_are_text_or_ids_and_lose_their_beginning(tmp_path):
         ({"--out": "no/such/plan.json"}, "--out: no/such/plan.json cannot be written"),
         ({"--coverages": "abc"}, "--coverages must be numbers, comma separated, got 'abc'"),
         ({"--policy": "broken.json"}, "--policy broken.json: "),
+        ({"--policy": "dense.json"}, "--policy dense.json: policy must be a TokenSparse, got Dense"),
     ],
 )
 def test_what_is_wrong_on_the_command_line_is_said_at_once(tmp_path, monkeypatch, changes, message):
@@ -285,6 +286,7 @@ def test_what_is_wrong_on_the_command_line_is_said_at_once(tmp_path, monkeypatch
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.json").write_text("[]")
+    (tmp_path / "dense.json").write_text('{"policy": "Dense"}')
     options = {"--prompts": "p.jsonl", "--out": "plan.json", **changes}
     with pytest.raises(ValueError, match=message):
         app(["calibrate", "model", *(x for pair in options.items() for x in pair)], standalone_mode=False)

@@ -15,6 +15,7 @@ import sys
 import textwrap
 import types
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,8 +78,14 @@ def all_mutants() -> list[Mutant]:
 
 def _tree(case: MaskCase, sdpa: str = "sdpa") -> ast.Module:
     tree = ast.parse(textwrap.dedent(inspect.getsource(case.function)).replace("sdpa(", f"{sdpa}("))
-    tree.body[0].decorator_list = []  # type: ignore[attr-defined]
+    _function(tree).decorator_list = []
     return tree
+
+
+def _function(tree: ast.Module) -> ast.FunctionDef:
+    (function,) = tree.body
+    assert isinstance(function, ast.FunctionDef)
+    return function
 
 
 def _compiled(tree: ast.Module, **names: object) -> Case:
@@ -87,7 +94,8 @@ def _compiled(tree: ast.Module, **names: object) -> Case:
     vars(module).update({**vars(mask_cases), **names, "__name__": module.__name__})
     exec(compile(ast.fix_missing_locations(tree), "<mutant>", "exec"), vars(module))
     sys.modules[module.__name__] = module
-    return getattr(module, tree.body[0].name)  # type: ignore[attr-defined,no-any-return]
+    made: Case = getattr(module, _function(tree).name)
+    return made
 
 
 def _edits(tree: ast.Module) -> Iterator[tuple[str, Callable[[], None]]]:
@@ -123,7 +131,8 @@ def _other_constants(value: object) -> tuple[object, ...]:
         return (not value,)
     if isinstance(value, (int, float)):
         return (value + 1, value - 1, value + 2)
-    return {"-inf": ("inf", "-5", "-1e3", "-1e5"), None: (0,)}.get(value, ())  # type: ignore[call-overload]
+    others: dict[object, tuple[object, ...]] = {"-inf": ("inf", "-5", "-1e3", "-1e5"), None: (0,)}
+    return others.get(value, ())
 
 
 # ---- changes of the call: each takes (q, k, v, mask, options) and gives the same, changed
@@ -139,11 +148,11 @@ def _call(change: Change) -> Change:
 
 
 def _changed_call(change: Change) -> Callable[..., Tensor]:
-    def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: object) -> Tensor:
+    def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: Any) -> Tensor:
         if mask is None:
             mask, options = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(), {}
         q, k, v, mask, options = change(q, k, v, mask, options)
-        return plain_sdpa(q, k, v, mask, **options)  # type: ignore[arg-type]
+        return plain_sdpa(q, k, v, mask, **options)
 
     return sdpa
 

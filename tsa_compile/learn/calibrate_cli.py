@@ -10,7 +10,8 @@ from tsa_compile.learn.calibrate import calibrate
 from tsa_compile.learn.prompt_file import read_prompts
 from tsa_compile.learn.target import Target
 from tsa_compile.plan import Plan
-from tsa_compile.policies.base import Policy, from_dict
+from tsa_compile.policies.base import from_dict
+from tsa_compile.policies.token_sparse import TokenSparse
 from tsa_compile.tools.load_models import load_causal_lm, load_tokenizer
 
 
@@ -29,13 +30,17 @@ def calibrate_files(
     Target.parse(target)  # before the model loads
     base = _read_policy(policy) if policy else None
     given = list(read_prompts(prompts, lambda: load_tokenizer(model), max_tokens))
-    options = {"policy": base, "coverages": coverages, "method": method, "last": last, "state": state}
-    return calibrate(load_causal_lm(model), given, target, **options)  # type: ignore[arg-type]
+    return calibrate(
+        load_causal_lm(model), given, target, policy=base, coverages=coverages, method=method, last=last, state=state
+    )
 
 
-def _read_policy(path: str) -> Policy:
-    """Raises ValueError, naming option and file, if it holds no policy."""
+def _read_policy(path: str) -> TokenSparse:
+    """Raises ValueError, naming option and file, if it holds no `TokenSparse`."""
     try:
-        return from_dict(json.loads(Path(path).read_text()))
+        policy = from_dict(json.loads(Path(path).read_text()))
+        if not isinstance(policy, TokenSparse):
+            raise ValueError(f"policy must be a TokenSparse, got {policy!r}")
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"--policy {path}: {error}") from error
+    return policy

@@ -40,7 +40,8 @@ class Measured:
         other = [name for name in self.key if data["key"].get(name) != self.key[name]]
         if other:
             raise ValueError(f"{path}: of another calibration, with another {', '.join(other)}; remove it or name another file")
-        return data["results"]  # type: ignore[no-any-return]
+        results: dict[str, Any] = data["results"]
+        return results
 
     def get(self, name: str, measure: Callable[[], Any]) -> Any:
         """The result called `name`, a JSON value; `measure` gives it the first time."""
@@ -50,10 +51,14 @@ class Measured:
         return self._results[name]
 
     def _save(self) -> None:
-        """Beside the file, then renamed: an interruption leaves no half of it."""
         if self._path is None:
             return
         data = {"format": FORMAT, "version": VERSION, "key": self.key, "results": self._results}
-        fresh = self._path.with_name(self._path.name + ".new")
-        fresh.write_text(json.dumps(data, indent=1) + "\n")
-        os.replace(fresh, self._path)
+        write_whole(self._path, json.dumps(data, indent=1) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Beside the file, then renamed: an interruption leaves no half of it."""
+    fresh = path.with_name(path.name + ".new")
+    fresh.write_text(text)
+    os.replace(fresh, path)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 
 def _smollm2() -> Path:
@@ -49,9 +50,8 @@ def load_packaged(name: str, device: str = "cpu", dtype: torch.dtype = torch.flo
     from transformers import AutoModelForCausalLM
 
     path, tokenizer = gguf_file(name), load_tokenizer(name)
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
-    model.to(device)  # type: ignore[arg-type]
-    return model.eval(), tokenizer
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
+    return model.to(device).eval(), tokenizer
 
 
 def load_tokenizer(name: str) -> Any:

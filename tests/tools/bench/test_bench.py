@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tsa_compile.kernels import ops  # noqa: F401 - registers torch.ops.tsa
-from tsa_compile.tools.bench import attention, cases, inputs, output
+from tsa_compile.tools.bench import attention_bench, cases, inputs, output
 
 
 def test_structured_inputs_can_be_sparsified():
@@ -49,18 +49,18 @@ def test_a_peer_is_a_function_in_a_file(tmp_path):
     good, bad = tmp_path / "good.py", tmp_path / "bad.py"
     good.write_text("def attention(q, k, v): return q")
     bad.write_text("x = 1")
-    assert attention.load_peer(str(good))(1, 2, 3) == 1
+    assert attention_bench.load_peer(str(good))(1, 2, 3) == 1
     with pytest.raises(ValueError, match="has no function attention"):
-        attention.load_peer(str(bad))
+        attention_bench.load_peer(str(bad))
     with pytest.raises(FileNotFoundError, match="no such file"):
-        attention.load_peer(str(tmp_path / "none.py"))
+        attention_bench.load_peer(str(tmp_path / "none.py"))
 
 
-def row(length: int) -> attention.AttentionRow:
+def row(length: int) -> attention_bench.AttentionRow:
     case = cases.AttentionCase(f"L{length}", length)
     fixed = dict(select=0.1, select_in_graph=0.1, structured_keep=0.3, sparse_in_graph={"fused": 0.9}, error={"fused": 1e-3})
     fixed |= dict(dense_in_graph={}, stages={"scores": 0.05})
-    return attention.AttentionRow(
+    return attention_bench.AttentionRow(
         case, dense={"SDPA": 4.0}, sparse={"fused": 1.0}, completed={"fused": 1.2}, memory={"fused": 10}, **fixed
     )
 
@@ -81,13 +81,13 @@ def test_output(tmp_path):
 
 @pytest.mark.gpu
 def test_a_case_on_the_gpu():
-    result = attention.bench_case(cases.AttentionCase("L4K", 4096, heads=8, kv_heads=2), {})
+    result = attention_bench.bench_case(cases.AttentionCase("L4K", 4096, heads=8, kv_heads=2), {})
     assert 0 < result.select < result.sparse["fused"]
-    assert max(result.error.values()) < attention.TOLERANCE
+    assert max(result.error.values()) < attention_bench.TOLERANCE
 
 
 @pytest.mark.gpu
 def test_a_wrong_result_is_not_timed(monkeypatch):
-    monkeypatch.setattr(attention, "TOLERANCE", 0.0)
+    monkeypatch.setattr(attention_bench, "TOLERANCE", 0.0)
     with pytest.raises(RuntimeError, match="nothing is timed"):
-        attention.bench_case(cases.AttentionCase("L4K", 4096, heads=8, kv_heads=2), {})
+        attention_bench.bench_case(cases.AttentionCase("L4K", 4096, heads=8, kv_heads=2), {})

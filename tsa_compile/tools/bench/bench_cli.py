@@ -27,18 +27,18 @@ def bench_attention(
     import time
 
     from tsa_compile.progress import track
-    from tsa_compile.tools.bench import attention, cases, output
+    from tsa_compile.tools.bench import attention_bench, cases, output
 
     found = cases.select_cases(only)
     pairs = [p.partition("=") for p in peer or []]
-    peers = {name: attention.load_peer(path) for name, _, path in pairs}
+    peers = {name: attention_bench.load_peer(path) for name, _, path in pairs}
     gpu, versions = _gpu()
-    start, rows = time.monotonic(), list[attention.AttentionRow]()
+    start, rows = time.monotonic(), list[attention_bench.AttentionRow]()
     for case in track(found, "timing", len(found), console):
         if seconds is not None and time.monotonic() - start > seconds:
             console.print(f"not begun after {seconds} s: {', '.join(c.name for c in found[len(rows) :])}", markup=False)
             break
-        rows.append(attention.bench_case(case, peers))
+        rows.append(attention_bench.bench_case(case, peers))
         if json:  # after each, so that a cut run leaves what it has
             output.write_json(json, rows, environment=versions, ceilings=gpu)
     console.print(output.attention_table(rows, gpu))

@@ -21,7 +21,7 @@ from tsa_compile.kernels.common.row_blocks import KEYS, ROWS
 from tsa_compile.passes.site import AttentionSite, MaskFacts, Operands
 from tsa_compile.policies.base import call
 from tsa_compile.policies.block_sparse import BlockSparse
-from tsa_compile.tools.bench.attention import dense_forms
+from tsa_compile.tools.bench.attention_bench import dense_forms
 from tsa_compile.tools.bench.block_sparse_checks import check_all
 from tsa_compile.tools.bench.structured_inputs import structured_heads
 from tsa_compile.tools.bench.timing import GRAPHED_BELOW, environment, graph_ms, median_ms

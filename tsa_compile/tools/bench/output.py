@@ -14,7 +14,7 @@ from tsa_compile.tools import plots
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from tsa_compile.tools.bench.attention import AttentionRow
+    from tsa_compile.tools.bench.attention_bench import AttentionRow
     from tsa_compile.tools.bench.prefill import PrefillRow
 
 

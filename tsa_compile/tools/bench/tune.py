@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from tsa_compile.kernels.attend.tokens import engines
-from tsa_compile.tools.bench.attention import attend, window_scores_of
+from tsa_compile.tools.bench.attention_bench import attend, window_scores_of
 from tsa_compile.tools.bench.inputs import forced, structured
 from tsa_compile.tools.bench.timing import median_ms
 
@@ -32,12 +32,12 @@ def tune(head_dims: list[int], heads: int = 32, kv_heads: int = 8) -> dict[str, 
         found[str(dim)] = next((n for n in faster if all(n > s for s in slower)), None)
     capability = "{}.{}".format(*torch.cuda.get_device_capability())
     path = engines.tuned_file()
-    table = json.loads(path.read_text()) if path.is_file() else {}
+    table: dict[str, dict[str, int | None]] = json.loads(path.read_text()) if path.is_file() else {}
     table.setdefault(capability, {}).update(found)
     path.parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(json.dumps(table) + "\n")
     engines.measured_table.cache_clear()
-    return table  # type: ignore[no-any-return]
+    return table
 
 
 def _packed_is_faster(length: int, dim: int, heads: int, kv_heads: int) -> bool:

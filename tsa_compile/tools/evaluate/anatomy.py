@@ -66,4 +66,5 @@ def _overlap(indices: Tensor, count: int) -> list[float]:
     lists = indices.shape[0]
     member = torch.zeros(lists, indices.shape[1]).scatter_(1, indices[:, :count].long(), 1.0)
     common = member @ member.T / count
-    return ((common.sum(1) - 1.0) / max(lists - 1, 1)).tolist()  # type: ignore[no-any-return]
+    shares: list[float] = ((common.sum(1) - 1.0) / max(lists - 1, 1)).tolist()
+    return shares

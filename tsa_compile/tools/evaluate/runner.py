@@ -92,7 +92,8 @@ class Runner:
             out.append(self.logits(hidden[:, -1:]).argmax(-1))
             if step + 1 < new_tokens:
                 hidden = self.decoder(input_ids=out[-1], past_key_values=prefill.cache, use_cache=True).last_hidden_state
-        return torch.cat(out, 1).tolist()  # type: ignore[no-any-return]
+        tokens: list[list[int]] = torch.cat(out, 1).tolist()
+        return tokens
 
     @torch.no_grad()
     def answer_losses(self, prefill: Prefill, answers: list[list[int]]) -> list[float]:

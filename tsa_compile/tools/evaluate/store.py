@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from tsa_compile.learn.state import write_whole
 from tsa_compile.tools.evaluate.variants import Variant
 
 FORMAT = "tsa_compile.evaluation"
@@ -58,6 +58,4 @@ class Store:
 
     def save(self) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.data, indent=None, separators=(",", ":")) + "\n")
-        os.replace(temporary, self._path)
+        write_whole(self._path, json.dumps(self.data, indent=None, separators=(",", ":")) + "\n")

@@ -17,6 +17,8 @@ WIDTH, HEADS = 64, 4
 class CausalSelfAttention(nn.Module):
     """Self-attention as small GPTs write it: SDPA, or a causal mask that is computed or lies in a buffer."""
 
+    bias: Tensor
+
     def __init__(self, implementation: str) -> None:
         super().__init__()
         self.implementation = implementation
@@ -35,7 +37,7 @@ class CausalSelfAttention(nn.Module):
 
     def _hidden(self, t: int) -> Tensor:
         computed = self.implementation == "computed mask"
-        return torch.ones(t, t, dtype=torch.bool).triu(1) if computed else self.bias[:, :, :t, :t] == 0  # type: ignore[index]
+        return torch.ones(t, t, dtype=torch.bool).triu(1) if computed else self.bias[:, :, :t, :t] == 0
 
 
 class Gpt(nn.Module):
@@ -60,6 +62,8 @@ class Gpt(nn.Module):
 class SeparateHeads(nn.Module):
     """Two layers with a module for each head, as lectures write them: no tensor has a dimension of heads."""
 
+    tril: Tensor
+
     def __init__(self, implementation: str) -> None:
         super().__init__()
         self.sdpa = implementation == "sdpa"
@@ -68,7 +72,7 @@ class SeparateHeads(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for heads in self.layers:
-            x = x + torch.cat([self._head(*qkv(x).chunk(3, -1)) for qkv in heads], -1)  # type: ignore[attr-defined]
+            x = x + torch.cat([self._head(*qkv(x).chunk(3, -1)) for qkv in heads.children()], -1)
         return x
 
     def _head(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -76,11 +80,13 @@ class SeparateHeads(nn.Module):
         if self.sdpa:
             return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], is_causal=True)[:, 0]
         weights = q @ k.transpose(-2, -1) * scale
-        return weights.masked_fill(self.tril[:t, :t] == 0, float("-inf")).softmax(-1) @ v  # type: ignore[index]
+        return weights.masked_fill(self.tril[:t, :t] == 0, float("-inf")).softmax(-1) @ v
 
 
 class MultiheadAttention(nn.Module):
     """Two layers of `nn.MultiheadAttention` with a causal mask: computed, or in a buffer as in CLIP's text encoder."""
+
+    mask: Tensor | None
 
     def __init__(self, buffer: bool = False) -> None:
         super().__init__()
@@ -89,10 +95,10 @@ class MultiheadAttention(nn.Module):
         self.register_buffer("mask", mask, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        n, computed = x.shape[1], self.mask is None
-        mask = nn.Transformer.generate_square_subsequent_mask(n) if computed else self.mask[:n, :n]  # type: ignore[index]
+        n, buffer = x.shape[1], self.mask
+        mask = nn.Transformer.generate_square_subsequent_mask(n) if buffer is None else buffer[:n, :n]
         for layer in self.layers:
-            x = x + layer(x, x, x, attn_mask=mask, is_causal=computed, need_weights=False)[0]
+            x = x + layer(x, x, x, attn_mask=mask, is_causal=buffer is None, need_weights=False)[0]
         return x
 
 

@@ -21,8 +21,9 @@ MIXED: dict[str, Any] = dict(**GQA, head_dim=16, sliding_window=12, layer_types=
 def gpt_neo(implementation: str) -> nn.Module:
     """GPT-Neo's global layers. It has no SDPA; as "sdpa" it gets one that says the same, for the reference."""
     model = hf("GPTNeoConfig", "GPTNeoForCausalLM", num_layers=2, num_heads=4, attention_types=[[["global"], 2]])("eager")
-    for attention in [m for m in model.modules() if hasattr(m, "_attn")] if implementation == "sdpa" else ():
-        attention._attn = functools.partial(_gpt_neo_sdpa, attention)  # type: ignore[assignment]
+    attentions: list[Any] = [m for m in model.modules() if hasattr(m, "_attn")]
+    for attention in attentions if implementation == "sdpa" else ():
+        attention._attn = functools.partial(_gpt_neo_sdpa, attention)
     return model
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +22,8 @@ from tsa_compile.tools.bench.timing import GRAPHED_BELOW, graph_ms, median_ms, p
 Tensor = torch.Tensor
 Dense = Callable[[Tensor, Tensor, Tensor], Tensor]
 TOLERANCE = 1e-2  # relative error in bf16
-POLICY = TokenSparse(completion=Completion())
+COMPLETION = Completion()
+POLICY = TokenSparse(completion=COMPLETION)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,16 +67,19 @@ def load_peer(path: str) -> Dense:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it has no such function.
+        ValueError: it is no Python file or has no such function.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"peer {path}: no such file")
     spec = importlib.util.spec_from_file_location("tsa_peer", path)
-    module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
-    spec.loader.exec_module(module)  # type: ignore[union-attr]
+    if spec is None or spec.loader is None:
+        raise ValueError(f"peer {path}: not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     if not hasattr(module, "attention"):
         raise ValueError(f"peer {path}: has no function attention(q, k, v)")
-    return module.attention  # type: ignore[no-any-return]
+    found: Dense = module.attention
+    return found
 
 
 def dense_forms(q: Tensor, v: Tensor, peers: Mapping[str, Dense]) -> dict[str, Dense]:
@@ -99,10 +104,10 @@ def bench_case(case: AttentionCase, peers: Mapping[str, Dense], repeats: int | N
     numbers = (POLICY.coverage, POLICY.window, POLICY.pool, POLICY.min_tokens)
 
     def select() -> tuple[Tensor, Tensor, Tensor]:
-        return torch.ops.tsa.select_tokens(q, k, None, None, scale, *numbers, POLICY.completion.heavy)  # type: ignore[union-attr]
+        return torch.ops.tsa.select_tokens(q, k, None, None, scale, *numbers, COMPLETION.heavy)
 
     chosen = select()
-    selection = forced(window_scores_of(q, k, scale), case.keep, POLICY.window, POLICY.completion.heavy)  # type: ignore[union-attr]
+    selection = forced(window_scores_of(q, k, scale), case.keep, POLICY.window, COMPLETION.heavy)
     engines = ["fused", *(["packed"] if can_pack(q, k, v) else [])]
     runs = {(e, s): attend(q, k, v, selection, scale, e, s) for e in engines for s in (False, True)}
     error = {f"{e}{' completed' if s else ''}": _check(q, k, v, selection, scale, e, s, run) for (e, s), run in runs.items()}
@@ -114,7 +119,7 @@ def bench_case(case: AttentionCase, peers: Mapping[str, Dense], repeats: int | N
     stages = selection_stages(q, k, scale, POLICY, repeats)
     if "packed" in engines:
         stages |= packed_stages(q, k, v, *selection[:2], scale, repeats)
-    dense = {name: lambda f=f: f(q, k, v) for name, f in dense_forms(q, v, peers).items()}  # type: ignore[misc]
+    dense = {name: partial(f, q, k, v) for name, f in dense_forms(q, v, peers).items()}
     return AttentionRow(
         case,
         select=median_ms(select, repeats),
@@ -150,7 +155,7 @@ def attend(
 def _strip_arguments(selection: tuple[Tensor, Tensor, Tensor], strip: bool) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
     indices, counts, heavy = selection
     if strip:
-        return selection, (POLICY.completion.window, POLICY.completion.sinks)  # type: ignore[union-attr]
+        return selection, (COMPLETION.window, COMPLETION.sinks)
     return (indices, counts, heavy[..., :0]), (0, 0)
 
 
