@@ -33,7 +33,7 @@ def compile_kernel(kernel, capability, dtype, warps, stages, constants, **pointe
     names = [p.name for p in kernel.params]
     kinds = {**TYPES, **dict.fromkeys(("q", "k", "v", "out"), "*" + dtype), **pointers}
     signature = {n: "constexpr" if n in constants else kinds.get(n, "i32") for n in names}
-    aligned = ("q_s", "k_s", "v_s", "o_s", "sums_sh", "sums_sp")
+    aligned = ("q_s", "k_s", "v_s", "o_s", "sums_sb", "sums_sh", "sums_sp")
     wide = [i for i, n in enumerate(names) if signature[n][0] == "*" or (n[:3] in aligned and n[3] != "d") or n in aligned]
     wide = {(i,): [["tt.divisibility", 16]] for i in wide}
     constants = {(names.index(n),): value for n, value in constants.items() if n in names}
@@ -44,7 +44,7 @@ def compile_kernel(kernel, capability, dtype, warps, stages, constants, **pointe
 
 def decode(capability, dtype, dim, v_dim, queries, swap=False, given=(), one=False, bias="*fp32", **more):
     block_d, block_dv = (max(16, triton.next_power_of_2(x)) for x in (dim, v_dim))
-    config = decode_config(queries, block_d, block_dv, DTYPES[dtype], (capability // 10, capability % 10))
+    config = decode_config(queries, block_d, block_dv, DTYPES[dtype], (capability // 10, capability % 10), "bias" in given)
     none = {n: None for n in OPTIONAL if n not in given}
     constants = dict(none, q_sd=1, k_sd=1, v_sd=1, D=dim, DV=v_dim, BLOCK_D=block_d, BLOCK_DV=block_dv, BLOCK_M=config.block_m,
                      BLOCK_N=config.block_n, CAUSAL=True, CAPPED=False, ONE=one, SWAP=swap,
@@ -73,7 +73,7 @@ if capability == 90:
         none = dict(start=None, blocks=None, keep=None, QUERIES=4, BLOCK=2048, MASS=mass)
         compile_kernel(select.top_pages_kernel, 90, "bf16", 8, 3, none, **numbers)
     decode(90, "bf16", 256, 256, 64, given=("lengths", "bias", "key_mask"), bias="*i1")
-none = {"sinks": None, "DV": 128, "BLOCK_DV": 128, "BLOCK_S": 16}
+none = {"sinks": None, "DV": 128, "BLOCK_DV": 128, "BLOCK_S": 64}
 compile_kernel(device.merge_kernel, capability, "bf16", 4, 2, none)
 print("compiled")
 """

@@ -31,20 +31,23 @@ class DecodeConfig:
     swap: bool = False
 
 
-def decode_config(queries: int, block_d: int, block_dv: int, dtype: torch.dtype, capability: tuple[int, int]) -> DecodeConfig:
+def decode_config(
+    queries: int, block_d: int, block_dv: int, dtype: torch.dtype, capability: tuple[int, int], biased: bool = False
+) -> DecodeConfig:
     """Never by length, so no length compiles anything.
 
     Args:
         queries: rows of the step times query heads of a KV head.
         block_d, block_dv: head dims of keys and values, padded to powers of two.
+        biased: tiles of a mask are copied too.
     """
     row_bytes = (block_d + block_dv) * dtype.itemsize
     block_n = min(128, max(16, _floor_power_of_2(STAGE_BYTES // row_bytes)))
     most = min(64, max(16, QUERY_BYTES // (block_d * dtype.itemsize)))
     block_m = min(most, max(16, 1 << (queries - 1).bit_length()))
-    large = capability in ((8, 0), (8, 7)) or capability[0] in (9, 10)  # 160 KB of shared memory and more, not 99
-    wide = block_n * row_bytes > STAGE_BYTES or dtype == torch.float32
-    return DecodeConfig(block_m, block_n, 4, 3 if large and not wide else 2, 2 if large else 1)
+    resident = {9: 3, 10: 3}.get(capability[0], 2 if capability in ((8, 0), (8, 7)) else 1)  # of 228, 164 and 100 KB
+    wide = block_n * row_bytes > STAGE_BYTES or dtype == torch.float32 or (biased and resident == 1)
+    return DecodeConfig(block_m, block_n, 4, 2 if wide else 3, resident)
 
 
 @functools.lru_cache(maxsize=4096)

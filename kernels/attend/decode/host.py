@@ -12,7 +12,7 @@ from tsa_compile.kernels.types import KvView
 
 Tensor = torch.Tensor
 PAGE = 16
-MERGED_AT_ONCE = 16  # parts of a query row
+MERGED_AT_ONCE = 64  # parts of a query row
 
 
 def decode_attention(
@@ -96,7 +96,7 @@ def launch(
     mask, sinks, softcap, window, causal = masks
     group = heads // kv_heads
     block_d, block_dv = (max(16, triton.next_power_of_2(x)) for x in (dim, v_dim))
-    config = config or decode_config(group * rows, block_d, block_dv, q.dtype, capability_of(q.device))
+    config = config or decode_config(group * rows, block_d, block_dv, q.dtype, capability_of(q.device), mask is not None)
     tiles_m = triton.cdiv(group * rows, config.block_m)
     programs = batch * kv_heads * tiles_m
     out = q.new_empty(batch, rows, heads, v_dim).transpose(1, 2)
@@ -123,7 +123,7 @@ def launch(
     if not one:
         merge_kernel[(batch * heads * rows,)](
             part, part_lse, out, lse, sinks, *out.stride()[:3], heads, rows, splits,
-            DV=v_dim, BLOCK_DV=block_dv, BLOCK_S=MERGED_AT_ONCE, num_warps=4,
+            DV=v_dim, BLOCK_DV=block_dv, BLOCK_S=MERGED_AT_ONCE, num_warps=4 if block_dv <= 128 else 8,
         )  # fmt: skip
     return out, lse
 

@@ -7,7 +7,7 @@ from tsa_compile.kernels.common.pages_device import PAGE, place_of_page
 
 LENGTHS = (
     "group", "rows", "kv_heads", "tiles_m", "capacity", "pages", "chunks", "block_pages", "per_row",
-    "blocks_sb", "counts_sb", "sums_sb",
+    "blocks_sb", "counts_sb",
 )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from tsa_compile.kernels.common.pages_device import PAGE, place_of_page
 
-LENGTHS = ("block_pages", "per_row", "blocks_sb", "mask_sb", "mask_sl", "kv_heads", "sums_sb", "counts_sb")
+LENGTHS = ("block_pages", "per_row", "blocks_sb", "mask_sb", "mask_sl", "kv_heads", "counts_sb")
 
 
 @triton.jit(do_not_specialize=LENGTHS)

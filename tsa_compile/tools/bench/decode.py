@@ -24,10 +24,11 @@ TOLERANCE = 1e-2  # relative error in bf16
 VARIANTS = tuple(
     DecodeConfig(0, *numbers)  # block_n, num_warps, num_stages, resident, swap
     for numbers in (
-        (64, 4, 3, 2, False), (64, 4, 3, 4, False), (64, 4, 2, 3, False), (64, 4, 4, 1, False), (64, 8, 3, 2, False),
-        (64, 2, 3, 2, False), (32, 4, 4, 3, False), (32, 2, 4, 3, False), (32, 1, 4, 4, False), (128, 4, 2, 1, False),
-        (128, 4, 3, 1, False), (128, 8, 3, 1, False), (64, 4, 3, 2, True), (64, 4, 3, 4, True), (64, 4, 2, 3, True),
-        (128, 4, 2, 1, True), (128, 8, 3, 1, True), (128, 4, 3, 1, True),
+        (64, 4, 3, 3, False), (64, 4, 3, 2, False), (64, 4, 3, 6, False), (64, 4, 4, 2, False), (64, 4, 4, 4, False),
+        (64, 4, 5, 1, False), (64, 8, 3, 3, False), (64, 2, 3, 3, False), (64, 2, 4, 2, False), (32, 4, 4, 4, False),
+        (32, 2, 4, 4, False), (32, 1, 4, 4, False), (32, 1, 6, 2, False), (128, 4, 2, 3, False), (128, 4, 3, 1, False),
+        (128, 8, 3, 1, False), (64, 4, 3, 2, True), (64, 4, 3, 4, True), (64, 4, 2, 3, True), (128, 4, 2, 2, True),
+        (128, 8, 3, 1, True),
     )
 )  # fmt: skip
 
