@@ -88,7 +88,8 @@ def test_the_check_sees_a_wrong_kernel(monkeypatch):
     from tsa_compile.kernels import registry
 
     real = registry.resolve
-    wrong = lambda *a: real("attend.tokens.reference:sparse_attention_reference")(*a) * 1.001  # noqa: E731
+    attend = real("attend.tokens.reference:sparse_attention_reference")
+    wrong = lambda *a: attend(*a)._replace(out=attend(*a).out * 1.001)  # noqa: E731
     monkeypatch.setattr(registry, "resolve", lambda w: wrong if w.endswith(":sparse_attention_reference") else real(w))
     result = check(made("sdpa"), "sdpa", SCENARIOS["plain"][0])
     assert result.status == "failed"
@@ -100,7 +101,7 @@ def test_the_check_sees_a_wrong_selection(monkeypatch):
 
     real = registry.resolve
     select = real("compose_reference:select_tokens_reference")
-    wrong = lambda q, *rest, **share: select(q.flip(2), *rest, **share)  # noqa: E731
+    wrong = lambda x, *rest: select(x._replace(q=x.q.flip(2)), *rest)  # noqa: E731
     monkeypatch.setattr(registry, "resolve", lambda w: wrong if w.endswith(":select_tokens_reference") else real(w))
     result = check(made("sdpa"), "sdpa", SCENARIOS["plain"][0])
     assert result.status == "failed"
