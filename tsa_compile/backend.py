@@ -9,19 +9,22 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import fx, nn
 
 from tsa_compile.owners import WeightNames
 from tsa_compile.plan import Plan
-from tsa_compile.report import Report, SiteReport
+from tsa_compile.report import PassReport, Report, SiteReport
 from tsa_compile.traced import Owner, TracedGraph
+
+if TYPE_CHECKING:
+    from tsa_compile.passes.context import PipelineResult
 
 log = logging.getLogger("tsa_compile")
 COMPILERS = ("inductor", "eager")
-EXPECTED = ("policy is Dense", "decode step")  # reasons that nobody has to be warned of
+EXPECTED = ("policy is Dense", "decode step", "verify step")  # reasons that nobody has to be warned of
 
 
 class Backend:
@@ -57,6 +60,7 @@ class Backend:
         self.graphs: list[TracedGraph] = []
         self.warnings: list[str] = []
         self.names = None if model is None else WeightNames(model)
+        self.passes: dict[str, PassReport] = {}
         self._thread = threading.local()
         self._model: Callable[[], nn.Module | None] = (lambda: None) if model is None else weakref.ref(model)
 
@@ -94,7 +98,12 @@ class Backend:
     @property
     def report(self) -> Report:
         """What the current plan does with the graphs traced so far."""
-        return Report(self.sites(), len(self.graphs), list(self.warnings))
+        return Report(self.sites(), len(self.graphs), list(self.warnings), passes=dict(self.passes))
+
+    def passed(self, result: PipelineResult) -> None:
+        """The passes went over a graph."""
+        for name, count in result.counts.items():
+            self.passes[name] = self.passes.get(name, PassReport()).plus(count, result.seconds[name])
 
     def sites(self) -> list[SiteReport]:
         """One entry for each site of each graph, and for each module that it ran for."""

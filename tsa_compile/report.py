@@ -47,6 +47,17 @@ class SiteReport:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class PassReport:
+    """What one pass did, over all graphs; `count` is what it returns, such as the sites that it replaced."""
+
+    count: int = 0
+    seconds: float = 0.0
+
+    def plus(self, count: int, seconds: float) -> PassReport:
+        return PassReport(self.count + count, self.seconds + seconds)
+
+
 @dataclasses.dataclass
 class Report:
     """All sites of all graphs that one model (or one backend) compiled, in the order of compilation.
@@ -57,6 +68,7 @@ class Report:
         warnings: what the log was told.
         calls: of a transformed model, decode steps left out.
         untraced: those of them in which no compiled graph ran.
+        passes: how often each pass found or changed something, and its seconds, over all graphs and plans.
     """
 
     sites: list[SiteReport] = dataclasses.field(default_factory=list)
@@ -64,6 +76,7 @@ class Report:
     warnings: list[str] = dataclasses.field(default_factory=list)
     calls: int = 0
     untraced: int = 0
+    passes: dict[str, PassReport] = dataclasses.field(default_factory=dict)
 
     @property
     def replaced(self) -> list[SiteReport]:
@@ -76,7 +89,11 @@ class Report:
     def joined(self, other: Report) -> Report:
         """This report and, after it, another."""
         moved = [dataclasses.replace(s, graph=s.graph + self.graphs) for s in other.sites]
-        return Report(self.sites + moved, self.graphs + other.graphs, self.warnings + other.warnings, self.calls + other.calls)
+        both = Report(self.sites + moved, self.graphs + other.graphs, self.warnings + other.warnings, self.calls + other.calls)
+        both.passes = dict(self.passes)
+        for name, p in other.passes.items():
+            both.passes[name] = both.passes.get(name, PassReport()).plus(p.count, p.seconds)
+        return both
 
     def with_kept(self, kept: list[float]) -> Report:
         """A copy whose replaced sites carry the kept share of their tokens, given in order of execution.
@@ -130,4 +147,7 @@ class Report:
             console.print(self.to_table())
             for warning in self.warnings:
                 console.print(f"warning: {warning}", markup=False)
+            if self.passes:
+                ran = ", ".join(f"{name} {p.count} in {p.seconds:.2f} s" for name, p in self.passes.items())
+                console.print(f"passes: {ran}", markup=False, highlight=False)
         return capture.get()

@@ -175,6 +175,7 @@ class TracedGraph:
 
         gm = fx.GraphModule(self.gm, copy.deepcopy(self.gm.graph))
         result = run_pipeline(gm, policy_for, constants=dict(self._tensors))
+        self._backend.passed(result)
         return Form(gm, result.decisions, result.warnings, result.patterns, selecting_modules(gm))
 
     def _compile(self, form: Form, inputs: Sequence[Any], late: bool = False) -> Callable[..., Any]:

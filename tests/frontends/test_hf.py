@@ -228,3 +228,53 @@ def test_under_torch_compile(calls):
 def test_wrong_use_is_a_clear_error():
     with pytest.raises(TypeError, match="expected a policy, a plan"):
         hf.register(0.05)
+
+
+def test_a_chunk_in_which_one_row_is_all_padding():
+    """A batch whose second row ends in the first chunk: the first row is what it is alone."""
+    m, ids = model("llama")[0].eval(), token_ids(60, 2)
+    mask = torch.ones_like(ids)
+    mask[1, 20:] = 0
+
+    def chunks():
+        cache = transformers.DynamicCache()
+        return [m(ids[:, i : i + 30], attention_mask=mask[:, : i + 30], past_key_values=cache).logits[:1] for i in (0, 30)]
+
+    with torch.no_grad():
+        expected = torch.cat(chunks(), 1)
+        m.set_attn_implementation("tsa")
+        torch.testing.assert_close(torch.cat(chunks(), 1), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [2, 16])
+def test_few_rows_over_a_cache_are_exact(rows, calls):
+    m, ids = model("llama")[0].eval(), token_ids(50 + rows)
+
+    def last():
+        cache = transformers.DynamicCache()
+        m(ids[:, :50], past_key_values=cache)
+        before = [layer.keys.clone() for layer in cache.layers], [layer.values.clone() for layer in cache.layers]
+        return before, m(ids[:, 50:], past_key_values=cache).logits, cache
+
+    with torch.no_grad():
+        m.set_attn_implementation("tsa-sparse")
+        (keys, values), actual, cache = last()
+        assert len(calls) == 2  # the prefill alone
+        dense = transformers.DynamicCache()
+        for n, (k, v) in enumerate(zip(keys, values, strict=True)):
+            dense.update(k, v, n)
+        m.set_attn_implementation("sdpa")
+        expected = m(ids[:, 50:], past_key_values=dense).logits
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    assert cache.get_seq_length() == 50 + rows
+
+
+def test_nothing_is_read_while_a_cuda_graph_is_captured(monkeypatch):
+    """A padding mask is handed on as it is, an offset on the device gives the full mask."""
+    padding, offset = torch.ones(1, 20, dtype=torch.bool), torch.tensor(4)
+    assert hf._mask(1, 16, 20, 4, attention_mask=padding).shape == (1, 20)
+    monkeypatch.setattr(hf, "_captured", lambda device: True)
+    monkeypatch.setattr(torch.Tensor, "__bool__", lambda self: pytest.fail("waits for the device"))
+    monkeypatch.setattr(torch.Tensor, "__int__", lambda self: pytest.fail("waits for the device"))
+    assert hf._mask(1, 16, 20, 4, attention_mask=padding).shape == (1, 20)
+    assert hf._mask(1, 16, 20, offset).shape[-2:] == (16, 20)

@@ -12,6 +12,7 @@ from torch import fx
 
 import tsa_compile as tsa
 from tests.passes.graphs import KEEP_ALL, by_dynamo
+from tsa_compile.backend import Backend
 from tsa_compile.passes import pipeline
 from tsa_compile.passes.site import AttentionSite
 from tsa_compile.plan import Plan
@@ -47,6 +48,21 @@ def test_each_pass_is_counted_and_timed():
     assert list(result.counts.values()) == [0, 2, 2, 2, 0, 4]
     assert set(result.seconds) == set(result.counts)
     assert all(s >= 0 for s in result.seconds.values())
+
+
+def test_the_report_has_what_the_passes_did_over_all_graphs():
+    torch._dynamo.reset()
+    backend = Backend(Plan(KEEP_ALL), "eager")
+    compiled = torch.compile(attention, backend=backend, dynamic=False)
+    with torch.no_grad():
+        for length in (9, 20):
+            compiled(*(torch.randn(2, 4, length, 16) for _ in range(3)))
+    passes = backend.report.passes
+    assert list(passes) == [p.__name__ for p in pipeline.PASSES]
+    assert (passes["find_attention"].count, passes["rewrite_attention"].count) == (2, 2)
+    assert passes["find_attention"].seconds > 0
+    assert "rewrite_attention 2 in" in str(backend.report)
+    assert backend.report.joined(backend.report).passes["find_attention"].count == 4
 
 
 def test_a_dense_policy_keeps_every_attention():
