@@ -23,7 +23,7 @@ def budget(pages: Any, share: int, table: Sequence[int]) -> Any:
         share: from `share_bits`.
         table: pages to read beside the share, by `pages // 125`; the last entry holds from there on.
     """
-    extra = table[-1]
+    extra: Any = table[-1]
     if isinstance(pages, torch.Tensor):
         extra = torch.tensor(table, device=pages.device)[(pages // PAGES_OF_ENTRY).clamp(max=len(table) - 1)]
     elif isinstance(pages, int):
