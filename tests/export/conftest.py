@@ -123,6 +123,14 @@ class Site:
         return (actual - Site.expected(q[:, 2:], k[:, 1:], v[:, 1:], None, s)).abs().max().item()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def native_cache(tmp_path_factory):
+    """A cache of native libraries for the session: each is built once, from these sources."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TSA_COMPILE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def site():
     return Site

@@ -19,11 +19,6 @@ from tsa_compile.plan import as_plan  # noqa: E402
 PLAN = as_plan(tsa.TokenSparse(coverage=0.3, window=16, min_tokens=32, completion=tsa.Completion(24, 4, 20)))
 
 
-@pytest.fixture(autouse=True)
-def cache(monkeypatch, tmp_path_factory):
-    monkeypatch.setenv("TSA_COMPILE_CACHE", str(tmp_path_factory.mktemp("cache")))
-
-
 def session(path, library=None):
     options = ort.SessionOptions()
     if library:

@@ -19,10 +19,8 @@ from tsa_compile.export.onnx_model.run_onnx import make_session  # noqa: E402
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TSA_COMPILE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield native.build_library()
+def library():
+    return native.build_library()
 
 
 def custom(site, settings, masked=False, dtype=torch.float32, **changes):
@@ -244,7 +242,6 @@ def test_sessions_that_register_at_once_share_one_domain(library, tmp_path):
 
 
 def test_builds_are_cached_and_follow_the_sources(library, monkeypatch, tmp_path):
-    monkeypatch.setenv("TSA_COMPILE_CACHE", str(library.parents[2]))
     before = library.stat().st_mtime_ns
     assert native.build_library() == library
     assert library.stat().st_mtime_ns == before

@@ -12,6 +12,8 @@ pytest.importorskip("gguf", reason="extra 'demo' is not installed")
 
 import tsa_compile as tsa  # noqa: E402
 from tsa_compile import export  # noqa: E402
+from tsa_compile.export import native  # noqa: E402
+from tsa_compile.export.onnx_model.run_onnx import make_session  # noqa: E402
 from tsa_compile.tools.bench.prompts import chat_ids, needle_prompt  # noqa: E402
 from tsa_compile.tools.load_models import load_packaged  # noqa: E402
 
@@ -60,7 +62,9 @@ def greedy(step, ids, count):
     return ids[0, -count:]
 
 
-def test_the_whole_model_answers_as_pytorch_does(smollm2, tmp_path):
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["custom", "portable"])
+def test_the_whole_model_answers_as_pytorch_does(smollm2, tmp_path, form):
     model, tokenizer = smollm2
     prompt = needle_prompt(250, depth=0.4)
     ids = chat_ids(tokenizer, prompt)
@@ -68,9 +72,9 @@ def test_the_whole_model_answers_as_pytorch_does(smollm2, tmp_path):
     example = torch.randint(0, model.config.vocab_size, (2, 150))
     with torch.no_grad():
         program = torch.export.export(whole, (example,), dynamic_shapes=(DYNAMIC,), strict=False)
-        assert len(export.onnx(program, (example,), path, policy=POLICY).nodes) == 30
+        assert len(export.onnx(program, (example,), path, policy=POLICY, form=form).nodes) == 30
         expected = greedy(export.program(program, (example,), policy=POLICY).module(), ids, 6)
-    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    session = make_session(path, library=native.build_library() if form == "custom" else None)
     actual = greedy(lambda x: torch.from_numpy(session.run(None, {"input_ids": x.numpy()})[0]), ids, 6)
     assert torch.equal(actual, expected)
     assert prompt.answer in tokenizer.decode(actual)

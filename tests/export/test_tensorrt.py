@@ -82,7 +82,8 @@ def test_one_engine_for_all_capabilities_holds_both_sites(graph, tmp_path):
         assert len(re.findall(rf"ONNX Layer: \w*MatMul\w* \| {re.escape(site)}", engine)) >= 2
 
 
-@pytest.mark.parametrize("capability", ["SM80", "SM86", "SM89", "SM120"])
+@pytest.mark.slow  # the engine above holds the four; one for SM86 alone is built from a model below
+@pytest.mark.parametrize("capability", ["SM80", "SM89", "SM120"])
 def test_an_engine_for_each_capability(graph, tmp_path, capability):
     path = build_engine(graph, tmp_path / "e", profile=PROFILE, compute_capabilities=[capability])
     assert path.stat().st_size > 1_000_000
