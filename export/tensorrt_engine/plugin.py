@@ -2,7 +2,8 @@
 """Quickly Deployable Plugins for full TensorRT (10.8 and later): the attention kernels, ahead of time, as PTX in the engine.
 
 TensorRT takes one kernel for each plugin, so a site is a chain: selection by standard operators (they give `indices`,
-`counts`, `slots` and `heavy`), then `tsa::sparse_prefill`; or, completed, `tsa::sparse_prefill_lse` and `tsa::sparse_strip`.
+`counts`, `slots` and `heavy_indices`), then `tsa::sparse_prefill`; or, completed, `tsa::sparse_prefill_lse` and then
+`tsa::sparse_strip`.
 An engine built from them needs nothing of this project to run. Annotations must be real types here: TensorRT reads them.
 """
 
@@ -67,27 +68,27 @@ def _register_strip(trtp: ModuleType) -> None:
 
     @trtp.register(f"{NAMESPACE}::sparse_strip")
     def describe(
-        q: Tensor, k: Tensor, v: Tensor, part: Tensor, part_lse: Tensor, slots: Tensor, heavy: Tensor,
+        q: Tensor, k: Tensor, v: Tensor, part: Tensor, part_lse: Tensor, slots: Tensor, heavy_indices: Tensor,
         scale: float, window: int, sinks: int,
     ) -> Outputs:  # fmt: skip
         return (_result(trtp, q, v),)
 
     @trtp.autotune(f"{NAMESPACE}::sparse_strip")
     def formats(
-        q: Tensor, k: Tensor, v: Tensor, part: Tensor, part_lse: Tensor, slots: Tensor, heavy: Tensor, outputs: Outputs
+        q: Tensor, k: Tensor, v: Tensor, part: Tensor, part_lse: Tensor, slots: Tensor, heavy_indices: Tensor, outputs: Outputs
     ) -> list[trtp.AutoTuneCombination]:  # fmt: skip
         t = _dtype(q)[0]
         return [_combination(trtp, [t, t, t, t, "FP32", "INT32", "INT32", t])]
 
     @trtp.aot_impl(f"{NAMESPACE}::sparse_strip")
     def implement(
-        q: Tensor, k: Tensor, v: Tensor, part: Tensor, part_lse: Tensor, slots: Tensor, heavy: Tensor,
+        q: Tensor, k: Tensor, v: Tensor, part: Tensor, part_lse: Tensor, slots: Tensor, heavy_indices: Tensor,
         scale: float, window: int, sinks: int, outputs: Outputs, tactic: int,
     ) -> Result:  # fmt: skip
         batch, heads, q_len, _ = q.shape_expr
         kernel = _compile("sparse_strip", q, v, {"scale": scale, "window": window, "sinks": sinks})
         launch = _launch(trtp, kernel, trtp.cdiv(q_len, kernel.block_m) * batch * heads)
-        sizes = (heads, k.shape_expr[1], q_len, k.shape_expr[2], heavy.shape_expr[2])
+        sizes = (heads, k.shape_expr[1], q_len, k.shape_expr[2], heavy_indices.shape_expr[2])
         return kernel.entry, kernel.ptx, launch, trtp.SymIntExprs.from_tuple(sizes)
 
 

@@ -32,7 +32,7 @@ SLOW = [
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=pytest.mark.slow) for case in [*CASES, *(c for c in SLOW if c not in CASES)]], ids=str
+    "case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW if case not in CASES)], ids=str
 )
 def test_every_kernel_fits(case):
     done = subprocess.run(
