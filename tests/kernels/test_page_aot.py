@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
+import re
 import sys
 import torch
 import triton
@@ -65,6 +66,10 @@ if capability == 90:
     kernel = triton.compile(GluonASTSource(hopper, signature, constants, wide), target=GPUTarget("cuda", 90, 32),
                             options={"num_warps": 4})
     assert kernel.metadata.shared <= 232448
+    copies = re.findall(r"async_tma_copy_global_to_local %\\w+\\[%\\w+, %\\w+, (%\\w+),.*<1x1x64x64x", kernel.asm["ttgir"])
+    loops = [loop for loop in re.findall(r"scf.for .*iter_args\\((.*?)\\)", kernel.asm["ttgir"]) if copies[0] + " =" in loop]
+    assert len(set(copies)) == 4 and len(loops) == 1, (copies, loops)
+    assert all(row + " =" in loops[0] for row in copies), "rows of keys and values must change from step to step"
 print("compiled")
 """
 

@@ -89,7 +89,9 @@ def load_steps(
     w = first_block // 64
     word, coming = load_word(bit_row, w, first_block, own // KEYS), load_word(bit_row, w + 1, first_block, own // KEYS)
     one, two, single = own, own + KEYS, 0
-    v_one, v_two = own, own
+    # Values lag a step. Not `own`: a loop carries what its body leaves with another handle than it had before, and `v_one = one`
+    # would leave it the same.
+    v_one, v_two = 0, 0
     for step in range(0, blocks + 1):
         mbarrier.wait(empty.index(stage), parity)
         if step < masked:
