@@ -26,7 +26,7 @@ from tsa_compile.watched import Watched, module_tensors
 if TYPE_CHECKING:
     from tsa_compile.backend import Backend
     from tsa_compile.passes.context import Decision
-    from tsa_compile.passes.prove_mask.constants import Pattern
+    from tsa_compile.passes.prove_mask.patterns import Pattern
     from tsa_compile.passes.site import AttentionSite
     from tsa_compile.plan import Plan
     from tsa_compile.policies.base import Policy

@@ -37,7 +37,7 @@ NAMES = {
     ),
     "TokenSparse.paper": "coverage=0.005, **fields",  # as the paper has it: without completion
     "Completion": "window=256, sinks=4, heavy=256",
-    "BlockSparse": "alpha=0.05, pool=16, window=256, sinks=4, last_dense=128, share='head'",
+    "BlockSparse": "alpha=0.05, pool=128, window=256, sinks=4, last_dense=128, share='head'",
     "Bridge": "block, w_t, w_s, ...",
     "ProbeSparse": "coverage=0.05, probes=64, min_keys=256",
     "PageSparse": "keep=None, kind='mean', completion=False, pages=None, mass=None, schedule=None, ...",

@@ -53,7 +53,10 @@ class Rows(Buffered):
             ends = self.row_lengths()
             self.states.append(buffers.keys, buffers.values, ends - keys.shape[-2], ends, self.key_mask, keys.shape[-2])
             self.states.settle(buffers.keys, buffers.values)
-        return self.keys, self.values
+        keys, values = self.keys, self.values
+        assert keys is not None
+        assert values is not None
+        return keys, values
 
     def remember(self, name: str) -> dict[str, torch.Tensor]:
         """The tensors of a remembered state, which the caller fills now."""
@@ -88,8 +91,8 @@ class Rows(Buffered):
         if self.key_mask is not None:
             self.key_mask = self.key_mask.index_select(0, index)
         chosen = {name: {f: t.index_select(0, index) for f, t in fields.items()} for name, fields in old.states.items()}
-        rows = [old[n][:, :, self.first : self.first + self.length].index_select(0, index) for n in (0, 1)]
-        self._place(rows[0], rows[1])
+        keys, values = (x[:, :, self.first : self.first + self.length].index_select(0, index) for x in (old.keys, old.values))
+        self._place(keys, values)
         if stale:
             self._rebuild()
         else:

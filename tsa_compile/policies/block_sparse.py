@@ -42,7 +42,7 @@ class BlockSparse(Policy):
     """
 
     alpha: float | tuple[float, ...] = 0.05
-    pool: int = 16
+    pool: int = ROWS
     window: int = 256
     sinks: int = 4
     last_dense: int = 128

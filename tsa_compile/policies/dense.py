@@ -15,7 +15,6 @@ class Dense(Policy):
 
     masks: ClassVar[frozenset[str]] = frozenset(MASKS)
     phases: ClassVar[frozenset[str]] = frozenset(PHASES)
-    masks: ClassVar[frozenset[str]] = frozenset({"causal", "sliding window", "bidirectional"})
 
     def refuse(self, site: AttentionSite) -> str | None:
         return "policy is Dense" if site.phase == "prefill" else step(site)

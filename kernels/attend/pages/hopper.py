@@ -65,8 +65,9 @@ def launch(
 
 def _holes(start: Tensor | None, lengths: Tensor | None, key_mask: Tensor) -> Tensor:
     """bool `[B]`: whether the mask hides a key of the range that `start` and `lengths` give."""
-    first, end = valid_range(*key_mask.shape, start, lengths, key_mask.device)
-    position = torch.arange(key_mask.shape[1], device=key_mask.device)
+    batch, k_len = key_mask.shape
+    first, end = valid_range(batch, k_len, start, lengths, key_mask.device)
+    position = torch.arange(k_len, device=key_mask.device)
     return (~key_mask & (position >= first[:, None]) & (position < end[:, None])).any(1)
 
 
