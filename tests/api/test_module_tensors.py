@@ -107,7 +107,7 @@ def test_a_causal_buffer_is_proven(name):
 
 
 def test_rows_of_the_last_queries():
-    assert Run(Attention(*PROVEN["bool, chosen"], past=8)).check(qkv())
+    assert Run(Attention(*PROVEN["bool, chosen"], past=8)).check(qkv(28))
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -67,7 +67,7 @@ NAMES = {
     "backend.Backend.sites": "self",  # [SiteReport] of the current plan
     "recorder.record_kept": "model=None",
     "policies.base.Policy.refuse": "self, site",
-    "policies.base.Policy.select": "self, emit, site, state=None",
+    "policies.base.Policy.select": "self, emit, site, state",
     "policies.base.Policy.attend": "self, emit, site, selection",
     "kernels.types.KvView": "blocks, block, start, lengths, ranks=None",
     "kernels.types.Operands": (

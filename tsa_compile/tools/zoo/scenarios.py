@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tsa_compile.tools.zoo.entries import LENGTH, Entry, NotOffered, ids
 
 LENGTHS = (LENGTH, 60)  # the second makes lengths symbols of the graph
-CHUNK = 16
+CHUNK = 24  # more rows than a verify step has
 CACHE = 64
 
 
