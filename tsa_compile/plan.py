@@ -100,6 +100,12 @@ class Plan:
         own: Policy | None = getattr(self, phase)
         return own or DEFAULTS[phase]
 
+    @property
+    def decodes(self) -> bool:
+        """Does it name a policy for decode steps? Otherwise they are the model's own, and need no graph."""
+        named = [self.decode, *(rule.policy for rule in self.rules if rule.phase == "decode")]
+        return any(policy is not None and not isinstance(policy, Dense) for policy in named)
+
     def policy_for(self, site: AttentionSite) -> Policy:
         return self.policy_at(site.module, site.phase, site.index)
 

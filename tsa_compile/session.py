@@ -88,18 +88,18 @@ class Session:
 
 
 class Entry:
-    """What a transformed model calls: the session's compiled call, or the model's own for decode steps."""
+    """What a transformed model calls: the session's compiled call, or the model's own for decode steps without a policy."""
 
     def __init__(self, session: Session, model: nn.Module) -> None:
         self.session = session
-        # Inductor is asked for all steps; the eager graph of a decode step would be the model itself, behind guards.
-        self._decode = model._call_impl if session.backend.compiler == "eager" else session
+        # Inductor is asked for all steps; the eager graph of such a step would be the model itself, behind guards.
+        self._own = model._call_impl if session.backend.compiler == "eager" else session
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """An error where others trace it, as that would inline the dense model without a word; but for decode steps, which are
         dense anyway: `generate()` with a static cache compiles them by itself."""
-        if is_decode_step(kwargs):
-            return self._decode(*args, **kwargs)
+        if is_decode_step(kwargs) and not self.session.plan.decodes:
+            return self._own(*args, **kwargs)
         if traced_by_others():
             _refuse_to_be_traced()
         two = None if args else first_call.parts(kwargs)
