@@ -30,8 +30,8 @@ class Graph(NamedTuple):
 
 def plan_within(plan: Plan) -> Plan:
     """A plan for a model as a plan for its graphs' modules, in which the model is called `model`."""
-    rules = [(r.modules if isinstance(r.modules, int) else f"model.{r.modules}", r.phase, r.policy) for r in plan.rules]
-    return dataclasses.replace(plan, rules=tuple(rules))
+    rules = tuple(r if isinstance(r.modules, int) else r._replace(modules=f"model.{r.modules}") for r in plan.rules)
+    return dataclasses.replace(plan, rules=rules)
 
 
 class Prefill(nn.Module):

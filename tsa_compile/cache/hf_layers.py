@@ -125,7 +125,8 @@ class SlidingMethods(LayerMethods):
         self.cumulative_length += keys.shape[-2]
         kept = full if self.record_past else tuple(t[:, :, max(0, t.shape[2] - self.sliding_window + 1) :] for t in full)
         self._assigned = {"keys": kept[0], "values": kept[1]}
-        return tuple(t[:, :, t.shape[2] - seen :] for t in full)
+        keys, values = (t[:, :, t.shape[2] - seen :] for t in full)
+        return keys, values
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove > 0:
