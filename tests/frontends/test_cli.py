@@ -77,13 +77,15 @@ class Hidden:
         (["export", "m.onnx", "-o", "m.engine", "--to", "tensorrt"], "tensorrt_rtx", "tensorrt"),
     ],
 )
-def test_a_missing_extra_is_named(monkeypatch, capsys, args, missing, extra):
+def test_a_missing_extra_is_named(monkeypatch, capsys, tmp_path, args, missing, extra):
     from tsa_compile.frontends import cli
 
     for name in [n for n in sys.modules if n.partition(".")[0] == missing]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "meta_path", [Hidden(missing, f"{missing}_bindings"), *sys.meta_path])
     monkeypatch.setattr(sys, "argv", ["tsa-compile", *args])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m.onnx").touch()
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 1

@@ -190,10 +190,10 @@ def test_properties_of_any_selection(k_len, q_share, window, min_tokens, coverag
 def test_whole_selection_agrees_with_float64_but_for_rounding_at_the_threshold(dtype, padded, share):
     q, k = structured(2, 4, 2, 300, 300, 64, dtype)
     mask = (torch.arange(300, device=DEVICE) < torch.tensor([[300], [251]], device=DEVICE)) if padded else None
-    arguments = (0.125, 0.3, 16, 7, 32, 8, share)
-    got = select_tokens(q, k, mask, *arguments)
+    arguments = (0.125, 0.3, 16, 7, 32, 8)
+    got = select_tokens(q, k, mask, *arguments, share=share)
     cpu_mask = None if mask is None else mask.cpu()
-    want = select_tokens_reference(q.double().cpu(), k.double().cpu(), cpu_mask, *arguments)
+    want = select_tokens_reference(q.double().cpu(), k.double().cpu(), cpu_mask, *arguments, share=share)
     for b in range(2):
         assert abs(int(got[1][b]) - int(want[1][b])) <= 1
         assert len(got[0][b]) == len(want[0][b]) == (4 if share == "head" else 2)
