@@ -80,9 +80,10 @@ class Hidden:
 def test_a_missing_extra_is_named(monkeypatch, capsys, tmp_path, args, missing, extra):
     from tsa_compile.frontends import cli
 
-    for name in [n for n in sys.modules if n.partition(".")[0] == missing]:
+    hidden = (missing, f"{missing}_bindings")
+    for name in [n for n in sys.modules if n.partition(".")[0] in hidden]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(sys, "meta_path", [Hidden(missing, f"{missing}_bindings"), *sys.meta_path])
+    monkeypatch.setattr(sys, "meta_path", [Hidden(*hidden), *sys.meta_path])
     monkeypatch.setattr(sys, "argv", ["tsa-compile", *args])
     monkeypatch.chdir(tmp_path)
     (tmp_path / "m.onnx").touch()
