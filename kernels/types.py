@@ -10,6 +10,7 @@ import math
 from typing import Any, NamedTuple, TypeAlias
 
 T: TypeAlias = Any
+ALL_KEYS = 1 << 62  # the width of a window without an end
 
 
 class KvView(NamedTuple):
@@ -237,7 +238,7 @@ class Edges(NamedTuple):
     @classmethod
     def every(cls) -> Edges:
         """Dense causal attention."""
-        return cls.window(1 << 62)
+        return cls.window(ALL_KEYS)
 
     @classmethod
     def blocks(cls, block: int, offset: int = 0) -> Edges:
@@ -245,9 +246,10 @@ class Edges(NamedTuple):
         return cls(block, tuple(((0, (r - offset) % block),) for r in range(block)))
 
     @classmethod
-    def bridges(cls, block: int, rows: int, sources: int) -> Edges:
+    def bridges(cls, block: int, rows: int, sources: int, offset: int = 0) -> Edges:
         """Fixed blocks, and for the first `rows` rows of each block the last `sources` tokens before it."""
-        return cls(block, tuple(((0, r + (sources if r < rows else 0)),) for r in range(block)))
+        places = ((r - offset) % block for r in range(block))
+        return cls(block, tuple(((0, i + (sources if i < rows else 0)),) for i in places))
 
     def union(self, other: Edges) -> Edges:
         """Both kinds of edges."""

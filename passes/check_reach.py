@@ -82,6 +82,32 @@ def check_reach(layers: Sequence[Edges], length: int) -> Reach:
     return Reach(length, period, tuple(by_depth))
 
 
+def never_connected(layers: Sequence[Edges]) -> tuple[int, int] | None:
+    """(phase, period): tokens at this phase never depend on the one before them, however often `layers` are repeated.
+
+    None: every token can depend on every earlier one, given enough layers. For distances add up along a path: distance 1 needs an
+    edge of length 1 at its end, and paths over single steps reach the rest.
+    """
+    found = check_reach(layers, 2)
+    hole = found.hole()
+    return None if hole is None else (hole[1], found.period)
+
+
+def depth_needed(layers: Sequence[Edges], length: int) -> int | None:
+    """Layers, with `layers` repeated in order, after which every token can depend on every one up to `length - 1` before it.
+
+    None: no number is enough.
+    """
+    if not layers or (length > 1 and never_connected(layers) is not None):
+        return None
+    phases = [1] * math.lcm(*(edges.period for edges in layers))
+    depth = 0
+    while min(map(_first_zero, phases)) < length:
+        phases = _through(layers[depth % len(layers)], phases, length)
+        depth += 1
+    return depth
+
+
 def _through(edges: Edges, phases: list[int], length: int) -> list[int]:
     """The distances of each phase after one more layer.
 

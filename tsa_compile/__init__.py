@@ -20,6 +20,7 @@ from tsa_compile.policies.exact import Exact
 from tsa_compile.policies.page_sparse import PageSparse
 from tsa_compile.policies.probe_sparse import ProbeSparse
 from tsa_compile.policies.token_sparse import Completion, TokenSparse
+from tsa_compile.reach import reach
 from tsa_compile.report import Report
 
 __version__ = "0.1.0"
@@ -37,6 +38,7 @@ __all__ = [
     "calibrate",
     "compare",
     "explain",
+    "reach",
     "report",
     "restore",
     "transform",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -16,11 +16,14 @@ from torch import fx, nn
 
 from tsa_compile.owners import WeightNames
 from tsa_compile.plan import Plan
+from tsa_compile.policies.base import own_edges
 from tsa_compile.report import PassReport, Report, SiteReport
-from tsa_compile.traced import Owner, TracedGraph
+from tsa_compile.traced import Form, Owner, TracedGraph
 
 if TYPE_CHECKING:
-    from tsa_compile.passes.context import PipelineResult
+    from tsa_compile.kernels.types import Edges
+    from tsa_compile.passes.context import Decision, PipelineResult
+    from tsa_compile.passes.site import AttentionSite
 
 log = logging.getLogger("tsa_compile")
 COMPILERS = ("inductor", "eager")
@@ -98,7 +101,9 @@ class Backend:
     @property
     def report(self) -> Report:
         """What the current plan does with the graphs traced so far."""
-        return Report(self.sites(), len(self.graphs), list(self.warnings), passes=dict(self.passes))
+        hole = self._hole()
+        warnings = [*self.warnings, *([] if hole is None else [hole])]
+        return Report(self.sites(), len(self.graphs), warnings, passes=dict(self.passes))
 
     def passed(self, result: PipelineResult) -> None:
         """The passes went over a graph."""
@@ -107,14 +112,39 @@ class Backend:
 
     def sites(self) -> list[SiteReport]:
         """One entry for each site of each graph, and for each module that it ran for."""
-        found = []
+        return [SiteReport.of(n, decision, module, form.fallen) for n, form, decision, module in self._decided()]
+
+    def attentions(self) -> list[tuple[AttentionSite, str]]:
+        """Each attention that was traced, and its module's path, in order of execution."""
+        return [(decision.site, module) for _, _, decision, module in self._decided()]
+
+    def _decided(self) -> Iterator[tuple[int, Form, Decision, str]]:
+        """(graph, its form, decision, module) of each site and each module that it ran for."""
         for number, graph in enumerate(self.graphs):
             owners: list[Owner | None] = [*graph.owners] if graph.owners else [None]
             for owner in owners:
                 form = graph.form(self.plan, owner)
                 for decision, module in zip(form.decisions, owner or graph.traced_in, strict=True):
-                    found.append(SiteReport.of(number, decision, module or decision.site.module, form.fallen))
-        return found
+                    yield number, form, decision, module or decision.site.module
+
+    def _hole(self) -> str | None:
+        """What the report says if the plan never lets some token of a prompt depend on the one before it, at any depth."""
+        from tsa_compile.passes.check_reach import never_connected
+
+        edges: dict[str | int, Edges] = {}
+        for n, (_, form, decision, module) in enumerate(self._decided()):
+            site = decision.site
+            if site.phase != "prefill":
+                continue
+            if not site.mask.causal:
+                return None  # of what is not causal, or not proven, nothing is said
+            own = decision.reason is not None or form.fallen is not None
+            edges[module or n] = own_edges(site) if own else decision.policy.guaranteed(site)
+        hole = never_connected([*edges.values()]) if edges else None
+        if hole is None:
+            return None
+        where = "no token" if hole[1] == 1 else f"no token at a position {hole[1]} n + {hole[0]}"
+        return f"{where} is sure to depend on the one before it, in any number of layers: see tsa_compile.reach"
 
     def close(self) -> None:
         """Let go of all graphs."""

@@ -21,7 +21,7 @@ ROWS = (
     ("backend",),
     ("session",),
     ("api",),
-    ("check",),
+    ("check", "reach"),
     ("generate", "learn", "export", "frontends"),
     ("tools",),
     ("top",),  # what users start from: the package, and every command (`*cli.py`)

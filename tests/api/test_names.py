@@ -58,7 +58,7 @@ NAMES = {
     ),
     "generate": "model, *args, draft=None, **kwargs",
     "speculative": "draft, ...",
-    "reach": "...",
+    "reach": "model, plan, length, *args, phase='prefill', **kwargs",
     "Cache": "model, batch, max_length, pool=None",  # for transformers' `generate()`: room from the start
     "Report": "...",
     # What the parts of the compiler call each other by.
@@ -67,6 +67,7 @@ NAMES = {
     "backend.Backend.sites": "self",  # [SiteReport] of the current plan
     "recorder.record_kept": "model=None",
     "policies.base.Policy.refuse": "self, site",
+    "policies.base.Policy.guaranteed": "self, site",
     "policies.base.Policy.select": "self, emit, site, state",
     "policies.base.Policy.attend": "self, emit, site, selection",
     "kernels.types.KvView": "blocks, block, start, lengths, ranks=None",
@@ -84,7 +85,6 @@ COMING = {
     "Routed": "decode over a process group",
     "generate": "speculation",
     "speculative": "speculation",
-    "reach": "prefill with bridge edges",
 }
 PHASES = ("prefill", "decode", "verify", "draft", "denoise_first", "denoise")
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tsa_compile.kernels.types import Edges
-from tsa_compile.passes.check_reach import check_reach
+from tsa_compile.passes.check_reach import check_reach, depth_needed, never_connected
 
 
 def adjacency(edges: Edges, n: int) -> np.ndarray:
@@ -81,6 +81,31 @@ def test_long_windows_in_many_layers_take_moments() -> None:
     reach = check_reach([Edges.window(4096)] * 16 + [Edges.bridges(512, 64, 64)] * 16, 65_536)
     assert reach.hole() is None
     assert reach.depth(4095) == 1
+
+
+def test_neighbours_that_never_connect_and_the_depth_that_is_needed_agree_with_the_distances() -> None:
+    rng, never = np.random.default_rng(1), 0
+    for _ in range(300):
+        layers = [random_edges(rng) for _ in range(rng.integers(1, 4))]
+        layers += [Edges.window(2)] * int(rng.integers(0, 2))
+        deep = check_reach(layers * 40, 30)
+        needed = depth_needed(layers, 30)
+        if never_connected(layers) is None:
+            assert deep.depth(29) == needed
+        else:
+            never += 1
+            assert needed is None
+            assert deep.hole() is not None
+            assert deep.hole()[0] == 1
+    assert 50 < never < 250
+
+
+def test_the_depth_of_windows_and_bridges() -> None:
+    assert depth_needed([Edges.window(5)], 4 * 7 + 1) == 7
+    assert depth_needed([Edges.bridges(8, 2, 2)], 17) == 5
+    assert depth_needed([Edges.blocks(8)], 1) == 0
+    assert depth_needed([], 1) is None
+    assert never_connected([Edges.blocks(8), Edges.blocks(8, 4)]) is None
 
 
 def test_a_length_below_one_is_refused() -> None:

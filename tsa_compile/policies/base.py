@@ -10,7 +10,7 @@ from typing import Any, ClassVar, TypeAlias, TypeVar
 import torch
 
 from tsa_compile.kernels.checks import MAX_HEAD_DIM
-from tsa_compile.kernels.types import Selection
+from tsa_compile.kernels.types import Edges, Selection
 from tsa_compile.passes.site import VERIFY_ROWS, AttentionSite
 
 T = TypeVar("T")
@@ -55,6 +55,14 @@ class Policy:
         """The attention `[B, H, Lq, Dv]` to the keys of `selection`, which may be another site's of the same sizes."""
         raise NotImplementedError
 
+    def guaranteed(self, site: AttentionSite) -> Edges:
+        """Which keys before it each row of `site` reads whatever the data are, where the policy takes the site.
+
+        A selection that depends on data may be empty, so only its fixed part counts: windows, blocks, bridges. First tokens that
+        every row reads are left out: they read nothing that lies between, so they relay nothing (`tsa.reach`).
+        """
+        return Edges.none()
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict: the policy's name under "policy", then its fields. `from_dict` is its inverse."""
         return {"policy": self.name, **dataclasses.asdict(self)}  # type: ignore[call-overload]
@@ -86,6 +94,18 @@ def why_dense(policy: Policy, site: AttentionSite) -> str | None:
     if mask.kind not in policy.masks:
         return _KINDS[mask.kind].format(policy=policy.name, masks=" or ".join(sorted(policy.masks)), window=mask.window)
     return policy.refuse(site) or cannot_run(site) or _too_few_rows(policy, site)
+
+
+def edges_of(policy: Policy, site: AttentionSite) -> Edges:
+    """What each row of `site` reads for certain under `policy`, or by the model's own attention where that leaves it dense."""
+    return own_edges(site) if why_dense(policy, site) is not None else policy.guaranteed(site)
+
+
+def own_edges(site: AttentionSite) -> Edges:
+    """What the model's own attention reads; nothing is certain of a mask that was not proven."""
+    if site.mask.causal:
+        return Edges.every() if site.mask.window is None else Edges.window(site.mask.window)
+    return Edges.every() if site.obstacle is None else Edges.none()
 
 
 def step(site: AttentionSite) -> str:

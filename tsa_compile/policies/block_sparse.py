@@ -13,8 +13,8 @@ import torch
 
 from tsa_compile.kernels import ops  # noqa: F401 - registers torch.ops.tsa
 from tsa_compile.kernels.checks import SHARES
-from tsa_compile.kernels.common.row_blocks import ROWS
-from tsa_compile.kernels.types import PageBitmap, Selection
+from tsa_compile.kernels.common.row_blocks import KEYS, ROWS
+from tsa_compile.kernels.types import Edges, PageBitmap, Selection
 from tsa_compile.passes.site import AttentionSite
 from tsa_compile.policies.base import Emit, Policy, check_int
 
@@ -67,6 +67,11 @@ class BlockSparse(Policy):
         if isinstance(self.alpha, tuple) and len(self.alpha) != site.heads:
             return f"alpha has {len(self.alpha)} numbers for {site.heads} query heads"
         return None
+
+    def guaranteed(self, site: AttentionSite) -> Edges:
+        """The key blocks that the window before a row block touches, and from there up to the row itself."""
+        before = -(-(self.window - 1) // KEYS) * KEYS
+        return Edges.every() if self.alpha == 0 else Edges.bridges(ROWS, ROWS, before)
 
     def select(self, emit: Emit, site: AttentionSite, state: Any) -> PageBitmap:
         x, padding = site.operands, _padding(emit, site)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
+from tsa_compile.kernels.types import Edges
 from tsa_compile.passes.site import MASKS, PHASES, AttentionSite
-from tsa_compile.policies.base import Policy, step
+from tsa_compile.policies.base import Policy, own_edges, step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,3 +19,6 @@ class Dense(Policy):
 
     def refuse(self, site: AttentionSite) -> str | None:
         return "policy is Dense" if site.phase == "prefill" else step(site)
+
+    def guaranteed(self, site: AttentionSite) -> Edges:
+        return own_edges(site)

@@ -13,9 +13,9 @@ import torch
 
 from tsa_compile.kernels import ops  # noqa: F401 - registers torch.ops.tsa
 from tsa_compile.kernels.decode_checks import MAX_ROWS
-from tsa_compile.kernels.types import IDENTITY, Operands, Selection
+from tsa_compile.kernels.types import IDENTITY, Edges, Operands, Selection
 from tsa_compile.passes.site import AttentionSite
-from tsa_compile.policies.base import Emit, Policy
+from tsa_compile.policies.base import Emit, Policy, own_edges
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +27,9 @@ class Exact(Policy):
 
     def refuse(self, site: AttentionSite) -> str | None:
         return too_many_rows(site)
+
+    def guaranteed(self, site: AttentionSite) -> Edges:
+        return own_edges(site)
 
     def attend(self, emit: Emit, site: AttentionSite, selection: Selection | None) -> Any:
         x, window = site.operands, site.mask.window or 0

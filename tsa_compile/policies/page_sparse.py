@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 import torch
 
 from tsa_compile.kernels import ops  # noqa: F401 - registers torch.ops.tsa
-from tsa_compile.kernels.types import Pages, Selection
+from tsa_compile.kernels.common.pages import PAGE
+from tsa_compile.kernels.types import Edges, Pages, Selection
 from tsa_compile.passes.site import AttentionSite
 from tsa_compile.policies.base import Emit, Policy, check_int
 from tsa_compile.policies.exact import too_many_rows, where
@@ -93,6 +94,10 @@ class PageSparse(Policy):
         if site.operands.mask is not None:
             return "a mask as data: pages are chosen without it"
         return too_many_rows(site)
+
+    def guaranteed(self, site: AttentionSite) -> Edges:
+        """The last pages, of which the open one ends with the row."""
+        return Edges.every() if self.keep == 1 else Edges.bridges(PAGE, PAGE, PAGE * (self.recent - 1))
 
     def select(self, emit: Emit, site: AttentionSite, state: Any) -> Pages:
         """`state`: the layer's "sums" and "counts" of `tsa::append_pages`; None: they are made here, which reads every key."""

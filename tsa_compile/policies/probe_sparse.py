@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 
 from tsa_compile.kernels import ops  # noqa: F401 - registers torch.ops.tsa
-from tsa_compile.kernels.types import Keys, Selection
+from tsa_compile.kernels.types import Edges, Keys, Selection
 from tsa_compile.passes.site import AttentionSite
 from tsa_compile.policies.base import Emit, Policy, check_int, check_share
 
@@ -43,6 +43,10 @@ class ProbeSparse(Policy):
 
     def refuse(self, site: AttentionSite) -> str | None:
         return None
+
+    def guaranteed(self, site: AttentionSite) -> Edges:
+        all_kept = isinstance(site.k_len, int) and site.k_len <= self.min_keys + 1
+        return Edges.every() if all_kept or self.coverage == 0 else Edges.none()
 
     def select(self, emit: Emit, site: AttentionSite, state: Any) -> Keys:
         x, rule = site.operands, (float(self.coverage), self.probes, self.min_keys)

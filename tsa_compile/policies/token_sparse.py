@@ -13,7 +13,7 @@ import torch
 
 from tsa_compile.kernels import ops  # noqa: F401 - registers torch.ops.tsa
 from tsa_compile.kernels.checks import SHARES
-from tsa_compile.kernels.types import Selection, Strip, TokenRule, Tokens
+from tsa_compile.kernels.types import ALL_KEYS, Edges, Selection, Strip, TokenRule, Tokens
 from tsa_compile.passes.site import VERIFY_ROWS, AttentionSite
 from tsa_compile.policies.base import Emit, Policy, build, check_int, check_share
 from tsa_compile.policies.inner_blocks import InnerBlocks
@@ -128,6 +128,16 @@ class TokenSparse(Policy):
 
     def refuse(self, site: AttentionSite) -> str | None:
         return None
+
+    def guaranteed(self, site: AttentionSite) -> Edges:
+        """The window of the strip; with blocks of kept tokens, as much of it as lies in the last blocks that a kept row reads."""
+        if isinstance(site.k_len, int) and site.k_len <= self._dense_below:
+            return Edges.every()
+        blocks = self.inner if self.inner is not None and self.inner.mass < 1 else None
+        local = ALL_KEYS if blocks is None else (blocks.local - 1) * blocks.block + 1
+        if self.coverage == 0:
+            return Edges.window(local)
+        return Edges.none() if self.completion is None else Edges.window(min(local, self.completion.window))
 
     @property
     def _dense_below(self) -> int:
