@@ -46,8 +46,8 @@ class PlanReach:
     Args:
         layers: the attentions in order of execution.
         reach: distances by depth and phase, up to the length that was asked for.
-        needed: attentions after which every token can depend on every earlier one, the model's own order repeated; None: no number
-            of them is enough, as some token never depends on the one before it.
+        needed: attentions after which every token can depend on every earlier one, the model's own order repeated; None: no
+            number of them is enough, as some token never depends on the one before it.
     """
 
     layers: tuple[LayerEdges, ...]
@@ -87,7 +87,7 @@ def reach(
 ) -> PlanReach:
     """Which earlier tokens can influence a token at all, through all attentions of `model` under `plan`.
 
-    The model is called once, as by `explain`, to find its attentions in order; it is left as it was. Their lengths are taken to be
+    The model is called once, as by `explain`, to find its attentions in order, and left as it was. Their lengths are taken to be
     `length`. For causal language models; of an attention whose mask is not proven nothing is taken for certain.
 
     Args:
