@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("transformers")
@@ -65,6 +65,9 @@ CALLS = st.lists(
 
 
 @settings(max_examples=80, deadline=None)
+@example(calls=[("update", 3), ("record", 1), ("crop", 1), ("repeat", 1), ("update", 1)], window=2, seed=0)
+@example(calls=[("update", 3), ("record", 1), ("crop", 1), ("copy", 1), ("crop", 1)], window=2, seed=0)
+@example(calls=[("update", 4), ("record", 1), ("crop", 1), ("crop", 1)], window=4, seed=0)
 @given(calls=CALLS, window=st.sampled_from([0, 2, 4, 9]), seed=st.integers(0, 100))
 def test_any_sequence_of_calls(calls, window, seed):
     torch.manual_seed(seed)
@@ -74,7 +77,7 @@ def test_any_sequence_of_calls(calls, window, seed):
         if name == "copy":
             ours, plain = copy.deepcopy(ours), copy.deepcopy(plain)
             continue
-        if plain.is_initialized and plain.keys.numel():
+        if plain.is_initialized and plain.keys.dim() == 4:  # also of no rows
             batch = plain.keys.shape[0]
         if name == "crop" and (not plain.is_initialized or n % 6 > plain.get_seq_length()):
             continue  # an error, or a negative length, in some versions

@@ -51,22 +51,27 @@ class LayerMethods:
             self.cumulative_length = 0
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        self.select_batch(beam_idx)
+        if self.get_seq_length():
+            self.select_batch(beam_idx)
+
+    def has_rows(self) -> bool:
+        """Is there a batch? Also where a crop has left none of its rows."""
+        return self.is_initialized and self.keys is not None
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.count():
+        if self.get_seq_length():
             keys = self.settled().keys
             self.select_batch(torch.arange(keys.shape[0], device=keys.device).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        if self.count():
+        if self.get_seq_length():
             keys = self.settled().keys
             self.select_batch(torch.arange(keys.shape[0], device=keys.device)[indices])  # also a mask, or a slice
 
     def as_plain(self) -> Any:
         """A layer of transformers with these rows."""
         layer = self.plain(**({"sliding_window": self.sliding_window} if self.is_sliding else {}))
-        if self.count():
+        if self.has_rows():
             keys, values = self.keys, self.values
             layer.lazy_initialization(keys, values)
             layer.keys, layer.values = keys.clone(), values.clone()
@@ -81,7 +86,7 @@ class LayerMethods:
         copied.lease, copied.states = copy.deepcopy(self.lease, memo), type(self.states)(self.states.kinds)
         copied.buffers = copied.storage = copied._late = copied.pinned = None
         copied.first, copied.length, copied._assigned = 0, 0, {}
-        if self.count():
+        if self.has_rows():
             copied._place(self.keys, self.values)
         return copied
 
@@ -139,7 +144,8 @@ class SlidingMethods(LayerMethods):
         self.remove_last(-tokens_to_remove)
         if full:
             self.keep_last(self.sliding_window - 1)
-        self.cumulative_length = max(0, self.cumulative_length + tokens_to_remove)
+        # Below the window all rows are there; if recording began too late, those that are: as in transformers.
+        self.cumulative_length = self.cumulative_length + tokens_to_remove if full else self.length
 
 
 def _itself(layer: Any) -> Any:

@@ -59,10 +59,9 @@ class SlidingRows(Buffered):
 
     def select_batch(self, index: torch.Tensor) -> None:
         """Batch row `i` becomes what row `index[i]` was."""
-        if self.count():
-            keys, values = self._views()
-            index = index.to(keys.device)
-            self._place(keys.index_select(0, index), values.index_select(0, index))
+        keys, values = self._views()
+        index = index.to(keys.device)
+        self._place(keys.index_select(0, index), values.index_select(0, index))
 
     def _views(self, *like: torch.Tensor) -> Pair:
         """The present rows; `like` says what none look like."""
