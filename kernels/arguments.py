@@ -72,6 +72,7 @@ def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[A
 def select_key_blocks(
     q: Tensor, k: Tensor, means: Tensor, counts: Tensor, start: MaybeTensor, lengths: MaybeTensor, key_mask: MaybeTensor,
     scale: float, alpha: Sequence[float], pool: int, window: int, sinks: int, last_dense: int, share: str = "head",
+    k_len: int | None = None,
 ) -> tuple[Any, ...]:  # fmt: skip
     rule = (scale, alpha, pool, window, sinks, last_dense, share)
-    return q, means, counts, start, lengths, key_mask, k.shape[2], *rule
+    return q, means, counts, start, lengths, key_mask, k.shape[2] if k_len is None else k_len, *rule

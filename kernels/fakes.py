@@ -9,8 +9,9 @@ import torch
 from tsa_compile.kernels.common.pages import CHUNK, empty_index, pages_of
 from tsa_compile.kernels.common.results import empty_result, no_lse
 from tsa_compile.kernels.common.row_blocks import key_block_count, row_block_count, word_count
+from tsa_compile.kernels.common.view import length_of
 from tsa_compile.kernels.select.top_pages.budget import list_capacity
-from tsa_compile.kernels.types import BlockRule, Keys, Operands, TokenRule
+from tsa_compile.kernels.types import BlockRule, Keys, KvView, Operands, TokenRule
 
 Tensor = torch.Tensor
 
@@ -85,9 +86,13 @@ def padding_range(key_mask: Tensor) -> tuple[Tensor, Tensor]:
     return _int32(key_mask, key_mask.shape[0]), _int32(key_mask, key_mask.shape[0])
 
 
-def key_block_means(k: Tensor, *padding: Tensor | None) -> tuple[Tensor, Tensor]:
+def key_block_means(
+    k: Tensor, start: Any, lengths: Any, key_mask: Any, blocks: Tensor | None = None, block: int = 1, k_len: int | None = None
+) -> tuple[Tensor, Tensor]:
     exact = torch.float64 if k.dtype == torch.float64 else torch.float32
-    shape = (k.shape[0], k.shape[1], key_block_count(k.shape[2]), k.shape[3])
+    batch = k.shape[0] if blocks is None else blocks.shape[0]
+    k_len = length_of(k, KvView(blocks, block, None, None), k_len)
+    shape = (batch, k.shape[1], key_block_count(k_len), k.shape[3])
     return k.new_empty(shape, dtype=exact), _int32(k, shape[0], shape[2])
 
 
@@ -98,7 +103,7 @@ def select_key_blocks(
     return q.new_empty(q.shape[0], lists, row_block_count(q.shape[2], k_len), word_count(k_len), dtype=torch.int64)
 
 
-def key_block_attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def key_block_attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any, k_len: int | None = None) -> tuple[Tensor, Tensor]:
     return empty_result(q, v), q.new_empty(q.shape[:3], dtype=torch.float32) if rest[-1] else no_lse(q)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -22,10 +23,15 @@ def padding_range(key_mask: Tensor) -> None:
         )
 
 
-def key_block_means(k: Tensor, start: Optional, lengths: Optional, key_mask: Optional) -> None:
+def key_block_means(
+    k: Tensor, start: Optional, lengths: Optional, key_mask: Optional, blocks: Optional = None, block: int = 1,
+    k_len: int | None = None,
+) -> None:  # fmt: skip
     name = "tsa::key_block_means"
     check_attention(name, k, k, None, None)
-    _check_padding(name, k, k.shape[2], start, lengths, key_mask)
+    rows = k if blocks is None else k[:1].expand(blocks.shape[0], -1, -1, -1)  # k is a pool of blocks
+    k_len = _check_length(name, rows, k, KvView(blocks, block, None, None), k_len, 0)
+    _check_padding(name, rows, k_len, start, lengths, key_mask)
 
 
 def select_key_blocks(
@@ -66,21 +72,34 @@ def check_rule(
 
 def key_block_attention(
     q: Tensor, k: Tensor, v: Tensor, bits: Tensor, blocks: Optional, block: int, start: Optional, lengths: Optional,
-    key_mask: Optional, scale: float, need_lse: bool,
+    key_mask: Optional, scale: float, need_lse: bool, *, k_len: int | None = None,
 ) -> None:  # fmt: skip
     name = "tsa::key_block_attention"
-    check_attention(name, q, k, v, None)
+    check_attention(name, q if blocks is None else q[:1].expand(k.shape[0], -1, -1, -1), k, v, None, causal=False)
     if v.shape[3] > MAX_HEAD_DIM:
         raise ValueError(f"{name}: the head dim of v must be at most {MAX_HEAD_DIM}, got {v.shape[3]}")
-    if blocks is not None:
-        raise ValueError(f"{name}: blocks must be None, a view of scattered blocks is not taken, got {tuple(blocks.shape)}")
-    q_len, k_len = q.shape[2], k.shape[2]
+    q_len = q.shape[2]
+    k_len = _check_length(name, q, k, KvView(blocks, block, None, None), k_len, q_len)
     _check_padding(name, q, k_len, start, lengths, key_mask)
     shape = (row_block_count(q_len, k_len), word_count(k_len))
     if bits.dtype != torch.int64 or bits.dim() != 4 or bits.device != q.device or not bits.is_contiguous():
         raise ValueError(f"{name}: bits must be contiguous 4-d int64 on {q.device}, got {bits.dtype} {tuple(bits.shape)}")
     if bits.shape[0] != q.shape[0] or bits.shape[1] not in (q.shape[1], k.shape[1]) or tuple(bits.shape[2:]) != shape:
         raise ValueError(f"{name}: bits must be [B, H or Hk, {shape[0]}, {shape[1]}], got {tuple(bits.shape)}")
+
+
+def _check_length(name: str, x: Tensor, k: Tensor, view: KvView, k_len: int | None, queries: Any) -> Any:
+    """Positions of a row of the batch, of which there are as many as in `x`: no more than the view has room for, no fewer than
+    queries."""
+    capacity = check_view(name, x, k, view)
+    if view.blocks is not None and view.blocks.device != x.device:
+        raise ValueError(f"{name}: blocks must be on {x.device}, got {view.blocks.device}")
+    if k_len is not None and not 0 <= k_len <= capacity:
+        raise ValueError(f"{name}: k_len must be from 0 to {capacity}, for which there is room, got {k_len}")
+    k_len = capacity if k_len is None else k_len
+    if queries > k_len:
+        raise ValueError(f"{name}: {queries} queries for {k_len} keys; queries are the last positions")
+    return k_len
 
 
 def _check_padding(name: str, x: Tensor, k_len: int, start: Optional, lengths: Optional, key_mask: Optional) -> None:

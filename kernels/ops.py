@@ -21,6 +21,7 @@ _ATTENDED = "(Tensor out, Tensor lse)"
 _CACHE = "Tensor? blocks, int block, Tensor? start, Tensor? lengths, Tensor? key_mask, float scale"  # KvView, then what is read
 _VIEW = "Tensor? blocks, int block, Tensor? start, Tensor? lengths"
 _PADDING = "Tensor? start, Tensor? lengths, Tensor? key_mask"
+_K_LEN = "int? k_len=None"  # positions of a row of the batch, where blocks have room for more
 _MASKS = "Tensor? mask=None, Tensor? sinks=None, float softcap=0.0"
 
 OPERATORS = (
@@ -157,7 +158,7 @@ OPERATORS = (
         host="common.view:padding_range",
     ),
     Operator(
-        f"key_block_means(Tensor k, {_PADDING}) -> (Tensor means, Tensor counts)",
+        f"key_block_means(Tensor k, {_PADDING}, Tensor? blocks=None, int block=1, {_K_LEN}) -> (Tensor means, Tensor counts)",
         check=key_block_checks.key_block_means,
         fake=fakes.key_block_means,
         reference="score.page_mass.reference:key_block_means_reference",
@@ -165,7 +166,7 @@ OPERATORS = (
     ),
     Operator(
         f"select_key_blocks(Tensor q, Tensor k, Tensor means, Tensor counts, {_PADDING}, float scale, float[] alpha,"
-        " int pool, int window, int sinks, int last_dense, *, str share='head') -> Tensor",
+        f" int pool, int window, int sinks, int last_dense, *, str share='head', {_K_LEN}) -> Tensor",
         check=key_block_checks.select_key_blocks,
         fake=fakes.select_key_blocks,
         reference="select.threshold_pages.reference:select_key_blocks_reference",
@@ -173,7 +174,7 @@ OPERATORS = (
         arguments=arguments.select_key_blocks,
     ),
     Operator(
-        f"key_block_attention(Tensor q, Tensor k, Tensor v, Tensor bits, {_CACHE}, bool need_lse) -> (Tensor out, Tensor lse)",
+        f"key_block_attention(Tensor q, Tensor k, Tensor v, Tensor bits, {_CACHE}, bool need_lse, *, {_K_LEN}) -> {_ATTENDED}",
         check=key_block_checks.key_block_attention,
         fake=fakes.key_block_attention,
         reference="attend.pages.reference:key_block_attention_reference",

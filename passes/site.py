@@ -50,7 +50,7 @@ class AttentionSite:
         phase: one of `PHASES`.
         form: how it was written: "sdpa", "manual" or "flex".
         batch, heads, kv_heads, q_len, head_dim, v_head_dim: sizes; a symbol where they vary between runs.
-        k_len: keys that any query may see, the length of `operands.k`.
+        k_len: keys that any query may see: the length of `operands.k`, or what the blocks of `operands.view` hold.
         dtype: of the output, and of the operands.
         device: of the operands.
         scale: factor of the scores.
@@ -90,6 +90,7 @@ class AttentionSite:
         phase: str | None = None,
         module: str = "",
         layer: int = 0,
+        k_len: int | None = None,
     ) -> AttentionSite:
         """The site of tensors at hand.
 
@@ -99,26 +100,28 @@ class AttentionSite:
             scale: factor of the scores; None: 1 / sqrt(head dim).
             phase: as above; None: told by the number of query rows.
             module, layer: as above.
+            k_len: as above; None: all of `operands.k`, which must then hold a row of the batch each, and no pool of blocks.
         """
         q, k, v = operands.q, operands.k, operands.v
         batch, heads, q_len, head_dim = q.shape
+        k_len = k.shape[2] if k_len is None else k_len
         return cls(
             module=module,
             index=layer,
             layer=layer,
-            phase=phase or phase_of(q_len, past=k.shape[2] > q_len, causal=mask.causal),
+            phase=phase or phase_of(q_len, past=k_len > q_len, causal=mask.causal),
             form="sdpa",
             batch=batch,
             heads=heads,
             kv_heads=k.shape[1],
             q_len=q_len,
-            k_len=k.shape[2],
+            k_len=k_len,
             head_dim=head_dim,
             v_head_dim=v.shape[3],
             dtype=q.dtype,
             device=q.device,
             scale=head_dim**-0.5 if scale is None else scale,
-            past=k.shape[2] > q_len,
+            past=k_len > q_len,
             mask=mask,
             operands=operands,
         )

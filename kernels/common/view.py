@@ -14,6 +14,11 @@ def capacity_of(k: Tensor, view: KvView) -> int:
     return k.shape[2] if view.blocks is None else view.blocks.shape[1] * view.block
 
 
+def length_of(k: Tensor, view: KvView, k_len: int | None) -> int:
+    """Positions of a row, the queries being the last of them: what the caller says, or the capacity."""
+    return capacity_of(k, view) if k_len is None else k_len
+
+
 def rows_in_order(x: Tensor, view: KvView) -> Tensor:
     """`x` `[N, Hk, L, D]` by position: `[B, Hk, capacity, D]`.
 

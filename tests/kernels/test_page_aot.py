@@ -24,7 +24,7 @@ from tsa_compile.kernels.select.threshold_pages.host import tile
 
 TYPES = {"means": "*fp32", "counts": "*i32", "key_mask": "*i1",
          "lse": "*fp32", "bits": "*i64", "starts": "*i32", "lengths": "*i32", "alphas": "*fp32",
-         "scratch": "*i32", "scale_log2": "fp32", "alpha_log2": "fp32"}
+         "scratch": "*i32", "blocks": "*i32", "scale_log2": "fp32", "alpha_log2": "fp32"}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 capability = int(sys.argv[1])
 
@@ -38,7 +38,8 @@ def compile_kernel(kernel, dtype, constants, **options):
 
 for padded, (dtype, dim) in ((False, ("bf16", 128)), (True, ("fp32", 64))):
     view = dict(START=padded, LENGTH=padded, MASK=padded)
-    compile_kernel(key_block_means_kernel, dtype, dict(D=dim, BLOCK_D=dim, KEYS=64, **view), num_warps=4)
+    table = {} if padded else {"blocks": None}
+    compile_kernel(key_block_means_kernel, dtype, dict(D=dim, BLOCK_D=dim, KEYS=64, **view, **table), num_warps=4)
     for pool in (16,) if padded else (128, 16):
         together, warps = tile(pool)
         precise = "tf32x3" if dtype == "fp32" else "ieee"
@@ -47,7 +48,7 @@ for padded, (dtype, dim) in ((False, ("bf16", 128)), (True, ("fp32", 64))):
         compile_kernel(select_key_blocks_kernel, dtype, shape, num_warps=warps, num_stages=2 if dim <= 128 else 1)
     config = tile_config(dim, DTYPES[dtype])
     shape = dict(D=dim, DV=dim, BLOCK_D=dim, BLOCK_DV=dim, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-                 PER=64 // config.block_n, CHUNK=16, LSE=padded, PRECISION=precise, **view)
+                 PER=64 // config.block_n, CHUNK=16, LSE=padded, PRECISION=precise, **view, **table)
     compile_kernel(key_block_attention_kernel, dtype, shape, **config.options)
 if capability == 90:
     from triton.experimental.gluon import language as gl

@@ -164,7 +164,7 @@ def test_a_bad_argument_is_named(changes, message):
     [
         (dict(bits=torch.zeros(1, 4, 2, 1, dtype=torch.int64)), r"bits must be \[B, H or Hk, 3, 1\], got \(1, 4, 2, 1\)"),
         (dict(bits=torch.zeros(1, 4, 3, 1)), "bits must be contiguous 4-d int64"),
-        (dict(blocks=torch.zeros(1, 5, dtype=torch.int32)), "blocks must be None"),
+        (dict(blocks=torch.zeros(1, 5)), r"blocks must be int32 \[1, P\]"),
     ],
 )
 def test_a_bad_argument_of_the_attention_is_named(changes, message):

@@ -75,17 +75,28 @@ class BlockSparse(Policy):
 
     def select(self, emit: Emit, site: AttentionSite, state: Any) -> PageBitmap:
         x, padding = site.operands, _padding(emit, site)
-        means, counts = emit(torch.ops.tsa.key_block_means.default, x.k, *padding)
+        blocks, block, length = _places(site)
+        means, counts = emit(torch.ops.tsa.key_block_means.default, x.k, *padding, blocks, block, **length)
         alphas = [float(a) for a in (self.alpha if isinstance(self.alpha, tuple) else (self.alpha,))]
         rule = (site.scale, alphas, self.pool, self.window, self.sinks, self.last_dense)
         choose = torch.ops.tsa.select_key_blocks.default
-        return PageBitmap(emit(choose, x.q, x.k, means, counts, *padding, *rule, share=self.share))
+        return PageBitmap(emit(choose, x.q, x.k, means, counts, *padding, *rule, share=self.share, **length))
 
     def attend(self, emit: Emit, site: AttentionSite, selection: Selection | None) -> Any:
         assert isinstance(selection, PageBitmap)
         x, (start, lengths, key_mask) = site.operands, _padding(emit, site)
         attend = torch.ops.tsa.key_block_attention.default
-        return emit(attend, x.q, x.k, x.v, selection.bits, None, 1, start, lengths, key_mask, site.scale, False)[0]
+        blocks, block, length = _places(site)
+        rest = (blocks, block, start, lengths, key_mask, site.scale, False)
+        return emit(attend, x.q, x.k, x.v, selection.bits, *rest, **length)[0]
+
+
+def _places(site: AttentionSite) -> tuple[Any, int, dict[str, Any]]:
+    """`blocks`, `block` and `k_len` of the operators: where keys lie that do not lie in order."""
+    view = site.operands.view
+    if view.blocks is None or view.ranks is not None:  # ranks: the order of a mask with holes, which the operators take as a mask
+        return None, 1, {}
+    return view.blocks, view.block, {"k_len": site.k_len}
 
 
 def _padding(emit: Emit, site: AttentionSite) -> Padding:

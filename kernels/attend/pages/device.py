@@ -9,6 +9,7 @@ import triton.language as tl
 
 from tsa_compile.kernels.attend.tokens.device import load_columns, load_rows, softmax_step, store_rows
 from tsa_compile.kernels.common.range_device import valid_keys, valid_range
+from tsa_compile.kernels.common.view_device import place_of_rows
 
 LENGTHS = (
     "heads",
@@ -23,6 +24,9 @@ LENGTHS = (
     "total",
     "capacity",
     "m_sb",
+    "blocks_sb",
+    "block_rows",
+    "per_row",
 )
 ROWS = tl.constexpr(128)  # as in common/row_blocks.py
 KEYS = tl.constexpr(64)
@@ -48,24 +52,26 @@ def list_blocks(bits, first_block, end_block, words, listed, CHUNK: tl.constexpr
 
 @triton.jit
 def masked_step(
-    acc, row_max, row_sum, q_tile, k, v, k_sl, k_sd, v_sl, v_sd, keys, real, at, scale_log2,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
+    acc, row_max, row_sum, q_tile, k, v, k_sb, k_sl, k_sd, v_sb, v_sl, v_sd, keys, real, at, blocks, block_rows, per_row,
+    scale_log2, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A step over the keys at positions `keys`, as far as they are `real`: rows at positions `at` see those up to their own."""
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    wide = keys.to(tl.int64)
-    k_at = k + wide[None, :] * k_sl + d[:, None] * k_sd
+    owner, inside = place_of_rows(keys, real, blocks, block_rows, per_row)
+    k_at = k + (owner * k_sb + inside * k_sl)[None, :] + d[:, None] * k_sd
     k_tile = tl.load(k_at, mask=real[None, :] & (d < D)[:, None], other=0.0)
     scores = tl.dot(q_tile, k_tile, input_precision=PRECISION)
     scores = tl.where((keys[None, :] <= at[:, None]) & real[None, :], scores, float("-inf"))
-    v_at = v + wide[:, None] * v_sl + dv[None, :] * v_sd
+    v_at = v + (owner * v_sb + inside * v_sl)[:, None] + dv[None, :] * v_sd
     v_tile = tl.load(v_at, mask=real[:, None] & (dv < DV)[None, :], other=0.0)
     return softmax_step(acc, row_max, row_sum, scores, scale_log2, v_tile, PRECISION)
 
 
 @triton.jit
 def attend_tile(
-    q_tile, at, k, v, k_sl, k_sd, v_sl, v_sd, own, limit, listed, number, starts, lengths, key_mask, b, k_len, m_sb, scale_log2,
+    q_tile, at, k, v, k_sb, k_sl, k_sd, v_sb, v_sl, v_sd, own, limit, listed, number, starts, lengths, key_mask, b, k_len, m_sb,
+    blocks, block_rows, per_row, scale_log2,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, PER: tl.constexpr, START: tl.constexpr, LENGTH: tl.constexpr, MASK: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -83,23 +89,26 @@ def attend_tile(
         keys = tl.load(listed + step // PER) * KEYS + step % PER * BLOCK_N + i
         real = valid_keys(keys, starts, lengths, key_mask, b, k_len, m_sb, START, LENGTH, MASK)
         acc, row_max, row_sum = masked_step(
-            acc, row_max, row_sum, q_tile, k, v, k_sl, k_sd, v_sl, v_sd, keys, real, at, scale_log2,
+            acc, row_max, row_sum, q_tile, k, v, k_sb, k_sl, k_sd, v_sb, v_sl, v_sd, keys, real, at, blocks, block_rows, per_row,
+            scale_log2,
             D, DV, BLOCK_D, BLOCK_DV, PRECISION,
         )  # fmt: skip
     if not MASK:
         block = tl.load(listed + 1, mask=number > 1, other=0)
         for step in tl.range(PER, number * PER):
-            keys = (block * KEYS + step % PER * BLOCK_N + i).to(tl.int64)
+            keys = block * KEYS + step % PER * BLOCK_N + i
+            owner, inside = place_of_rows(keys, keys >= 0, blocks, block_rows, per_row)
             ahead = (step + 1) // PER
             block = tl.load(listed + ahead, mask=ahead < number, other=0)  # a step ahead: loads of loads start late
-            k_tile = load_columns(k, keys, k_sl, k_sd, d, D, BLOCK_D)
+            k_tile = load_columns(k, owner * k_sb + inside * k_sl, 1, k_sd, d, D, BLOCK_D)
             scores = tl.dot(q_tile, k_tile, input_precision=PRECISION)
-            v_tile = load_rows(v, keys, v_sl, v_sd, dv, DV, BLOCK_DV)
+            v_tile = load_rows(v, owner * v_sb + inside * v_sl, 1, v_sd, dv, DV, BLOCK_DV)
             acc, row_max, row_sum = softmax_step(acc, row_max, row_sum, scores, scale_log2, v_tile, PRECISION)
     for start in tl.range(own, limit, BLOCK_N):
         real = valid_keys(start + i, starts, lengths, key_mask, b, k_len, m_sb, START, LENGTH, MASK)
         acc, row_max, row_sum = masked_step(
-            acc, row_max, row_sum, q_tile, k, v, k_sl, k_sd, v_sl, v_sd, start + i, real, at, scale_log2,
+            acc, row_max, row_sum, q_tile, k, v, k_sb, k_sl, k_sd, v_sb, v_sl, v_sd, start + i, real, at, blocks, block_rows,
+            per_row, scale_log2,
             D, DV, BLOCK_D, BLOCK_DV, PRECISION,
         )  # fmt: skip
     return acc, row_max, row_sum
@@ -114,9 +123,10 @@ def find_tile(number, tiles, section):
 
 @triton.jit(do_not_specialize=LENGTHS)
 def key_block_attention_kernel(
-    q, k, v, out, lse, bits, starts, lengths, key_mask, scratch,
+    q, k, v, out, lse, bits, starts, lengths, key_mask, blocks, scratch,
     q_sb, q_sh, q_sl, q_sd, k_sb, k_sh, k_sl, k_sd, v_sb, v_sh, v_sl, v_sd, o_sb, o_sh, o_sl, m_sb,
-    heads, kv_heads, lists, q_len, k_len, row_blocks, words, tiles, section, total, capacity, scale_log2,
+    heads, kv_heads, lists, q_len, k_len, row_blocks, words, tiles, section, total, capacity, blocks_sb, block_rows, per_row,
+    scale_log2,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, PER: tl.constexpr, CHUNK: tl.constexpr, START: tl.constexpr, LENGTH: tl.constexpr, MASK: tl.constexpr,
     LSE: tl.constexpr, PRECISION: tl.constexpr,
@@ -142,9 +152,14 @@ def key_block_attention_kernel(
 
         q_at = q + b * q_sb + h * q_sh + row.to(tl.int64)[:, None] * q_sl + d[None, :] * q_sd
         q_tile = tl.load(q_at, mask=row_ok[:, None] & (d < D)[None, :], other=0.0)
+        k_head, v_head, table = k + kv_head * k_sh, v + kv_head * v_sh, blocks
+        if blocks is None:
+            k_head, v_head = k_head + b * k_sb, v_head + b * v_sb
+        else:
+            table = blocks + b * blocks_sb
         acc, row_max, row_sum = attend_tile(
-            q_tile, at, k + b * k_sb + kv_head * k_sh, v + b * v_sb + kv_head * v_sh, k_sl, k_sd, v_sl, v_sd, own, limit, listed,
-            kept, starts, lengths, key_mask, b, k_len, m_sb, scale_log2,
+            q_tile, at, k_head, v_head, k_sb, k_sl, k_sd, v_sb, v_sl, v_sd, own, limit, listed, kept, starts, lengths, key_mask,
+            b, k_len, m_sb, table, block_rows, per_row, scale_log2,
             D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, PER, START, LENGTH, MASK, PRECISION,
         )  # fmt: skip
         some = row_sum > 0

@@ -6,15 +6,19 @@ import torch
 
 from tsa_compile.kernels.common.results import empty_result, no_lse
 from tsa_compile.kernels.common.row_blocks import KEYS, ROWS, own_keys, valid_keys, valid_range
+from tsa_compile.kernels.common.view import length_of, rows_in_order
+from tsa_compile.kernels.types import KvView
 
 Tensor = torch.Tensor
 
 
 def key_block_attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, bits: Tensor, blocks: None, block: int, start: Tensor | None, lengths: Tensor | None,
-    key_mask: Tensor | None, scale: float, need_lse: bool,
+    q: Tensor, k: Tensor, v: Tensor, bits: Tensor, blocks: Tensor | None, block: int, start: Tensor | None,
+    lengths: Tensor | None, key_mask: Tensor | None, scale: float, need_lse: bool, *, k_len: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`tsa::key_block_attention`, one row block after the other. Half inputs are computed in float32, float64 stays float64."""
+    view = KvView(blocks, block, start, lengths)
+    k, v = (rows_in_order(x, view)[:, :, : length_of(x, view, k_len)] for x in (k, v))
     (batch, heads, q_len, _), k_len = q.shape, k.shape[2]
     exact = torch.float64 if q.dtype == torch.float64 else torch.float32
     out = empty_result(q, v)
