@@ -44,6 +44,10 @@ class Reach:
         distance = min(first)
         return None if distance >= self.length else (distance, first.index(distance))
 
+    def first_unreached(self, phase: int, depth: int | None = None) -> int:
+        """The smallest distance that `phase` does not reach after `depth` layers (None: all); `length` if it reaches all."""
+        return _first_zero(self.by_depth[-1 if depth is None else depth][phase % self.period])
+
     def pair(self) -> tuple[int, int] | None:
         """(source, target): positions that show the hole; None: there is none."""
         hole = self.hole()
