@@ -14,6 +14,7 @@ from tsa_compile.kernels.types import KvView
 
 Tensor = torch.Tensor
 Optional = Tensor | None
+MAX_SOURCES = 1 << 30  # tokens before a block: positions are int32
 
 
 def padding_range(key_mask: Tensor) -> None:
@@ -75,9 +76,7 @@ def key_block_attention(
     key_mask: Optional, scale: float, need_lse: bool, *, k_len: int | None = None,
 ) -> None:  # fmt: skip
     name = "tsa::key_block_attention"
-    check_attention(name, q if blocks is None else q[:1].expand(k.shape[0], -1, -1, -1), k, v, None, causal=False)
-    if v.shape[3] > MAX_HEAD_DIM:
-        raise ValueError(f"{name}: the head dim of v must be at most {MAX_HEAD_DIM}, got {v.shape[3]}")
+    _check_attended(name, q, k, v, blocks)
     q_len = q.shape[2]
     k_len = _check_length(name, q, k, KvView(blocks, block, None, None), k_len, q_len)
     _check_padding(name, q, k_len, start, lengths, key_mask)
@@ -86,6 +85,26 @@ def key_block_attention(
         raise ValueError(f"{name}: bits must be contiguous 4-d int64 on {q.device}, got {bits.dtype} {tuple(bits.shape)}")
     if bits.shape[0] != q.shape[0] or bits.shape[1] not in (q.shape[1], k.shape[1]) or tuple(bits.shape[2:]) != shape:
         raise ValueError(f"{name}: bits must be [B, H or Hk, {shape[0]}, {shape[1]}], got {tuple(bits.shape)}")
+
+
+def bridge_attention(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Optional, block: int, start: Optional, lengths: Optional, key_mask: Optional,
+    scale: float, width: int, rows: int, sources: int, offset: int, need_lse: bool, *, k_len: int | None = None,
+) -> None:  # fmt: skip
+    name = "tsa::bridge_attention"
+    _check_attended(name, q, k, v, blocks)
+    k_len = _check_length(name, q, k, KvView(blocks, block, None, None), k_len, q.shape[2])
+    _check_padding(name, q, k_len, start, lengths, key_mask)
+    if width < 1 or not (0 <= rows <= width and 0 <= offset < width and 0 <= sources < MAX_SOURCES):
+        got = f"width {width}, rows {rows}, offset {offset} and sources {sources}"
+        raise ValueError(f"{name}: rows must be 0 to width, offset 0 to width - 1, sources 0 to {MAX_SOURCES - 1}; got {got}")
+
+
+def _check_attended(name: str, q: Tensor, k: Tensor, v: Tensor, blocks: Optional) -> None:
+    """The shapes of one attention, whose keys may lie in a pool."""
+    check_attention(name, q if blocks is None else q[:1].expand(k.shape[0], -1, -1, -1), k, v, None, causal=False)
+    if v.shape[3] > MAX_HEAD_DIM:
+        raise ValueError(f"{name}: the head dim of v must be at most {MAX_HEAD_DIM}, got {v.shape[3]}")
 
 
 def _check_length(name: str, x: Tensor, k: Tensor, view: KvView, k_len: int | None, queries: Any) -> Any:

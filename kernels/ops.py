@@ -180,6 +180,14 @@ OPERATORS = (
         reference="attend.pages.reference:key_block_attention_reference",
         host="attend.pages.host:key_block_attention",
     ),
+    Operator(
+        f"bridge_attention(Tensor q, Tensor k, Tensor v, {_CACHE}, int width, int rows, int sources, int offset, bool need_lse,"
+        f" *, {_K_LEN}) -> {_ATTENDED}",
+        check=key_block_checks.bridge_attention,
+        fake=fakes.key_block_attention,
+        reference="attend.bridge.reference:bridge_attention_reference",
+        host="attend.bridge.host:bridge_attention",
+    ),
 )
 
 for _operator in OPERATORS:

@@ -15,6 +15,7 @@ from tsa_compile.entry_point import register as _register
 from tsa_compile.learn import calibrate
 from tsa_compile.plan import Plan
 from tsa_compile.policies.block_sparse import BlockSparse
+from tsa_compile.policies.bridge import Bridge
 from tsa_compile.policies.dense import Dense
 from tsa_compile.policies.exact import Exact
 from tsa_compile.policies.page_sparse import PageSparse
@@ -26,6 +27,7 @@ from tsa_compile.report import Report
 __version__ = "0.1.0"
 __all__ = [
     "BlockSparse",
+    "Bridge",
     "Cache",
     "Completion",
     "Dense",

@@ -38,7 +38,9 @@ NAMES = {
     "TokenSparse.paper": "coverage=0.005, **fields",  # as the paper has it: without completion
     "Completion": "window=256, sinks=4, heavy=256",
     "BlockSparse": "alpha=0.05, pool=128, window=256, sinks=4, last_dense=128, share='head'",
-    "Bridge": "block, w_t, w_s, ...",
+    "Bridge": "block, w_t, w_s, offset=0",
+    "Bridge.source_extended": "block, w_t, offset=0",  # bridges read the whole block before
+    "Bridge.overlapping": "block, overlap, offset=0",  # every row reads so many tokens before its block
     "ProbeSparse": "coverage=0.05, probes=64, min_keys=256",
     "PageSparse": "keep=None, kind='mean', completion=False, pages=None, mass=None, schedule=None, ...",
     "HeadSplit": "...",
@@ -77,7 +79,6 @@ NAMES = {
     "kernels.types.Attended": "out, lse",
 }
 COMING = {
-    "Bridge": "prefill with bridge edges",
     "HeadSplit": "decode by head roles",
     "SampledValues": "decode by sampled values",
     "Remembered": "speculation",

@@ -6,10 +6,9 @@ import dataclasses
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import tsa_compile as tsa
-from tests.api.tiny import SPARSE, token_ids
+from tests.api.tiny import SPARSE, Attention, Layers, token_ids
 from tsa_compile.kernels.types import ALL_KEYS, Edges, Operands
 from tsa_compile.passes.site import AttentionSite, MaskFacts
 from tsa_compile.policies.base import call, edges_of
@@ -18,31 +17,6 @@ from tsa_compile.policies.inner_blocks import InnerBlocks
 PAPER = tsa.TokenSparse.paper(coverage=0.9, window=8, min_tokens=8)
 NARROW = dataclasses.replace(PAPER, completion=tsa.Completion(12, 2, 4))
 BLOCKS = dataclasses.replace(PAPER, coverage=0.0, inner=InnerBlocks(0.1, block=16, sinks=0, local=2))
-
-
-class Layers(torch.nn.Module):
-    """Two causal attentions with residuals, over embeddings; quick to trace."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = torch.nn.Embedding(128, 32)
-        self.layers = torch.nn.ModuleList(Attention() for _ in range(2))
-
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        x = self.embed(input_ids)
-        for layer in self.layers:
-            x = x + layer(x)
-        return x
-
-
-class Attention(torch.nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv = torch.nn.Linear(32, 96)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = (y.unflatten(-1, (2, 16)).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
 
 
 def site(length: int = 400, rows: int | None = None, kind: str = "prefill", causal: bool = True) -> AttentionSite:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import tsa_compile as tsa
 
@@ -33,3 +34,28 @@ def tiny_llama(**overrides: Any) -> Any:
 
 def token_ids(length: int, batch: int = 1) -> torch.Tensor:
     return torch.randint(1, 128, (batch, length))
+
+
+class Layers(torch.nn.Module):
+    """Two causal attentions with residuals, over embeddings; quick to trace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(128, 32)
+        self.layers = torch.nn.ModuleList(Attention() for _ in range(2))
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+class Attention(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = torch.nn.Linear(32, 96)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (y.unflatten(-1, (2, 16)).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)

@@ -74,24 +74,24 @@ class BlockSparse(Policy):
         return Edges.every() if self.alpha == 0 else Edges.bridges(ROWS, ROWS, before)
 
     def select(self, emit: Emit, site: AttentionSite, state: Any) -> PageBitmap:
-        x, padding = site.operands, _padding(emit, site)
-        blocks, block, length = _places(site)
-        means, counts = emit(torch.ops.tsa.key_block_means.default, x.k, *padding, blocks, block, **length)
+        x, real = site.operands, padding(emit, site)
+        blocks, block, length = places(site)
+        means, counts = emit(torch.ops.tsa.key_block_means.default, x.k, *real, blocks, block, **length)
         alphas = [float(a) for a in (self.alpha if isinstance(self.alpha, tuple) else (self.alpha,))]
         rule = (site.scale, alphas, self.pool, self.window, self.sinks, self.last_dense)
         choose = torch.ops.tsa.select_key_blocks.default
-        return PageBitmap(emit(choose, x.q, x.k, means, counts, *padding, *rule, share=self.share, **length))
+        return PageBitmap(emit(choose, x.q, x.k, means, counts, *real, *rule, share=self.share, **length))
 
     def attend(self, emit: Emit, site: AttentionSite, selection: Selection | None) -> Any:
         assert isinstance(selection, PageBitmap)
-        x, (start, lengths, key_mask) = site.operands, _padding(emit, site)
+        x, (start, lengths, key_mask) = site.operands, padding(emit, site)
         attend = torch.ops.tsa.key_block_attention.default
-        blocks, block, length = _places(site)
+        blocks, block, length = places(site)
         rest = (blocks, block, start, lengths, key_mask, site.scale, False)
         return emit(attend, x.q, x.k, x.v, selection.bits, *rest, **length)[0]
 
 
-def _places(site: AttentionSite) -> tuple[Any, int, dict[str, Any]]:
+def places(site: AttentionSite) -> tuple[Any, int, dict[str, Any]]:
     """`blocks`, `block` and `k_len` of the operators: where keys lie that do not lie in order."""
     view = site.operands.view
     if view.blocks is None or view.ranks is not None:  # ranks: the order of a mask with holes, which the operators take as a mask
@@ -99,7 +99,7 @@ def _places(site: AttentionSite) -> tuple[Any, int, dict[str, Any]]:
     return view.blocks, view.block, {"k_len": site.k_len}
 
 
-def _padding(emit: Emit, site: AttentionSite) -> Padding:
+def padding(emit: Emit, site: AttentionSite) -> Padding:
     """What says which keys are real; None three times without padding."""
     mask = site.operands.key_mask
     if mask is None:
