@@ -11,15 +11,16 @@ import torch.fx as fx
 from torch._ops import OpOverload
 
 from tsa_compile.export.common import ExportError
+from tsa_compile.passes.facts.names import SHAPE_READERS, describe, op_name, tensor_of
 
 
 def fuse_selection(gm: fx.GraphModule) -> list[fx.Node]:
     """Replace each `select_tokens` + `sparse_attention` pair by `token_sparse_attention`, in place; returns the nodes.
 
     Raises:
-        ExportError: a `sparse_attention` reads a selection made from other operands (shared between layers): one node
-            cannot express it. Or the heads of a group share a selection (`share="group"`), or attention among the kept tokens
-            is block-sparse (`inner`).
+        ExportError: a `sparse_attention` reads a selection made from other operands (shared between layers): one node cannot
+            express it. Or a mask hides keys whose own rows may be read: the node zeroes them. Or the heads of a group share a
+            selection (`share="group"`), or attention among the kept tokens is block-sparse (`inner`).
     """
     for node in gm.graph.find_nodes(op="call_function", target=torch.ops.tsa.block_sparse_attention.default):
         raise ExportError(f"{node.name}: TokenSparse.inner is an InnerBlocks; this export takes only inner=None")
@@ -38,6 +39,8 @@ def fuse_selection(gm: fx.GraphModule) -> list[fx.Node]:
         if call["need_lse"]:
             raise ExportError(f"{node.name}: its log-sum-exp is read; exports take the attention's output alone")
         chosen["key_mask"] = _key_mask(call["order"])
+        if chosen["key_mask"] is not None:
+            _check_padding(chosen["key_mask"], node.name)
         order = ["q", "k", "v", "key_mask", "scale", "coverage", "window", "pool", "min_tokens"]
         order += ["strip_window", "strip_sinks", "heavy", "engine"]
         with gm.graph.inserting_before(node):
@@ -86,6 +89,26 @@ def _selection(node: fx.Node, call: dict[str, Any]) -> fx.Node:
 def _key_mask(order: fx.Node | None) -> fx.Node | None:
     """The mask whose view the operators read: `order` is the first output of a `key_view` node."""
     return None if order is None else order.all_input_nodes[0].all_input_nodes[0]
+
+
+def _check_padding(key_mask: fx.Node, name: str) -> None:
+    """Raise unless the hidden keys look like padding, the rows of which nobody reads: an input of the graph says which they are.
+
+    A pattern of the program or the layer's own activations hide tokens that live on.
+    """
+    inputs, stack, seen = 0, [key_mask], {key_mask}
+    why = f"{name}: its mask hides keys by {{}}, and this export leaves their own rows zero; use Dense for it"
+    while stack:
+        x = stack.pop()
+        example = tensor_of(x)
+        if example is not None and example.is_floating_point() and example.dim() > 2:
+            raise ExportError(why.format(f"activations ({describe(x)})"))
+        inputs += example is not None and x.op in ("placeholder", "get_attr")
+        new = [y for y in x.all_input_nodes if y not in seen and op_name(x) not in SHAPE_READERS]
+        seen.update(new)
+        stack += new
+    if not inputs:
+        raise ExportError(why.format("a fixed pattern"))
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:

@@ -14,11 +14,15 @@ Tensor = torch.Tensor
 
 
 def token_sparse_attention(x: Operands, scale: float, rule: TokenRule, strip: Strip, engine: str) -> Tensor:
-    """`tsa::token_sparse_attention`, on every device: `key_view`, `select_tokens`, `sparse_attention`."""
+    """`tsa::token_sparse_attention` on every device: `key_view`, `select_tokens`, `sparse_attention`; zero in rows of padding."""
     order = (None, None) if x.key_mask is None else torch.ops.tsa.key_view(x.key_mask)
     kept = torch.ops.tsa.select_tokens(x.q, x.k, *order, scale, *rule)
     dense_below = rule.min_tokens + rule.window
-    return torch.ops.tsa.sparse_attention(x.q, x.k, x.v, *kept, *order, scale, *strip, dense_below, engine)[0]
+    out = torch.ops.tsa.sparse_attention(x.q, x.k, x.v, *kept, *order, scale, *strip, dense_below, engine)[0]
+    if x.key_mask is None:
+        return out
+    real = x.key_mask[:, x.k.shape[2] - x.q.shape[2] :, None].unsqueeze(1)
+    return out.masked_fill_(~real, 0.0)
 
 
 def select_tokens(x: Operands, scale: float, rule: TokenRule, share: str = "head") -> Tokens:

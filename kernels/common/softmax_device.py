@@ -16,6 +16,19 @@ def softmax_step(acc, row_max, row_sum, scores, scale_log2, v, PRECISION: tl.con
 
 
 @triton.jit
+def softmax_step_or_none(acc, row_max, row_sum, scores, allowed, scale_log2, v, PRECISION: tl.constexpr):
+    """`softmax_step` where only `allowed` scores take part, and a row may have had no key so far."""
+    scores = tl.where(allowed, scores, float("-inf"))
+    new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)
+    finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+    shrink = tl.exp2(row_max - finite_max)
+    p = tl.exp2(scores * scale_log2 - finite_max[:, None])
+    row_sum = row_sum * shrink + tl.sum(p, 1)
+    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+    return acc, new_max, row_sum
+
+
+@triton.jit
 def merged_lse(part_max, part_sum, base, splits, window, row, ok, BLOCK_M: tl.constexpr):
     """The log-sum-exp (base 2) of each row over all spans."""
     top = tl.full([BLOCK_M], -1.0e30, tl.float32)

@@ -8,7 +8,7 @@ import sympy
 import torch
 import torch.fx as fx
 
-from tsa_compile.passes.facts.names import SHAPE_READERS, Unreadable, describe, op_name, tensor_of
+from tsa_compile.passes.facts.names import Unreadable, describe, tensor_of
 from tsa_compile.passes.facts.sizes import SizeProver, known_size, linear_in
 from tsa_compile.passes.prove_mask.formula import BATCH, HEAD, KEY, QUERY, AtMostZero, Data, Formula, conjuncts
 from tsa_compile.passes.prove_mask.proven import KeyTerm, ProvenMask
@@ -47,7 +47,7 @@ def classify(formula: Formula, lengths: Lengths, sizes: SizeProver, written: fro
             raise Unreadable(f"mask is not a causal band: {_text(part)}")
     facts = _band(_tightest(uppers, sizes), _tightest([-x for x in lowers], sizes), lengths, sizes)
     _check_ends(ends, facts, lengths, sizes)
-    return dataclasses.replace(facts, key_mask=tuple(_key_term(x, facts.causal, written) for x in data))
+    return dataclasses.replace(facts, key_mask=tuple(_key_term(x, written) for x in data))
 
 
 def _sort_band(expr: sympy.Expr, uppers: list[sympy.Expr], lowers: list[sympy.Expr], ends: list[sympy.Expr]) -> None:
@@ -114,7 +114,7 @@ def _check_ends(ends: list[sympy.Expr], facts: ProvenMask, lengths: Lengths, siz
             raise Unreadable(f"mask cuts the keys off after {end}")
 
 
-def _key_term(atom: Data, causal: bool, written: frozenset[fx.Node]) -> KeyTerm:
+def _key_term(atom: Data, written: frozenset[fx.Node]) -> KeyTerm:
     """A run-time boolean as a mask of keys."""
     example = tensor_of(atom.node)
     if example is None or example.dtype != torch.bool:
@@ -127,28 +127,7 @@ def _key_term(atom: Data, causal: bool, written: frozenset[fx.Node]) -> KeyTerm:
         raise Unreadable(f"mask varies with {which} in a way that is not understood: {describe(atom.node)}")
     if HEAD in reads:
         raise Unreadable(f"mask differs between heads: {describe(atom.node)}")
-    if causal:
-        _check_padding(atom.node)
     return KeyTerm(atom.node, tuple(_axis(i, atom.node) for i in atom.index), atom.negated)
-
-
-def _check_padding(node: fx.Node) -> None:
-    """Raise unless the keys that `node` hides look like padding, the rows of which nobody reads: an input says which they are.
-
-    Causal operators give those rows zeros. A pattern of the program or the layer's own activations hide tokens that live on.
-    """
-    inputs, stack, seen = 0, [node], {node}
-    while stack:
-        x = stack.pop()
-        example = tensor_of(x)
-        if example is not None and example.is_floating_point() and example.dim() > 2:
-            raise Unreadable(f"mask hides keys by activations ({describe(x)}): their own rows may be read")
-        inputs += example is not None and x.op in ("placeholder", "get_attr")
-        new = [y for y in x.all_input_nodes if y not in seen and op_name(x) not in SHAPE_READERS]
-        seen.update(new)
-        stack += new
-    if not inputs:
-        raise Unreadable(f"mask hides keys by a fixed pattern ({describe(node)}): their own rows may be read")
 
 
 def _axis(i: sympy.Expr, node: fx.Node) -> tuple[str, int]:

@@ -37,6 +37,19 @@ def test_another_policy_is_named():
         trace(Encoder(), (torch.randn(2, 100, 64),), policy=tsa.ProbeSparse(min_keys=16))
 
 
+@pytest.mark.parametrize("by", ["activations", "a fixed pattern"])
+def test_a_mask_whose_hidden_rows_may_be_read_is_refused(by):
+    class Hides(torch.nn.Module):
+        def forward(self, x):
+            q = x.unflatten(-1, (4, 16)).transpose(1, 2)
+            seen = q[:, :1, None, :, 0] < 1.0 if by == "activations" else torch.arange(x.shape[1]) % 3 > 0
+            causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
+            return torch.nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=causal & seen)
+
+    with pytest.raises(ExportError, match=rf"its mask hides keys by {by}.*; use Dense for it"):
+        trace(Hides(), (torch.randn(2, 100, 64),), policy=tsa.TokenSparse(**SETTINGS))
+
+
 def test_an_operator_of_another_policy_is_named():
     """A policy that lowers to an operator of its own: nothing else would notice before ONNX Runtime does."""
     from tsa_compile.export.fuse import refuse_other_operators

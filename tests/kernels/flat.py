@@ -18,6 +18,7 @@ from tsa_compile.kernels.attend.keys import reference as keys_reference
 from tsa_compile.kernels.attend.tokens import host as tokens_host
 from tsa_compile.kernels.attend.tokens import packed
 from tsa_compile.kernels.attend.tokens import reference as tokens_reference
+from tsa_compile.kernels.common.padding import attend_padding
 from tsa_compile.kernels.types import BlockLists, BlockRule, Keys, KvView, Operands, Strip, TokenRule, Tokens
 
 Tensor = torch.Tensor
@@ -50,7 +51,10 @@ def _sparse(f, q, k, v, indices, counts, heavy, mask, scale, window, sinks, dens
 
 
 def _packed(f, q, k, v, indices, counts, heavy, mask, scale, window, sinks, **rest):
-    return f(operands(q, k, v, mask), Tokens(indices, counts, heavy), scale, Strip(window, sinks), **rest)
+    x = operands(q, k, v, mask)
+    result = f(x, Tokens(indices, counts, heavy), scale, Strip(window, sinks), **rest)
+    attend_padding(x, result, scale)  # as host.sparse_attention does after every engine
+    return result
 
 
 def _keys(f, q, k, v, indices, counts, scale, **rest):

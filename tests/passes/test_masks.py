@@ -39,8 +39,9 @@ def check(case: MaskCase, outcome: Outcome, x: Tensor, pad: Tensor) -> None:
     else:
         assert outcome.replaced == [False]
         assert case.reason in outcome.reasons[0]
-    rows = seen_rows(case, x, pad)
-    torch.testing.assert_close(outcome.result[rows], function(case)(x, pad)[rows], atol=2e-5, rtol=2e-5)
+    expected = function(case)(x, pad)
+    rows = seen_rows(case, x, pad) & ~expected.isnan().any(-1)  # a row without a key may be anything
+    torch.testing.assert_close(outcome.result[rows], expected[rows], atol=2e-5, rtol=2e-5)
 
 
 def seen_rows(case: MaskCase, x: Tensor, pad: Tensor) -> Tensor:

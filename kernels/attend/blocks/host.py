@@ -8,6 +8,7 @@ from tsa_compile.kernels.attend.blocks.reference import block_sparse_attention_r
 from tsa_compile.kernels.attend.tokens.fused import new_result
 from tsa_compile.kernels.attend.tokens.strip import add_strip, invert
 from tsa_compile.kernels.common.launch import check_triton
+from tsa_compile.kernels.common.padding import attend_padding
 from tsa_compile.kernels.common.results import no_lse
 from tsa_compile.kernels.common.tiles import LOG2_E, capability_of, precision, prefill_config, section_heads, small_shared
 from tsa_compile.kernels.types import Attended, BlockLists, BlockRule, Keys, Operands, Strip, Tokens
@@ -82,10 +83,12 @@ def block_sparse_attention(
     if out.numel() == 0:
         return Attended(out, no_lse(x.q) if lse is None or not need_lse else lse.fill_(-torch.inf))
     _launch(x, kept, lists, out, lse, scale, block)
-    if not has_strip or lse is None:
-        return Attended(out, no_lse(x.q) if lse is None else lse)
-    final = add_strip(x, out, Attended(out, lse), invert(kept.indices, kept.counts), kept.heavy_indices, strip, scale, need_lse)
-    return Attended(out, final)
+    if has_strip and lse is not None:
+        slots = invert(kept.indices, kept.counts)
+        lse = add_strip(x, out, Attended(out, lse), slots, kept.heavy_indices, strip, scale, need_lse)
+    result = Attended(out, no_lse(x.q) if lse is None else lse)
+    attend_padding(x, result, scale)
+    return result
 
 
 def _launch(x: Operands, kept: Tokens, lists: BlockLists, out: Tensor, lse: Tensor | None, scale: float, block: int) -> None:

@@ -102,7 +102,7 @@ def block_sparse_attention_reference(
             merge_strip(q, k, v, own, strip, scale, out, lse)
         return out, lse
 
-    return by_row(x, kept, strip, False, need_lse, attend)
+    return by_row(x, kept, strip, scale, False, need_lse, attend)
 
 
 def _members(blocks: Tensor, block_counts: Tensor) -> Tensor:

@@ -79,4 +79,4 @@ def allowed_keys(at: Tensor, real: Tensor, kept: Tensor, heavy: Tensor, window: 
     strip = (local | (rank < sinks)[None, :])[None] | heavy[:, None, :]
     selected = kept[:, at][:, :, None] & kept[:, None, :]
     causal = position[None, :] <= at[:, None]
-    return (strip | selected) & causal & real[None, :] & real[at][:, None]
+    return (strip | selected | ~real[at][:, None]) & causal & real[None, :]

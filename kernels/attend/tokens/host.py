@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from tsa_compile.kernels.attend.tokens.reference import sparse_attention_reference
 from tsa_compile.kernels.common.launch import check_triton
+from tsa_compile.kernels.common.padding import attend_padding
 from tsa_compile.kernels.common.results import no_lse
 from tsa_compile.kernels.types import Attended, Operands, Strip, Tokens
 
@@ -25,7 +26,7 @@ def sparse_attention(
         x: q, k, v in fp16, bf16 or fp32, any strides, and where padding is.
         kept: from `select_tokens`.
         scale: positive factor of the scores.
-        strip: completion; if it reads nothing, rows that are not kept are zero.
+        strip: completion; if it reads nothing, real rows that are not kept are zero.
         dense_below: rows of Lk tokens or fewer are known to keep every token.
         engine: "auto", "fused", "packed" or "reference".
         need_lse: whether the log-sum-exp is returned; it costs nothing where it is not.
@@ -50,12 +51,12 @@ def sparse_attention(
 
         engine = choose(q, k, v)
     if engine == "packed":
-        from tsa_compile.kernels.attend.tokens.packed import packed_attention
-
-        return packed_attention(x, kept, scale, strip, need_lse)
-    from tsa_compile.kernels.attend.tokens.fused import fused_attention
-
-    return fused_attention(x, kept, scale, strip, need_lse)
+        from tsa_compile.kernels.attend.tokens.packed import packed_attention as attend
+    else:
+        from tsa_compile.kernels.attend.tokens.fused import fused_attention as attend
+    result = attend(x, kept, scale, strip, need_lse)
+    attend_padding(x, result, scale)
+    return result
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

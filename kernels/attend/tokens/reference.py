@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from tsa_compile.kernels.attend.tokens.definition import members
 from tsa_compile.kernels.checks import check_reference_engine
+from tsa_compile.kernels.common.padding import attend_padding_reference
 from tsa_compile.kernels.common.ranks import real_positions
 from tsa_compile.kernels.common.results import empty_result, no_lse
 from tsa_compile.kernels.types import Attended, Operands, Strip, Tokens
@@ -48,14 +49,15 @@ def sparse_attention_reference(
     def attend(b: int, q: Tensor, k: Tensor, v: Tensor, own: Tensor | None, strip: RowStrip) -> tuple[Tensor, Tensor | None]:
         return _attend_row(q, k, v, own, strip, scale, need_lse)
 
-    return by_row(x, kept, strip, x.k.shape[2] <= dense_below, need_lse, attend)
+    return by_row(x, kept, strip, scale, x.k.shape[2] <= dense_below, need_lse, attend)
 
 
 def by_row(
-    x: Operands, kept: Tokens, strip: Strip, everything: bool, need_lse: bool, attend: Callable[..., tuple[Tensor, Tensor | None]]
-) -> Attended:
+    x: Operands, kept: Tokens, strip: Strip, scale: float, everything: bool, need_lse: bool,
+    attend: Callable[..., tuple[Tensor, Tensor | None]],
+) -> Attended:  # fmt: skip
     """Calls `attend(b, q [H, m, D], k [Hk, L, D], v [Hk, L, Dv], kept [G, n] or None if everything, strip)` for each batch row
-    without its padding, in float32 or float64, and puts its results [H, m, Dv] and [H, m] together."""
+    without its padding, in float32 or float64, and puts its results [H, m, Dv] and [H, m] together. Rows of padding are dense."""
     (batch, _, q_len, _), k_len, device = x.q.shape, x.k.shape[2], x.q.device
     dtype = torch.float64 if x.q.dtype == torch.float64 else torch.float32
     out = empty_result(x.q, x.v).zero_()
@@ -78,6 +80,7 @@ def by_row(
         out[b][:, rows] = part.to(out.dtype)
         if part_lse is not None and need_lse:
             lse[b][:, rows] = part_lse.float()
+    attend_padding_reference(x, Attended(out, lse), scale)
     return Attended(out, lse)
 
 

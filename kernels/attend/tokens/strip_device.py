@@ -9,24 +9,12 @@ import triton.language as tl
 
 from tsa_compile.kernels.common.grid_device import tile_and_row
 from tsa_compile.kernels.common.rows_device import load_columns, load_rows
+from tsa_compile.kernels.common.softmax_device import softmax_step_or_none
 
 LENGTHS = (
     "heads", "kv_heads", "lists", "q_len", "k_len", "heavy", "window", "sinks",
     "s_sb", "s_sg", "h_sb", "h_sg", "l_sb", "l_sh",
 )  # fmt: skip
-
-
-@triton.jit
-def strip_step(acc, row_max, row_sum, scores, allowed, scale_log2, v, PRECISION: tl.constexpr):
-    """An online softmax step in which a row may have had no key so far."""
-    scores = tl.where(allowed, scores, float("-inf"))
-    new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)
-    finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
-    shrink = tl.exp2(row_max - finite_max)
-    p = tl.exp2(scores * scale_log2 - finite_max[:, None])
-    row_sum = row_sum * shrink + tl.sum(p, 1)
-    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
-    return acc, new_max, row_sum
 
 
 @triton.jit
@@ -157,7 +145,7 @@ def strip_kernel(
         key_at = tl.maximum(key_at, 0).to(tl.int64)
         scores = tl.dot(q_tile, load_columns(k, key_at, k_sl, k_sd, d, D, BLOCK_D), input_precision=PRECISION)
         v_tile = load_rows(v, key_at, v_sl, v_sd, dv, DV, BLOCK_DV)
-        acc, row_max, row_sum = strip_step(acc, row_max, row_sum, scores, allowed, scale_log2, v_tile, PRECISION)
+        acc, row_max, row_sum = softmax_step_or_none(acc, row_max, row_sum, scores, allowed, scale_log2, v_tile, PRECISION)
         key_rank, kept = next_rank, next_kept
 
     acc = tl.where((real & (row_sum > 0))[:, None], acc / tl.where(row_sum > 0, row_sum, 1.0)[:, None], 0.0)
