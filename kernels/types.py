@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple, TypeAlias
 
+import torch
+
 T: TypeAlias = Any
 ALL_KEYS = 1 << 62  # the width of a window without an end
 
@@ -250,6 +252,15 @@ class Edges(NamedTuple):
         """Fixed blocks, and for the first `rows` rows of each block the last `sources` tokens before it."""
         places = ((r - offset) % block for r in range(block))
         return cls(block, tuple(((0, i + (sources if i < rows else 0)),) for i in places))
+
+    def mask(self, length: int) -> torch.Tensor:
+        """bool `[length, length]`: true where the row reads the key, or is its own."""
+        distance = torch.arange(length)[:, None] - torch.arange(length)
+        mask = distance == 0
+        for r, runs in enumerate(self.spans[:length]):
+            for first, last in runs:
+                mask[r :: self.period] |= (distance[r :: self.period] >= first) & (distance[r :: self.period] <= last)
+        return mask & (distance >= 0)
 
     def union(self, other: Edges) -> Edges:
         """Both kinds of edges."""

@@ -14,14 +14,6 @@ from tsa_compile.policies.base import from_dict
 FIXED, BRIDGE = tsa.Bridge(16, 0, 0), tsa.Bridge(16, 4, 4)
 
 
-def mask_of(edges: Edges, n: int) -> torch.Tensor:
-    mask = torch.zeros(n, n, dtype=torch.bool)
-    for t in range(n):
-        for near, far in edges.spans[t % edges.period]:
-            mask[t, max(0, t - far) : t - near + 1] = True
-    return mask
-
-
 @torch.no_grad()
 def hidden(model, ids):
     return model(ids)
@@ -35,7 +27,7 @@ def logits(model, ids, mask=None):
 @pytest.mark.parametrize("policy", [BRIDGE, tsa.Bridge.overlapping(16, 5, offset=8)], ids=str)
 def test_a_model_with_it_is_the_model_with_its_mask(policy):
     model, ids = tiny_llama(num_hidden_layers=1), token_ids(75, 2)
-    want = logits(model, ids, mask_of(policy.guaranteed(None), 75).expand(2, 1, -1, -1))
+    want = logits(model, ids, policy.guaranteed(None).mask(75).expand(2, 1, -1, -1))
     got = logits(tsa.transform(model, policy), ids)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     assert [s.policy for s in tsa.report(model).replaced] == ["Bridge"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -25,6 +26,16 @@ def test_own_module(monkeypatch, capsys):
 
 def test_compile_backend(monkeypatch, capsys):
     assert "relative difference" in run("compile_backend.py", monkeypatch, capsys)
+
+
+def test_boundary_copy(monkeypatch, capsys):
+    """Fixed blocks stay at chance, to three standard errors, however long they train; the bridge solves the task."""
+    out = run("boundary_copy.py", monkeypatch, capsys)
+    fixed, bridged = (float(re.search(name + r": ([\d.]+)% right", out)[1]) for name in ("fixed blocks", "bridged"))
+    chance = float(re.search(r"by chance up to ([\d.]+)%", out)[1])
+    assert fixed <= chance < 15
+    assert bridged > 99
+    assert "token 16 cannot depend on token 15" in out
 
 
 def test_export_onnx(monkeypatch, capsys, tmp_path):
@@ -54,5 +65,5 @@ def _save_byte_tokenizer(folder: Path) -> None:
 
 
 def test_no_example_is_left_out():
-    tested = {"own_module.py", "compile_backend.py", "export_onnx.py", "hugging_face.py"}
+    tested = {"own_module.py", "boundary_copy.py", "compile_backend.py", "export_onnx.py", "hugging_face.py"}
     assert {p.name for p in EXAMPLES.glob("*.py")} == tested

@@ -38,11 +38,7 @@ def read_by_all_heads(policy, at: AttentionSite) -> torch.Tensor:
 
 
 def as_mask(edges: Edges, rows: int, length: int) -> torch.Tensor:
-    mask = torch.eye(length, dtype=torch.bool)
-    for t in range(length):
-        for first, last in edges.spans[t % edges.period]:
-            mask[t, max(0, t - last) : max(0, t - first + 1)] = True
-    return mask[length - rows :]
+    return edges.mask(length)[length - rows :]
 
 
 @pytest.mark.parametrize(

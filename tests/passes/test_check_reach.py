@@ -32,6 +32,12 @@ def random_edges(rng: np.random.Generator) -> Edges:
     return Edges(period, tuple(runs() for _ in range(period)))
 
 
+def test_the_mask_of_edges_is_their_adjacency() -> None:
+    rng = np.random.default_rng(2)
+    for edges in (*(random_edges(rng) for _ in range(50)), Edges.every(), Edges.none(), Edges.bridges(8, 3, 11, 5)):
+        assert np.array_equal(edges.mask(19).numpy(), adjacency(edges, 19))
+
+
 def test_the_exact_form_agrees_with_boolean_products_on_2000_random_patterns() -> None:
     n, rng = 52, np.random.default_rng(0)  # three layers go 39 back, and every phase of the common period (12) follows
     for _ in range(2000):
