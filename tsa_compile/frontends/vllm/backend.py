@@ -1,0 +1,109 @@
+"""What our backend adds to one of vLLM's, on CPU and on CUDA alike: mixins that stand before the parent's classes.
+
+The builder tells the sparse rows of a batch from the others; the layers do the sparse rows, the parent the rest. Metadata is the
+parent's own, with a `Split` beside it, so whatever else in vLLM reads it finds what it knows; a batch without sparse rows, decode
+above all, is the parent's from end to end, CUDA graphs included.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tsa_compile.frontends.vllm import counts
+from tsa_compile.frontends.vllm.layers import Layer, decide, tell
+from tsa_compile.frontends.vllm.options import Options, read
+from tsa_compile.frontends.vllm.prefill import pages, reserve, sparse_prefill
+from tsa_compile.frontends.vllm.rows import Split, split
+
+Tensor = torch.Tensor
+
+
+class Builder:
+    """Mixin of a metadata builder."""
+
+    supports_update_block_table = False  # a split holds the table of blocks
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.tsa_options = read(vllm_config.additional_config)
+        self.tsa_min_rows = bind(vllm_config, layer_names, self.tsa_options, device) if asked(vllm_config) else None
+
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
+        """The parent's metadata, with the batch's `Split` as `tsa_split`, or None."""
+        parent = super().build
+        metadata = parent(common_prefix_len, common_attn_metadata, fast_build)
+        metadata.tsa_split = None
+        if self.tsa_min_rows is not None:  # a run's metadata is built fast: buffers that the parent keeps are those of the batch
+            rule = (self.tsa_min_rows, self.tsa_options.min_tokens)
+            metadata.tsa_split = split(common_attn_metadata, *rule, lambda run: parent(0, run, True))
+        return metadata
+
+
+class Impl:
+    """Mixin of an attention's implementation. `tsa` says what was decided, once the cache is there; None before."""
+
+    supports_dcp = False
+    supports_pcp = False
+    tsa: Layer | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        from vllm.config import get_current_vllm_config
+
+        config = get_current_vllm_config()
+        self.tsa_options = read(config.additional_config)  # a wrong option stops the engine here, before weights are loaded
+        self.tsa_max_tokens = config.model_config.max_model_len
+
+    def forward(
+        self, layer: Any, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, attn_metadata: Any, output: Tensor,
+        output_scale: Tensor | None = None, output_block_scale: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """As the parent's, with sparse rows by the layer's policy."""
+        if attn_metadata is None:  # vLLM measures how much memory a step takes
+            reserve(self.tsa_options.prefill, query, self.num_kv_heads, self.tsa_max_tokens)
+        found: Split | None = None if attn_metadata is None else attn_metadata.tsa_split
+        if found is None or self.tsa is None or self.tsa.policy is None:
+            return self.dense(layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError("tsa_compile: the result of sparse rows cannot be quantized as it is written")
+        for begin, end, metadata in found.dense:
+            part = slice(begin, end)
+            self.dense(layer, query[part], key[part], value[part], kv_cache, metadata, output[part], None, None)
+        keys, values = pages(kv_cache, self.head_size)
+        result = output.view(query.shape[0], -1, self.head_size)
+        sparse_prefill(self.tsa.policy, self.tsa.path, self.scale, query, keys, values, result, found)
+        counts.add(self.tsa.path, found)
+        return output
+
+    def dense(self, *args: Any) -> Tensor:
+        """The parent's attention."""
+        return super().forward(*args)
+
+
+def asked(config: Any) -> bool:
+    """Whether the user chose our backend: vLLM on CPU takes it whatever was chosen."""
+    chosen = config.attention_config
+    named = [chosen.backend, *(getattr(chosen, "backend_per_kind", None) or {}).values()]
+    return any(getattr(backend, "name", backend) == "CUSTOM" for backend in named)
+
+
+def bind(config: Any, names: list[str], options: Options, device: torch.device) -> int | None:
+    """Decide for the layers of a cache's group, and tell it once an engine.
+
+    Returns:
+        So many new tokens at most make a row dense; None: no layer of the group is sparse.
+    """
+    from vllm.config import get_layers_from_vllm_config
+    from vllm.model_executor.layers.attention import Attention
+
+    attentions = get_layers_from_vllm_config(config, Attention)
+    decided = decide(attentions, options, config, device)
+    if all(getattr(layer.impl, "tsa", None) is None for layer in attentions.values()):
+        tell(decided, options)
+    for name in names:
+        if name in decided and hasattr(attentions[name].impl, "tsa"):
+            attentions[name].impl.tsa = decided[name]
+    policies = [decided[name].policy for name in names if name in decided]
+    return max((policy.min_queries for policy in policies if policy is not None), default=None)

@@ -1,0 +1,124 @@
+"""`--additional-config '{"tsa": {...}}'`: a plan, and what only a server needs to know."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from tsa_compile import plan_format
+from tsa_compile.passes.site import PHASES
+from tsa_compile.plan import Plan, as_plan
+from tsa_compile.policies.base import Policy, check_int
+from tsa_compile.policies.block_sparse import BlockSparse
+from tsa_compile.policies.dense import Dense
+from tsa_compile.policies.exact import Exact
+
+PLAN_FIELDS = ("format", "version", "phases", "rules", "reuse", "where", "notes")
+_READS_ALL = (Dense, Exact)  # the engine's own decode reads every key, as both say
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the backend does.
+
+    Args:
+        plan: the policies; `prefill` is `BlockSparse()` where nothing else is said.
+        min_tokens: rows of a batch with fewer tokens, cached ones included, run dense: a row has launches of its own, and short
+            ones do not pay for them.
+
+    Raises:
+        ValueError: a number outside its range, or a plan with what vLLM's engine cannot be told; the message names it.
+    """
+
+    plan: Plan
+    min_tokens: int = 2048
+
+    def __post_init__(self) -> None:
+        check_int(self, "min_tokens", 0)
+        if self.plan.where != "always":
+            raise ValueError(f"tsa.where must be 'always' in vLLM (min_tokens says what is too short), got {self.plan.where!r}")
+        for phase in PHASES[1:]:
+            named = [getattr(self.plan, phase), *(rule.policy for rule in self.plan.rules if rule.phase == phase)]
+            self._check(phase, [policy for policy in named if policy is not None])
+        if self.plan.prefill is None:
+            object.__setattr__(self, "plan", dataclasses.replace(self.plan, prefill=BlockSparse()))
+
+    @property
+    def prefill(self) -> Policy:
+        """Of layers that no rule names."""
+        assert self.plan.prefill is not None
+        return self.plan.prefill
+
+    def _check(self, phase: str, policies: list[Policy]) -> None:
+        allowed = _READS_ALL if phase in ("decode", "verify") else ()
+        for policy in policies:
+            if not isinstance(policy, allowed):
+                raise ValueError(f"tsa: in vLLM policies are for prefill; {phase} is the engine's own, got {policy.name}")
+
+
+def read(additional_config: Any) -> Options:
+    """The options of an engine whose `additional_config` this is.
+
+    Raises:
+        ValueError, TypeError: an unknown or wrong option; the message names it.
+    """
+    given = additional_config.get("tsa") if isinstance(additional_config, Mapping) else None
+    if given is None:
+        return Options(Plan())
+    if not isinstance(given, Mapping):
+        raise TypeError(f"tsa must be an object, got {type(given).__name__}")
+    fields = dict(given)
+    own = {f.name: fields.pop(f.name) for f in dataclasses.fields(Options) if f.name in fields and f.name != "plan"}
+    return Options(_plan(fields), **own)
+
+
+def _plan(fields: dict[str, Any]) -> Plan:
+    """A file of a plan, one policy, or a plan whose header is left out."""
+    if "plan" in fields:
+        if len(fields) > 1:
+            raise ValueError(f"tsa.plan is a file that holds the whole plan: leave out {sorted(set(fields) - {'plan'})[0]!r}")
+        return _load(fields["plan"])
+    if "policy" in fields:
+        return as_plan(fields)
+    unknown = sorted(set(fields) - set(PLAN_FIELDS))
+    if unknown:
+        raise ValueError(f"tsa has no option {unknown[0]!r}; its options are {['min_tokens', 'plan', 'policy', *PLAN_FIELDS]}")
+    return Plan.from_dict({"format": plan_format.NAME, "version": plan_format.VERSION, **fields})
+
+
+def _load(path: Any) -> Plan:
+    if not isinstance(path, str):
+        raise TypeError(f"tsa.plan must be the path of a plan's file, got {type(path).__name__}")
+    try:
+        return Plan.load(path)
+    except OSError as error:
+        raise ValueError(f"tsa.plan: {error}") from error
+
+
+def check_arguments(arguments: Any) -> None:
+    """Of vLLM's `EngineArgs`: our options, and that they are for us.
+
+    Raises:
+        ValueError, TypeError: as `read`; or options without the backend that they are for.
+    """
+    read(arguments.additional_config)
+    config = getattr(arguments, "attention_config", None)
+    chosen = [getattr(arguments, "attention_backend", None), *(getattr(config, x, None) for x in ("backend", "backend_per_kind"))]
+    if "tsa" in (arguments.additional_config or {}) and "CUSTOM" not in str(chosen):
+        raise ValueError(
+            "additional_config has options for tsa, which is another attention backend: add --attention-backend CUSTOM"
+        )
+
+
+def check_model(config: Any) -> None:
+    """Of vLLM's `VllmConfig`: that the backend can serve the model at all.
+
+    Raises:
+        ValueError: its attention is MLA, for which vLLM has backends of another kind.
+    """
+    backend = config.attention_config.backend
+    if getattr(backend, "name", None) == "CUSTOM" and getattr(config.model_config, "use_mla", False):
+        raise ValueError(
+            "tsa_compile: the model's attention is MLA, which backend CUSTOM does not serve: leave --attention-backend out"
+        )
