@@ -9,6 +9,7 @@ import torch
 
 from tsa_compile.kernels.common.row_blocks import KEYS, ROWS, row_block_count, valid_range, word_count
 from tsa_compile.kernels.common.tiles import LOG2_E, capability_of, section_heads
+from tsa_compile.kernels.types import KvView
 
 Tensor = torch.Tensor
 HEAD_DIMS = (64, 128)
@@ -16,9 +17,12 @@ STAGES = 3  # steps in flight
 PANEL = 64  # columns that a copy brings: 128 bytes, which the swizzle of shared memory spans
 
 
-def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether the kernel runs this call: Hopper, half precision, head dim 64 or 128, rows that copies can address."""
-    return (
+def takes(q: Tensor, k: Tensor, v: Tensor, view: KvView) -> bool:
+    """Whether the kernel runs this call: Hopper, half precision, head dim 64 or 128, rows that copies can address.
+
+    Blocks anywhere must be whole entries of K, of a multiple of 64 rows: a key block then is one piece.
+    """
+    return (view.blocks is None or (view.block == k.shape[2] and view.block % KEYS == 0)) and (
         q.device.type == "cuda"
         and capability_of(q.device) == (9, 0)
         and q.dtype in (torch.float16, torch.bfloat16)
@@ -40,26 +44,27 @@ def _strides(x: Tensor) -> list[int]:
 
 
 def launch(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, bits: Tensor, start: Tensor | None, lengths: Tensor | None,
-    key_mask: Tensor | None, scale: float,
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, bits: Tensor, view: KvView, key_mask: Tensor | None,
+    k_len: int, scale: float,
 ) -> None:  # fmt: skip
     """As `host.launch`."""
     from tsa_compile.kernels.attend.pages.hopper_device import key_block_attention_hopper_kernel
 
-    (batch, heads, q_len, dim), (kv_heads, k_len) = q.shape, k.shape[1:3]
+    (batch, heads, q_len, dim), kv_heads, (table, block, start, lengths, _) = q.shape, k.shape[1], view
     row_blocks = row_block_count(q_len, k_len)
     section = section_heads(heads, kv_heads, k_len, 2 * dim * q.element_size())
     total = batch * heads * row_blocks
     holes = None if key_mask is None else _holes(start, lengths, key_mask)
-    view = (bits if x is None else x for x in (start, lengths, key_mask, holes))
+    given = (bits if x is None else x for x in (start, lengths, key_mask, holes, table))
     queue = torch.zeros(1, dtype=torch.int32, device=q.device)
     pieces = (_descriptor(q, ROWS, dim), _descriptor(k, KEYS, PANEL), _descriptor(v, KEYS, PANEL))
     key_block_attention_hopper_kernel[(min(total, _multiprocessors(q.device)),)](
-        *pieces, out, out if lse is None else lse, bits, *view, queue, *out.stride()[:3],
-        0 if key_mask is None else key_mask.stride(0), heads, kv_heads, bits.shape[1], q_len, k_len, row_blocks,
+        *pieces, out, out if lse is None else lse, bits, *given, queue, *out.stride()[:3],
+        0 if key_mask is None else key_mask.stride(0), 0 if table is None else table.stride(0), block,
+        heads, kv_heads, bits.shape[1], q_len, k_len, row_blocks,
         word_count(k_len), total, section, scale * LOG2_E,
         D=dim, STAGES=STAGES, START=start is not None, LENGTH=lengths is not None, MASK=key_mask is not None,
-        LSE=lse is not None, num_warps=4,
+        LSE=lse is not None, TABLE=table is not None, num_warps=4,
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from tsa_compile.kernels.attend.pages.hopper_attend_device import attend_tiles
 from tsa_compile.kernels.attend.pages.hopper_load_device import load_tiles
 from tsa_compile.kernels.attend.tokens.hopper_ring_device import BLOCK
 
-LENGTHS = ("m_sb", "heads", "kv_heads", "lists", "q_len", "k_len", "row_blocks", "words", "total", "section")
+LENGTHS = ("m_sb", "table_sb", "block", "heads", "kv_heads", "lists", "q_len", "k_len", "row_blocks", "words", "total", "section")
 LOAD_REGISTERS = gl.constexpr(48)
 ATTEND_REGISTERS = gl.constexpr(232)
 
@@ -44,14 +44,16 @@ def allocate_barriers(STAGES: gl.constexpr):
 
 @gluon.jit(do_not_specialize=LENGTHS)
 def key_block_attention_hopper_kernel(
-    q, k, v, out, lse, bits, starts, lengths, key_mask, holes, queue,
-    o_sb, o_sh, o_sl, m_sb, heads, kv_heads, lists, q_len, k_len, row_blocks, words, total, section, scale_log2,
+    q, k, v, out, lse, bits, starts, lengths, key_mask, holes, table, queue,
+    o_sb, o_sh, o_sl, m_sb, table_sb, block, heads, kv_heads, lists, q_len, k_len, row_blocks, words, total, section, scale_log2,
     D: gl.constexpr, STAGES: gl.constexpr, START: gl.constexpr, LENGTH: gl.constexpr, MASK: gl.constexpr, LSE: gl.constexpr,
+    TABLE: gl.constexpr,
 ):  # fmt: skip
     """`key_block_attention_kernel` (device.py) by one program a multiprocessor.
 
     q, k, v: descriptors of [B, heads, length, D] by pieces [1, 1, BLOCK, D] of q, and [1, 1, 64, 64] of k and v. holes: bool [B],
-    true where the mask hides keys between the first and the last. queue: an int32 counter of tiles, zero.
+    true where the mask hides keys between the first and the last. table: int32 [B, P], rows table_sb apart; TABLE: position j is
+    row j % block of entry table[b, j // block] of k and v. queue: an int32 counter of tiles, zero.
     """
     dtype: gl.constexpr = out.dtype.element_ty
     tile_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
@@ -78,8 +80,9 @@ def key_block_attention_hopper_kernel(
                 D, STAGES, LSE,
             )),
             (load_tiles, (
-                q, k, v, bits, starts, lengths, key_mask, holes, queue, m_sb, heads, kv_heads, lists, q_len, k_len, row_blocks,
-                words, total, section, info, over, real, q_tile, k_pieces, v_pieces, barriers, D, STAGES, START, LENGTH, MASK,
+                q, k, v, bits, starts, lengths, key_mask, holes, table, queue, m_sb, table_sb, block, heads, kv_heads, lists,
+                q_len, k_len, row_blocks, words, total, section, info, over, real, q_tile, k_pieces, v_pieces, barriers,
+                D, STAGES, START, LENGTH, MASK, TABLE,
             )),
         ],
         [4, 1],

@@ -54,13 +54,26 @@ def next_block(bit_row, w, word, coming, first, end):
 
 
 @gluon.jit
-def copy_blocks(x, b, h, one, two, full, pieces, stage, pred, D: gl.constexpr):
-    """Two key blocks, at rows `one` and `two`, to a stage of the ring, panel by panel of 64 columns."""
+def place_of(position, b, table, block, k_len, TABLE: gl.constexpr):
+    """(entry of the first dimension, row within it) of the key block at `position`; TABLE: blocks of `block` rows lie anywhere.
+
+    A key block behind the last key, of which nothing is read in the end, stands where the last key's block is.
+    """
+    owner, row = b, position
+    if TABLE:
+        owner = gl.load(table + gl.minimum(position, k_len - 1) // block)
+        row = position % block
+    return owner, row
+
+
+@gluon.jit
+def copy_blocks(x, h, one, two, full, pieces, stage, pred, D: gl.constexpr):
+    """The key blocks in places `one` and `two`, to a stage of the ring, panel by panel of 64 columns."""
     PANELS: gl.constexpr = D // 64
     for panel in gl.static_range(PANELS):
         at = (stage * PANELS + panel) * 2
-        load_block(x, [b, h, one, panel * 64], full, pieces.index(at).reshape([1, 1, 64, 64]), pred=pred)
-        load_block(x, [b, h, two, panel * 64], full, pieces.index(at + 1).reshape([1, 1, 64, 64]), pred=pred)
+        load_block(x, [one[0], h, one[1], panel * 64], full, pieces.index(at).reshape([1, 1, 64, 64]), pred=pred)
+        load_block(x, [two[0], h, two[1], panel * 64], full, pieces.index(at + 1).reshape([1, 1, 64, 64]), pred=pred)
 
 
 @gluon.jit
@@ -78,8 +91,8 @@ def store_real(real, one, two, single, first, end, key_mask, MASK: gl.constexpr)
 @gluon.jit
 def load_steps(
     q, k, v, b, h, kv_head, row, own, first, end, bit_row, first_block, kept, blocks, masked, key_mask,
-    real, q_tile, k_pieces, v_pieces, q_full, q_empty, full, empty, served, stage, parity,
-    D: gl.constexpr, STAGES: gl.constexpr, MASK: gl.constexpr,
+    real, q_tile, k_pieces, v_pieces, q_full, q_empty, full, empty, served, stage, parity, table, block, k_len,
+    D: gl.constexpr, STAGES: gl.constexpr, MASK: gl.constexpr, TABLE: gl.constexpr,
 ):  # fmt: skip
     """A tile's steps: the own keys, from position `own` on, and its queries; then `kept` key blocks, ascending, two a step.
 
@@ -92,6 +105,7 @@ def load_steps(
     # Values lag a step. Not `own`: a loop carries what its body leaves with another handle than it had before, and `v_one = one`
     # would leave it the same.
     v_one, v_two = 0, 0
+    v_owner, v_second = b * 0, b * 0
     for step in range(0, blocks + 1):
         mbarrier.wait(empty.index(stage), parity)
         if step < masked:
@@ -99,22 +113,29 @@ def load_steps(
         has_keys, has_values = step < blocks, step > 0
         mbarrier.expect(full.index(stage), 2 * SIZE, pred=has_keys & has_values)
         mbarrier.expect(full.index(stage), SIZE, pred=has_keys != has_values)
-        copy_blocks(k, b, kv_head, one, two, full.index(stage), k_pieces, stage, has_keys, D)
-        copy_blocks(v, b, kv_head, v_one, v_two, full.index(stage), v_pieces, stage, has_values, D)
+        owner, row_one = place_of(one, b, table, block, k_len, TABLE)
+        second, row_two = place_of(two, b, table, block, k_len, TABLE)
+        copy_blocks(k, kv_head, (owner, row_one), (second, row_two), full.index(stage), k_pieces, stage, has_keys, D)
+        if TABLE:
+            copy_blocks(v, kv_head, (v_owner, v_one), (v_second, v_two), full.index(stage), v_pieces, stage, has_values, D)
+        else:
+            copy_blocks(v, kv_head, (b, v_one), (b, v_two), full.index(stage), v_pieces, stage, has_values, D)
         if step == 0:
             mbarrier.wait(q_empty, (served & 1) ^ 1)
             mbarrier.expect(q_full, SIZE)
             load_block(q, [b, h, row, 0], q_full, q_tile.reshape([1, 1, BLOCK, D]))
         stage, parity = advance(stage, parity, STAGES)
-        v_one, v_two = one, two
+        v_one, v_two = row_one, row_two
+        if TABLE:
+            v_owner, v_second = owner, second
         if step + 1 < blocks:
             single = gl.where(step == 0, kept % 2, 0)
-            block, w, word, coming = next_block(bit_row, w, word, coming, first_block, own // KEYS)
-            one = block * KEYS
+            found, w, word, coming = next_block(bit_row, w, word, coming, first_block, own // KEYS)
+            one = found * KEYS
             two = one
             if single == 0:
-                block, w, word, coming = next_block(bit_row, w, word, coming, first_block, own // KEYS)
-                two = block * KEYS
+                found, w, word, coming = next_block(bit_row, w, word, coming, first_block, own // KEYS)
+                two = found * KEYS
     return stage, parity
 
 
@@ -129,9 +150,9 @@ def if_to_repeat(number, i, total, over, done):
 
 @gluon.jit
 def load_tiles(
-    q, k, v, bits, starts, lengths, key_mask, holes, queue, m_sb, heads, kv_heads, lists, q_len, k_len, row_blocks, words, total,
-    section, info, over, real, q_tile, k_pieces, v_pieces, barriers,
-    D: gl.constexpr, STAGES: gl.constexpr, START: gl.constexpr, LENGTH: gl.constexpr, MASK: gl.constexpr,
+    q, k, v, bits, starts, lengths, key_mask, holes, table, queue, m_sb, table_sb, block, heads, kv_heads, lists, q_len, k_len,
+    row_blocks, words, total, section, info, over, real, q_tile, k_pieces, v_pieces, barriers,
+    D: gl.constexpr, STAGES: gl.constexpr, START: gl.constexpr, LENGTH: gl.constexpr, MASK: gl.constexpr, TABLE: gl.constexpr,
 ):  # fmt: skip
     """Every tile of this program, taken from a queue, and once more those whose sums grew too large, as soon as that is known.
 
@@ -172,7 +193,7 @@ def load_tiles(
         stage, parity = load_steps(
             q, k, v, b, h, h * kv_heads // heads, position - skipped, own, first, end, bit_row, first_block, kept, blocks, masked,
             key_mask + b.to(gl.int64) * m_sb, real, q_tile, k_pieces, v_pieces, q_full, q_empty, full, empty, served, stage,
-            parity, D, STAGES, MASK,
+            parity, table + b.to(gl.int64) * table_sb, block, k_len, D, STAGES, MASK, TABLE,
         )  # fmt: skip
         before_last, last_served = last_served, gl.where(repeated, total, number)
         served += 1

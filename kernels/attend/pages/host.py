@@ -42,10 +42,9 @@ def launch(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, bits: Tensor, view: KvView, key_mask: Tensor | None,
     k_len: int, scale: float,
 ) -> None:  # fmt: skip
-    """Attention into `out`, and the log-sum-exp into `lse` if it is wanted: on Hopper by its own kernel, where that takes it
-    (it reads no table of blocks)."""
-    if view.blocks is None and k_len == k.shape[2] and hopper.takes(q, k, v):
-        return hopper.launch(q, k, v, out, lse, bits, view.start, view.lengths, key_mask, scale)
+    """Attention into `out`, and the log-sum-exp into `lse` if it is wanted: on Hopper by its own kernel, where that takes it."""
+    if hopper.takes(q, k, v, view):
+        return hopper.launch(q, k, v, out, lse, bits, view, key_mask, k_len, scale)
     launch_any(q, k, v, out, lse, bits, view, key_mask, k_len, scale)
 
 
