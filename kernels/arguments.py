@@ -46,6 +46,10 @@ def select_keys(
     return Operands(q, k, None, view=KvView.ordered(order, ranks)), scale, coverage, probes, min_keys
 
 
+def remember_keys(q: Tensor, k: Tensor, scale: float, queries: int, count: int) -> tuple[Any, ...]:
+    return Operands(q, k, None), scale, queries, count
+
+
 def key_attention(
     q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, scale: float, need_lse: bool = False
 ) -> tuple[Any, ...]:

@@ -93,8 +93,12 @@ def check_tokens(name: str, q: Tensor, k: Tensor, kept: Tokens) -> None:
         raise ValueError(f"{name}: heavy_indices {tuple(heavy_indices.shape)} does not fit indices {tuple(indices.shape)}")
 
 
-def check_lists(name: str, q: Tensor, k: Tensor, indices: Tensor, counts: Tensor) -> None:
-    """Raise a ValueError naming operator `name`, unless the lists of kept positions fit `q` and `k`."""
+def check_lists(name: str, q: Tensor, k: Tensor, indices: Tensor, counts: Tensor, capacity: int | None = None) -> None:
+    """Raise a ValueError naming operator `name`, unless the lists of kept positions fit `q` and `k`.
+
+    Args:
+        capacity: entries of a list; None: one for each key.
+    """
     (batch, heads), (kv_heads, k_len) = q.shape[:2], k.shape[1:3]
     for label, x, dims in (("indices", indices, 3), ("counts", counts, 1)):
         if x.dtype != torch.int32 or x.dim() != dims or x.device != q.device:
@@ -102,7 +106,7 @@ def check_lists(name: str, q: Tensor, k: Tensor, indices: Tensor, counts: Tensor
     lists = indices.shape[1]
     if lists not in (heads, kv_heads):
         raise ValueError(f"{name}: indices has {lists} lists; expected one for each of {heads} heads or {kv_heads} KV heads")
-    if tuple(indices.shape) != (batch, lists, k_len) or tuple(counts.shape) != (batch,):
+    if tuple(indices.shape) != (batch, lists, k_len if capacity is None else capacity) or tuple(counts.shape) != (batch,):
         raise ValueError(f"{name}: indices {tuple(indices.shape)} and counts {tuple(counts.shape)} do not fit the keys")
 
 
@@ -170,7 +174,17 @@ def select_keys(x: Operands, scale: float, coverage: float, probes: int, min_key
 
 def key_attention(x: Operands, kept: Keys, scale: float, need_lse: bool) -> None:
     check_operands("tsa::key_attention", x, causal=False)
-    check_lists("tsa::key_attention", x.q, x.k, *kept)
+    check_lists("tsa::key_attention", x.q, x.k, *kept, capacity=kept.indices.shape[-1])
+
+
+def remember_keys(x: Operands, scale: float, queries: int, count: int) -> None:
+    name = "tsa::remember_keys"
+    check_operands(name, x, causal=False)
+    check_selected_from(name, x.k)
+    if x.q.shape[2] > x.k.shape[2]:
+        raise ValueError(f"{name}: a block of {x.q.shape[2]} rows is the last of the keys, of which there are {x.k.shape[2]}")
+    if queries < 1 or count < 0:
+        raise ValueError(f"{name}: queries must be at least 1 and count at least 0, got {queries} and {count}")
 
 
 def select_blocks(x: Operands, kept: Keys, scale: float, rule: BlockRule) -> None:

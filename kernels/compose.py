@@ -11,6 +11,7 @@ from tsa_compile.kernels.select.tokens.host import select_everything, select_fro
 from tsa_compile.kernels.types import Keys, Operands, Strip, TokenRule, Tokens
 
 Tensor = torch.Tensor
+ALL_BUT_NOTHING = 1 - 2.0**-53  # the largest share below 1
 
 
 def token_sparse_attention(x: Operands, scale: float, rule: TokenRule, strip: Strip, engine: str) -> Tensor:
@@ -63,3 +64,29 @@ def select_keys(x: Operands, scale: float, coverage: float, probes: int, min_key
     mean = probe_means(probing_queries(q, k_len, view, probes), k, view, scale)
     rule = TokenRule(coverage, window=1, pool=1, min_tokens=min_keys)
     return Keys(*select_from_means(mean, k_len, view, rule, q.shape[1])[:2])
+
+
+def remember_keys(x: Operands, scale: float, queries: int, count: int) -> Keys:
+    """`tsa::remember_keys` by Triton: (indices `[B, Hk, min(count, Lk - Lq) + Lq]`, counts `[B]`), int32.
+
+    Nothing waits for the device, and lengths are run-time arguments.
+
+    Raises:
+        ValueError: float64, which Triton's dot does not take.
+    """
+    q, k = x.q, x.k
+    if q.dtype == torch.float64:
+        raise ValueError("tsa::remember_keys: float64 runs on CPU only")
+    (batch, _, rows, _), (kv_heads, k_len) = q.shape, k.shape[1:3]
+    prefix = k_len - rows
+    wanted = min(count, prefix)
+    block = torch.arange(prefix, k_len, dtype=torch.int32, device=q.device).expand(batch, kv_heads, -1)
+    if 0 < wanted < prefix and rows > 0 and batch > 0:
+        mean = probe_means(probing_queries(q, k_len, x.view, queries), k, x.view, scale)
+        # The tokens before the last one, here the block's first, by score: as many as `min_tokens`, as nothing else is covered.
+        rule = TokenRule(ALL_BUT_NOTHING, window=1, pool=1, min_tokens=wanted)
+        chosen = select_from_means(mean[..., : prefix + 1].contiguous(), prefix + 1, x.view, rule, kv_heads).indices[..., :wanted]
+    else:
+        chosen = torch.arange(wanted, dtype=torch.int32, device=q.device).expand(batch, kv_heads, -1)
+    counts = torch.full((batch,), wanted + rows, dtype=torch.int32, device=q.device)
+    return Keys(torch.cat([chosen, block], 2), counts)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 
+from tsa_compile.kernels.common.coverage_reference import finite_scores, largest
 from tsa_compile.kernels.common.ranks import real_positions
 from tsa_compile.kernels.score.probes.reference import probe_scores_reference
 from tsa_compile.kernels.score.window.reference import token_scores_reference
@@ -44,6 +45,24 @@ def select_keys_reference(x: Operands, scale: float, coverage: float, probes: in
         return select_row(scores, length, coverage, min_keys)
 
     return Keys(*_by_row(x, x.q.shape[1], 0, x.q.shape[2] == x.k.shape[2], select)[:2])
+
+
+def remember_keys_reference(x: Operands, scale: float, queries: int, count: int) -> Keys:
+    """`tsa::remember_keys` for tensors on any device. Source: MAGE, arXiv 2602.14209, "eq. 5" as two repositories have it."""
+    (batch, _, rows, _), (kv_heads, k_len) = x.q.shape, x.k.shape[1:3]
+    prefix = k_len - rows
+    wanted = min(count, prefix)
+    block = torch.arange(prefix, k_len, device=x.q.device).expand(kv_heads, -1)
+    lists = []
+    for q_row, k_row in zip(x.q, x.k, strict=True):
+        if 0 < wanted < prefix and rows > 0:
+            scores = probe_scores_reference(q_row, k_row, scale, queries)[:, :prefix]
+            chosen = largest(finite_scores(scores).unflatten(0, (kv_heads, -1)).sum(1), wanted)
+        else:
+            chosen = torch.arange(wanted, device=x.q.device).expand(kv_heads, -1)
+        lists.append(torch.cat([chosen, block], 1))
+    indices = torch.stack(lists) if lists else block.new_empty(0, kv_heads, wanted + rows)
+    return Keys(indices.int(), torch.full((batch,), wanted + rows, dtype=torch.int32, device=x.q.device))
 
 
 def _by_row(

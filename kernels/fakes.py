@@ -40,6 +40,11 @@ def select_keys(x: Operands, *rest: Any) -> tuple[Tensor, Tensor]:
     return _int32(x.q, *x.q.shape[:2], x.k.shape[2]), _int32(x.q, x.q.shape[0])
 
 
+def remember_keys(x: Operands, scale: float, queries: int, count: int) -> tuple[Tensor, Tensor]:
+    rows, (kv_heads, k_len) = x.q.shape[2], x.k.shape[1:3]
+    return _int32(x.q, x.q.shape[0], kv_heads, torch.sym_min(count, k_len - rows) + rows), _int32(x.q, x.q.shape[0])
+
+
 def select_blocks(x: Operands, kept: Keys, scale: float, rule: BlockRule) -> tuple[Tensor, Tensor]:
     (batch, heads), n = x.q.shape[:2], -(-x.k.shape[2] // rule.block)
     return x.q.new_empty(batch, heads, n, n, dtype=torch.int16), _int32(x.q, batch, heads, n)

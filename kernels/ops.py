@@ -71,6 +71,15 @@ OPERATORS = (
         selects=True,
     ),
     Operator(
+        "remember_keys(Tensor q, Tensor k, float scale, int queries, int count) -> (Tensor indices, Tensor counts)",
+        check=checks.remember_keys,
+        fake=fakes.remember_keys,
+        reference="compose_reference:remember_keys_reference",
+        host="compose:remember_keys",
+        arguments=arguments.remember_keys,
+        selects=True,
+    ),
+    Operator(
         f"key_attention(Tensor q, Tensor k, Tensor v, {_LISTS}, float scale, bool need_lse=False) -> {_ATTENDED}",
         check=checks.key_attention,
         fake=fakes.attention,

@@ -20,6 +20,7 @@ from tsa_compile.policies.dense import Dense
 from tsa_compile.policies.exact import Exact
 from tsa_compile.policies.page_sparse import PageSparse
 from tsa_compile.policies.probe_sparse import ProbeSparse
+from tsa_compile.policies.remembered import Remembered
 from tsa_compile.policies.token_sparse import Completion, TokenSparse
 from tsa_compile.reach import reach
 from tsa_compile.report import Report
@@ -35,6 +36,7 @@ __all__ = [
     "PageSparse",
     "Plan",
     "ProbeSparse",
+    "Remembered",
     "Report",
     "TokenSparse",
     "calibrate",

@@ -45,7 +45,7 @@ NAMES = {
     "PageSparse": "keep=None, kind='mean', completion=False, pages=None, mass=None, schedule=None, ...",
     "HeadSplit": "...",
     "SampledValues": "samples, ...",
-    "Remembered": "source, ...",
+    "Remembered": "source, keys=512, share=None, dense_layers=2, queries=None",
     "Resident": "...",
     "Routed": "...",
     # What is done to a model.
@@ -68,6 +68,9 @@ NAMES = {
     "backend.Backend": "plan, compiler='inductor', inductor_options=None, model=None",
     "backend.Backend.sites": "self",  # [SiteReport] of the current plan
     "recorder.record_kept": "model=None",
+    "generate.diffusion.diffuse": (
+        "model, ids, new_tokens, *, mask_id, block=32, steps=None, threshold=None, plan=None, temperature=0.0, watch=None"
+    ),
     "policies.base.Policy.refuse": "self, site",
     "policies.base.Policy.guaranteed": "self, site",
     "policies.base.Policy.select": "self, emit, site, state",
@@ -81,7 +84,6 @@ NAMES = {
 COMING = {
     "HeadSplit": "decode by head roles",
     "SampledValues": "decode by sampled values",
-    "Remembered": "speculation",
     "Resident": "decode with keys on the host",
     "Routed": "decode over a process group",
     "generate": "speculation",

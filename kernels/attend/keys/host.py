@@ -16,7 +16,7 @@ def key_attention(x: Operands, kept: Keys, scale: float, need_lse: bool = False)
 
     Args:
         x: q, k, v in fp16, bf16 or fp32, any strides.
-        kept: from `select_keys`.
+        kept: from `select_keys` or `remember_keys`, whose lists have room for fewer keys: no more of them is packed.
         scale: positive factor of the scores.
         need_lse: whether the log-sum-exp is returned.
 
@@ -33,24 +33,24 @@ def key_attention(x: Operands, kept: Keys, scale: float, need_lse: bool = False)
 
     from tsa_compile.kernels.attend.keys.device import key_attention_kernel, pack_keys_kernel
 
-    (batch, heads, q_len, dim), (kv_heads, k_len), v_dim, lists = q.shape, k.shape[1:3], v.shape[3], indices.shape[1]
+    (batch, heads, q_len, dim), kv_heads, v_dim, (lists, capacity) = q.shape, k.shape[1], v.shape[3], indices.shape[1:]
     out = empty_result(q, v)
     lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device) if need_lse else None
     if out.numel() == 0:
         return Attended(out, no_lse(q) if lse is None else lse.fill_(-torch.inf))
-    packed_k, packed_v = (x.new_empty(batch, lists, k_len, x.shape[3]) for x in (k, v))
+    packed_k, packed_v = (x.new_empty(batch, lists, capacity, x.shape[3]) for x in (k, v))
     block_d, block_dv = (max(16, triton.next_power_of_2(x)) for x in (dim, v_dim))
     shape = {"D": dim, "DV": v_dim, "BLOCK_D": block_d, "BLOCK_DV": block_dv}
-    if k_len:
-        pack_keys_kernel[(triton.cdiv(k_len, 64) * batch * lists,)](
+    if capacity:
+        pack_keys_kernel[(triton.cdiv(capacity, 64) * batch * lists,)](
             k, v, packed_k, packed_v, indices, counts, *k.stride(), *v.stride(), *indices.stride()[:2],
-            kv_heads, lists, k_len, **shape, BLOCK=64,
+            kv_heads, lists, capacity, **shape, BLOCK=64,
         )  # fmt: skip
     config = key_config(max(block_d, block_dv), q.dtype, capability_of(q.device))
     tiles = triton.cdiv(q_len, config.block_m)
     key_attention_kernel[(batch * heads * tiles,)](
         q, packed_k, packed_v, out, counts, *q.stride(), *out.stride()[:3],
-        heads, lists, q_len, k_len, tiles, scale * LOG2_E, **shape,
+        heads, lists, q_len, capacity, tiles, scale * LOG2_E, **shape,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, PRECISION=precision(q.dtype),
         lse=lse, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

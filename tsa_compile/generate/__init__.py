@@ -1,0 +1,1 @@
+"""Loops that know their phases."""
