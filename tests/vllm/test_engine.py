@@ -12,8 +12,8 @@ pytest.importorskip("vllm")
 from tests.vllm.engines import engine, prompts, tokens
 from tsa_compile.frontends.vllm.counts import BY_LAYER
 
-EVERY_KEY = {"policy": "BlockSparse", "alpha": 0.0, "last_dense": 0, "min_tokens": 0}
-SPARSE = {"policy": "BlockSparse", "alpha": 0.5, "last_dense": 0, "window": 1, "sinks": 0, "min_tokens": 0}
+EVERY_KEY = {"policy": "BlockSparse", "alpha": 0.0, "last_dense": 0, "min_context": 0}
+SPARSE = {"policy": "BlockSparse", "alpha": 0.5, "last_dense": 0, "window": 1, "sinks": 0, "min_context": 0}
 LAYERS = 3
 WHOLE = [700, 331, 150, 40, 128, 1100]
 CHUNK = 256  # tokens of a step

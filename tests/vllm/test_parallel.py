@@ -11,7 +11,7 @@ pytest.importorskip("vllm")
 from tests.vllm.engines import engine, prompts, tokens
 from tsa_compile.frontends.vllm.counts import BY_LAYER
 
-SPARSE = {"policy": "BlockSparse", "alpha": 0.3, "last_dense": 0, "window": 64, "min_tokens": 0}
+SPARSE = {"policy": "BlockSparse", "alpha": 0.3, "last_dense": 0, "window": 64, "min_context": 0}
 
 
 def counted(worker=None):

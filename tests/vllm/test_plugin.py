@@ -31,8 +31,8 @@ def test_versions(version, known):
 
 def test_options():
     assert read({}).plan.prefill == read({"tsa": {}}).plan.prefill == tsa.BlockSparse()
-    named = read({"tsa": {"policy": "BlockSparse", "alpha": 0.2, "min_tokens": 7}})
-    assert (named.plan.prefill, named.min_tokens) == (tsa.BlockSparse(alpha=0.2), 7)
+    named = read({"tsa": {"policy": "BlockSparse", "alpha": 0.2, "min_context": 7}})
+    assert (named.plan.prefill, named.min_context) == (tsa.BlockSparse(alpha=0.2), 7)
     rule = {"modules": "model.layers.0.*", "phase": "prefill", "policy": {"policy": "Dense"}}
     plan = read({"tsa": {"phases": {"prefill": {"policy": "TokenSparse"}}, "rules": [rule]}}).plan
     assert plan.policy_at("model.layers.0.self_attn", "prefill") == tsa.Dense()
@@ -54,7 +54,7 @@ def test_a_plan_in_a_file(tmp_path):
         ({"policy": "BlockSparse", "alpha": 2}, r"alpha must be a number in \[0, 1\)"),
         ({"policy": "PageSparse", "keep": 0.1}, "policies are for prefill; decode is the engine's own, got PageSparse"),
         ({"phases": {"draft": {"policy": "PageSparse", "keep": 0.1}}}, "draft is the engine's own"),
-        ({"min_tokens": -1}, "min_tokens must be an int >= 0"),
+        ({"min_context": -1}, "min_context must be an int >= 0"),
         ({"where": "pays"}, "tsa.where must be 'always'"),
         ({"plan": "nowhere.json"}, "tsa.plan: .*nowhere.json"),
         ({"plan": "nowhere.json", "rules": []}, "leave out 'rules'"),

@@ -36,7 +36,7 @@ class Builder:
         metadata = parent(common_prefix_len, common_attn_metadata, fast_build)
         metadata.tsa_split = None
         if self.tsa_min_rows is not None:  # a run's metadata is built fast: buffers that the parent keeps are those of the batch
-            rule = (self.tsa_min_rows, self.tsa_options.min_tokens)
+            rule = (self.tsa_min_rows, self.tsa_options.min_context)
             metadata.tsa_split = split(common_attn_metadata, *rule, lambda run: parent(0, run, True))
         return metadata
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.v1.attention.backend import AttentionCGSupport, MultipleOf
 from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionBackend,
     FlashAttentionImpl,
@@ -12,6 +12,7 @@ from vllm.v1.attention.backends.flash_attn import (
 )
 
 from tsa_compile.frontends.vllm.backend import Builder, Impl
+from tsa_compile.kernels.common.row_blocks import KEYS
 
 
 class CudaBuilder(Builder, FlashAttentionMetadataBuilder):
@@ -29,6 +30,12 @@ class CudaBackend(FlashAttentionBackend):
     @staticmethod
     def get_name() -> str:
         return "CUSTOM"  # vLLM looks it up among its own names
+
+    @classmethod
+    def get_supported_kernel_block_sizes(cls, *spec: Any) -> list[Any]:
+        """Pages of a multiple of 64 tokens, which the tensor memory accelerator copies as they lie; the parent's are of 16."""
+        sizes = super().get_supported_kernel_block_sizes(*spec)
+        return [MultipleOf(KEYS) if isinstance(size, MultipleOf) and KEYS % size.base == 0 else size for size in sizes]
 
     @staticmethod
     def get_impl_cls() -> type[Any]:

@@ -125,5 +125,5 @@ def tell(layers: dict[str, Layer], options: Options) -> None:
     if not layers:
         return
     sparse = sum(layer.policy is not None for layer in layers.values())
-    head = f"tsa_compile: prefill of {sparse} of {len(layers)} layers is sparse, in rows of {options.min_tokens} tokens or more"
+    head = f"tsa_compile: prefill of {sparse} of {len(layers)} layers is sparse, in rows of {options.min_context} tokens or more"
     (log.info if sparse else log.warning)("%s; decode is the engine's own.\n%s", head, table(layers.values()))

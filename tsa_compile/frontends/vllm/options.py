@@ -24,7 +24,7 @@ class Options:
 
     Args:
         plan: the policies; `prefill` is `BlockSparse()` where nothing else is said.
-        min_tokens: rows of a batch with fewer tokens, cached ones included, run dense: a row has launches of its own, and short
+        min_context: rows of a batch with fewer tokens, cached ones included, run dense: a row has launches of its own, and short
             ones do not pay for them.
 
     Raises:
@@ -32,12 +32,12 @@ class Options:
     """
 
     plan: Plan
-    min_tokens: int = 2048
+    min_context: int = 2048
 
     def __post_init__(self) -> None:
-        check_int(self, "min_tokens", 0)
+        check_int(self, "min_context", 0)
         if self.plan.where != "always":
-            raise ValueError(f"tsa.where must be 'always' in vLLM (min_tokens says what is too short), got {self.plan.where!r}")
+            raise ValueError(f"tsa.where must be 'always' in vLLM (min_context says what is too short), got {self.plan.where!r}")
         for phase in PHASES[1:]:
             named = [getattr(self.plan, phase), *(rule.policy for rule in self.plan.rules if rule.phase == phase)]
             self._check(phase, [policy for policy in named if policy is not None])
@@ -83,7 +83,7 @@ def _plan(fields: dict[str, Any]) -> Plan:
         return as_plan(fields)
     unknown = sorted(set(fields) - set(PLAN_FIELDS))
     if unknown:
-        raise ValueError(f"tsa has no option {unknown[0]!r}; its options are {['min_tokens', 'plan', 'policy', *PLAN_FIELDS]}")
+        raise ValueError(f"tsa has no option {unknown[0]!r}; its options are {['min_context', 'plan', 'policy', *PLAN_FIELDS]}")
     return Plan.from_dict({"format": plan_format.NAME, "version": plan_format.VERSION, **fields})
 
 

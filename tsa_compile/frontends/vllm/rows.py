@@ -47,19 +47,19 @@ class Split(NamedTuple):
     requests: int
 
 
-def split(common: Any, min_rows: int, min_tokens: int, build: Callable[[Any], Any]) -> Split | None:
+def split(common: Any, min_rows: int, min_context: int, build: Callable[[Any], Any]) -> Split | None:
     """How the batch is told apart; None: no row is sparse.
 
     Args:
         common: vLLM's `CommonAttentionMetadata`.
         min_rows: a sparse row has more new tokens than that.
-        min_tokens: and at least so many in all.
+        min_context: and at least so many in all.
         build: makes the parent's metadata.
     """
     if common.max_query_len <= min_rows or common.causal is not True:
         return None
     starts = common.query_start_loc_cpu.tolist()
-    rows = sparse_rows(starts, host_lengths(common), min_rows, min_tokens)
+    rows = sparse_rows(starts, host_lengths(common), min_rows, min_context)
     if not rows:
         return None
     runs = dense_runs(len(starts) - 1, [row.request for row in rows])
@@ -67,10 +67,10 @@ def split(common: Any, min_rows: int, min_tokens: int, build: Callable[[Any], An
     return Split(tuple(rows), tuple(dense), common.block_table_tensor, starts[-1], sum(map(int.__lt__, starts, starts[1:])))
 
 
-def sparse_rows(starts: Sequence[int], lengths: Sequence[int], min_rows: int, min_tokens: int) -> list[SparseRow]:
-    """The rows with more than `min_rows` new tokens and at least `min_tokens` in all."""
+def sparse_rows(starts: Sequence[int], lengths: Sequence[int], min_rows: int, min_context: int) -> list[SparseRow]:
+    """The rows with more than `min_rows` new tokens and at least `min_context` in all."""
     rows = (SparseRow(i, a, b, lengths[i]) for i, (a, b) in enumerate(itertools.pairwise(starts)))
-    return [row for row in rows if row.end - row.begin > min_rows and row.k_len >= min_tokens]
+    return [row for row in rows if row.end - row.begin > min_rows and row.k_len >= min_context]
 
 
 def dense_runs(rows: int, sparse: Sequence[int]) -> list[tuple[int, int]]:
