@@ -1,9 +1,12 @@
 # Two commands: `make demo` and `make test`. Both create .venv, install the project and run; nothing else is needed.
+# `make test-torch-tensorrt`: the engines by Torch-TensorRT, in a venv of its own (5.7 GB; minutes; no GPU needed).
 PYTHON ?= python3
 VENV   ?= .venv
 PIP    := $(VENV)/bin/pip install -q -c constraints.txt
+VENV_TRT ?= .venv-torch-tensorrt
+TRT      := tests/torch_tensorrt
 
-.PHONY: demo test test-vllm lint types clean
+.PHONY: demo test test-vllm test-torch-tensorrt lint types clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -48,5 +51,13 @@ $(VLLM_VENV)/.$(VLLM): tests/vllm/requirements.txt pyproject.toml
 test-vllm: $(VLLM_VENV)/.$(VLLM)
 	OMP_NUM_THREADS=1 VLLM_LOGGING_LEVEL=ERROR $(VLLM_VENV)/bin/python -m pytest tests/vllm $(PYTEST_ARGS)
 
+$(VENV_TRT)/.done: pyproject.toml $(TRT)/constraints.txt
+	$(PYTHON) -m venv $(VENV_TRT)
+	$(VENV_TRT)/bin/pip install -q -c $(TRT)/constraints.txt torch-tensorrt-rtx tensorrt_rtx pytest pytest-timeout -e ".[hf]"
+	touch $@
+
+test-torch-tensorrt: $(VENV_TRT)/.done
+	OMP_NUM_THREADS=1 $(VENV_TRT)/bin/python -m pytest -m "not gpu" $(TRT) $(PYTEST_ARGS)
+
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) $(VENV_TRT) build dist *.egg-info

@@ -9,7 +9,7 @@ _INSTALL = {
     "hf": "pip install 'tsa-compile[hf]'",
     "onnx": "pip install 'tsa-compile[onnx]'",
     "tensorrt": "pip install 'tsa-compile[tensorrt]'",
-    "torch-tensorrt": "pip install torch-tensorrt",
+    "torch-tensorrt": "pip install torch==2.14.1 torch-tensorrt-rtx==2.14.0",
     "triton": "pip install 'tsa-compile[triton]'",
 }
 

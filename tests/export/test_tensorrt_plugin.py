@@ -273,6 +273,8 @@ def test_torch_tensorrt_gets_an_operator_that_its_plugin_generator_takes(monkeyp
     plugins.custom_op = lambda name, **options: calls.append((name, options))
     module.dynamo = types.SimpleNamespace(compile=lambda program, **_: program)
     module.save = lambda program, path, **_: torch.export.save(program, path)
+    module.__version__, module._tsa_lowered = "2.14.0", True
+    module.ENABLED_FEATURES = types.SimpleNamespace(qdp_plugin=True)  # full TensorRT
     monkeypatch.setitem(sys.modules, "torch_tensorrt", module)
     monkeypatch.setitem(sys.modules, "torch_tensorrt.dynamo.conversion.plugins", plugins)
     policy = tsa.TokenSparse(coverage=0.3, window=16, min_tokens=32, completion=tsa.Completion(24, 4, 20))

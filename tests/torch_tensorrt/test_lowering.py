@@ -1,0 +1,141 @@
+"""The operators in core operators, as Torch-TensorRT gets them, against the references; plain PyTorch, no package of NVIDIA."""
+
+import sys
+import types
+from collections import Counter
+
+import pytest
+import torch
+
+import tsa_compile as tsa
+from tests.export.test_aoti import Block, Encoder
+from tsa_compile import export
+from tsa_compile.export.torch_tensorrt_lowering.rank import dropped, largest
+from tsa_compile.export.torch_tensorrt_lowering.table import LOWERINGS
+from tsa_compile.kernels.common.coverage_reference import count_dropped
+from tsa_compile.kernels.common.coverage_reference import largest as largest_reference
+
+OPS = torch.ops.tsa
+SCALE, RULE = 0.25, (0.3, 16, 7, 32)  # coverage, window, pool, min_tokens
+STRIPS = {"paper": (0, 0, 0), "completed": (24, 4, 20), "sinks alone": (0, 4, 0)}
+DIM = torch.export.Dim.DYNAMIC
+
+
+def operands(q_len, k_len, masked):
+    """Batch 2, 4 query heads on 2 KV heads; holes in row 0, left padding in row 1."""
+    q, k, v = 2 * torch.randn(2, 4, q_len, 16), 2 * torch.randn(2, 2, k_len, 16), torch.randn(2, 2, k_len, 24)
+    mask = torch.ones(2, k_len, dtype=torch.bool)
+    mask[0] = torch.rand(k_len) > 0.25
+    mask[0, -1] = True
+    mask[1, : k_len // 2] = False
+    return q, k, v, mask if masked else None
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["full", "padded"])
+@pytest.mark.parametrize(("q_len", "k_len"), [(40, 40), (130, 130), (300, 300), (60, 300), (5, 300)])
+def test_each_operator_equals_its_reference(q_len, k_len, masked):
+    torch.manual_seed(q_len)
+    q, k, v, mask = operands(q_len, k_len, masked)
+    view = OPS.key_view(mask) if masked else (None, None)
+    if masked:
+        assert all(map(torch.equal, LOWERINGS[OPS.key_view.default](mask), view))
+    for window, sinks, heavy in STRIPS.values():
+        for options in ({"share": "head"}, {"share": "group"}, {"min_queries": 16}):
+            arguments = (q, k, *view, SCALE, *RULE, heavy)
+            kept = OPS.select_tokens(*arguments, **options)
+            assert all(map(torch.equal, LOWERINGS[OPS.select_tokens.default](*arguments, **options), kept))
+            arguments = (q, k, v, *kept, *view, SCALE, window, sinks, 48, "reference")
+            actual = LOWERINGS[OPS.sparse_attention.default](*arguments)[0]
+            expected = OPS.sparse_attention(*arguments)[0]
+            torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
+            assert actual.stride() == expected.stride()
+    arguments = (q, k, *view, SCALE, 0.3, 8, 16)
+    kept = OPS.select_keys(*arguments)
+    assert all(map(torch.equal, LOWERINGS[OPS.select_keys.default](*arguments), kept))
+    arguments = (q, k, v, *kept, SCALE)
+    actual = LOWERINGS[OPS.key_attention.default](*arguments)[0]
+    torch.testing.assert_close(actual, OPS.key_attention(*arguments)[0], atol=1e-4, rtol=0)
+
+
+def test_nothing_is_dropped_at_coverage_zero():
+    q, k, _, _ = operands(90, 90, False)
+    arguments = (q, k, None, None, SCALE, 0.0, 16, 7, 32, 8)
+    assert all(map(torch.equal, LOWERINGS[OPS.select_tokens.default](*arguments), OPS.select_tokens(*arguments)))
+
+
+@pytest.mark.parametrize("coverage", [1e-9, 0.005, 0.3, 0.999])
+def test_thresholds_without_a_sort(coverage):
+    """Ties, zeros, the largest and the least of floats, and every n."""
+    torch.manual_seed(0)
+    scores = torch.rand(3, 200) ** 4
+    scores[0, 20:80], scores[1, ::3], scores[2] = 0.25, 0.0, 2.0 ** -torch.arange(200.0)
+    scores[0, 0] = 1.0
+    scores = scores / scores.sum(1, keepdim=True)
+    units, candidate = (scores * 2.0**52).long().sum(0)[None], torch.ones(1, 200, dtype=torch.bool)
+    assert dropped(units, candidate, coverage).item() == count_dropped(scores, coverage)
+    for n in (0, 1, 7, 60, 61, 150, 199, 200):
+        member = largest(scores[None], torch.tensor([[[n]]]))[0]
+        assert [m.nonzero().flatten().tolist() for m in member] == largest_reference(scores, n).tolist()
+
+
+class Padded(torch.nn.Module):
+    """One causal attention with grouped heads over padded rows."""
+
+    def forward(self, q, k, v, mask):
+        return OPS.token_sparse_attention(q, k, v, mask, SCALE, *RULE, 24, 4, 20, "auto")
+
+
+@pytest.fixture(scope="module")
+def lowered():
+    """The padded, completed attention as Torch-TensorRT gets it, for any batch and length; with its program."""
+    shapes = ({0: DIM, 2: DIM}, {0: DIM, 2: DIM}, {0: DIM, 2: DIM}, {0: DIM, 1: DIM})
+    program = torch.export.export(Padded(), operands(100, 100, True), dynamic_shapes=shapes, strict=False)
+    return program, program.run_decompositions(LOWERINGS)
+
+
+def test_one_graph_for_all_lengths(lowered):
+    program, graph = lowered
+    for length in (7, 150, 333):
+        x = operands(length, length, True)
+        torch.testing.assert_close(graph.module()(*x), program.module()(*x), atol=1e-4, rtol=0)
+
+
+def test_no_operator_of_ours_and_no_scores_of_length_by_length_are_left(lowered):
+    _, graph = lowered
+    assert {n.target.namespace for n in graph.graph.nodes if isinstance(n.target, torch._ops.OpOverload)} == {"aten"}
+    (length,) = (n.meta["val"].shape[1] for n in graph.graph.nodes if n.name == "mask")
+    shapes = [n.meta["val"].shape for n in graph.graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+    assert any(length in s for s in shapes)
+    assert all(Counter(str(size) for size in s)[str(length)] < 2 for s in shapes)
+
+
+def test_an_operator_without_a_lowering_is_named(monkeypatch, tmp_path):
+    module = types.ModuleType("torch_tensorrt")
+    module.__version__, module._tsa_lowered = "2.14.0", True
+    module.ENABLED_FEATURES = types.SimpleNamespace(qdp_plugin=False)
+    monkeypatch.setitem(sys.modules, "torch_tensorrt", module)
+    message = r"Torch-TensorRT has no form of tsa::key_block_means; it takes TokenSparse"
+    with torch._dynamo.config.patch(capture_scalar_outputs=False), pytest.raises(export.ExportError, match=message):
+        export.torch_tensorrt(Block(), (torch.randn(2, 100, 64),), tmp_path / "m.ep", policy=tsa.BlockSparse())
+
+
+def test_a_missing_package_and_an_old_one_name_the_command(monkeypatch):
+    command = r"pip install torch==2\.14\.1 torch-tensorrt-rtx==2\.14\.0"
+    monkeypatch.setitem(sys.modules, "torch_tensorrt", None)
+    with pytest.raises(ImportError, match=command):
+        export.register_torch_tensorrt()
+    old = types.ModuleType("torch_tensorrt")
+    old.__version__ = "2.13.0"
+    monkeypatch.setitem(sys.modules, "torch_tensorrt", old)
+    with pytest.raises(ImportError, match=f"torch_tensorrt 2.13.0 is too old: {command}"):
+        export.register_torch_tensorrt()
+
+
+def test_encoders_take_probes():
+    model, example = Encoder().eval(), (torch.randn(2, 65, 64),)
+    program = export.program(model, example, policy=tsa.ProbeSparse(coverage=0.3, probes=8, min_keys=16))
+    graph = program.run_decompositions(LOWERINGS)
+    x = 3 * torch.randn(2, 65, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(graph.module()(x), program.module()(x), atol=1e-4, rtol=0)
+    assert not [n for n in graph.graph.nodes if "tsa" in str(n.target)]
