@@ -9,6 +9,7 @@ import torch
 
 from tsa_compile.export.common import ExportError
 from tsa_compile.export.torch_tensorrt_lowering.kept import Attended, Kept, for_heads, kept_size
+from tsa_compile.export.torch_tensorrt_lowering.padding import attend_padding
 from tsa_compile.export.torch_tensorrt_lowering.rows import HIDDEN, Rows, take
 from tsa_compile.export.torch_tensorrt_lowering.select import key_view, select_tokens
 from tsa_compile.export.torch_tensorrt_lowering.strip import complete
@@ -22,10 +23,11 @@ def token_sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float, coverage: float, window: int, pool: int,
     min_tokens: int, strip_window: int, strip_sinks: int, heavy: int, engine: str,
 ) -> Tensor:  # fmt: skip
-    """Selection and attention in one, `[B, H, Lq, Dv]`."""
+    """Selection and attention in one, `[B, H, Lq, Dv]`; rows of padding are zero."""
     order, ranks = (None, None) if key_mask is None else key_view(key_mask)
     chosen = select_tokens(q, k, order, ranks, scale, coverage, window, pool, min_tokens, heavy)
-    return sparse_attention(q, k, v, *chosen, order, ranks, scale, strip_window, strip_sinks, 0, engine)[0]
+    rows = Rows(q, k, order, ranks)
+    return _stored(_attend(rows, ranks, (q, k, v), chosen, scale, Strip(strip_window, strip_sinks)).to(q.dtype))
 
 
 def sparse_attention(
@@ -39,19 +41,28 @@ def sparse_attention(
         ExportError: `need_lse`.
     """
     _no_lse_wanted("sparse_attention", need_lse)
-    rows, strip = Rows(q, k, order, ranks), Strip(strip_window, strip_sinks)
+    rows = Rows(q, k, order, ranks)
+    kept = (indices, counts, heavy_indices)
+    out = _attend(rows, ranks, (q, k, v), kept, scale, Strip(strip_window, strip_sinks)).to(q.dtype)
+    return _stored(attend_padding(rows, q, k, v, scale, out)), no_lse(q)
+
+
+def _attend(
+    rows: Rows, ranks: Tensor | None, qkv: tuple[Tensor, Tensor, Tensor], chosen: tuple[Tensor, Tensor, Tensor], scale: float,
+    strip: Strip,
+) -> Tensor:  # fmt: skip
+    """`[B, H, Lq, Dv]`, zero in rows of padding. chosen: the results of `select_tokens`."""
+    indices, counts, heavy_indices = chosen
     kept = Kept.of(rows, ranks, indices, counts)
     completed = strip.reads(heavy_indices)
-    attended = _attend_kept(rows, kept, q, k, v, scale, with_lse=completed)
+    attended = _attend_kept(rows, kept, *qkv, scale, with_lse=completed)
     if completed:
         heavy = kept.ranks_of(rows, ranks, for_heads(heavy_indices, rows.heads))
-        out = complete(rows, kept, attended, (q, k, v), heavy, strip, scale)
-    else:
-        selected, row = attended.row_of(rows, kept, rows.query_rank)
-        if rows.real_query is not None:
-            selected = selected & rows.real_query[:, None, :, None]
-        out = torch.where(selected, take(attended.out, row, rows.heads), 0.0)
-    return _stored(out.to(q.dtype)), no_lse(q)
+        return complete(rows, kept, attended, qkv, heavy, strip, scale)
+    selected, row = attended.row_of(rows, kept, rows.query_rank)
+    if rows.real_query is not None:
+        selected = selected & rows.real_query[:, None, :, None]
+    return torch.where(selected, take(attended.out, row, rows.heads), 0.0)
 
 
 def _attend_kept(rows: Rows, kept: Kept, q: Tensor, k: Tensor, v: Tensor, scale: float, with_lse: bool) -> Attended:

@@ -22,12 +22,12 @@ DIM = torch.export.Dim.DYNAMIC
 
 
 def operands(q_len, k_len, masked):
-    """Batch 2, 4 query heads on 2 KV heads; holes in row 0, left padding in row 1."""
+    """Batch 2, 4 query heads on 2 KV heads; holes in row 0, padding on the left and on the right in row 1."""
     q, k, v = 2 * torch.randn(2, 4, q_len, 16), 2 * torch.randn(2, 2, k_len, 16), torch.randn(2, 2, k_len, 24)
     mask = torch.ones(2, k_len, dtype=torch.bool)
     mask[0] = torch.rand(k_len) > 0.25
     mask[0, -1] = True
-    mask[1, : k_len // 2] = False
+    mask[1, : k_len // 3] = mask[1, k_len - k_len // 7 :] = False
     return q, k, v, mask if masked else None
 
 
@@ -49,6 +49,9 @@ def test_each_operator_equals_its_reference(q_len, k_len, masked):
             expected = OPS.sparse_attention(*arguments)[0]
             torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
             assert actual.stride() == expected.stride()
+    arguments = (q, k, v, mask, SCALE, *RULE, 24, 4, 20, "reference")
+    actual = LOWERINGS[OPS.token_sparse_attention.default](*arguments)
+    torch.testing.assert_close(actual, OPS.token_sparse_attention(*arguments), atol=1e-4, rtol=0)
     arguments = (q, k, *view, SCALE, 0.3, 8, 16)
     kept = OPS.select_keys(*arguments)
     assert all(map(torch.equal, LOWERINGS[OPS.select_keys.default](*arguments), kept))
@@ -79,10 +82,12 @@ def test_thresholds_without_a_sort(coverage):
 
 
 class Padded(torch.nn.Module):
-    """One causal attention with grouped heads over padded rows."""
+    """One causal attention with grouped heads over padded rows, as a policy makes it."""
 
     def forward(self, q, k, v, mask):
-        return OPS.token_sparse_attention(q, k, v, mask, SCALE, *RULE, 24, 4, 20, "auto")
+        view = OPS.key_view(mask)
+        kept = OPS.select_tokens(q, k, *view, SCALE, *RULE, 20)
+        return OPS.sparse_attention(q, k, v, *kept, *view, SCALE, 24, 4, 48, "auto")[0]
 
 
 @pytest.fixture(scope="module")
