@@ -96,7 +96,7 @@ def training_mask(length: int, block: int, first: int = 0) -> Tensor:
 
 
 def training_loss(model: BlockLM, ids: Tensor, noise: Tensor, mask: Tensor, first: int = 0) -> Tensor:
-    """Mean cross entropy at the masked tokens.
+    """Mean cross entropy at the masked tokens of the last block, and that of the other blocks, if they are learned, added.
 
     Args:
         ids: clean tokens `[B, L]`, whole blocks.
@@ -111,4 +111,6 @@ def training_loss(model: BlockLM, ids: Tensor, noise: Tensor, mask: Tensor, firs
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
 
     logits = model(torch.cat([noisy, ids], 1), torch.cat([at[first:], at]), attend)[:, : noisy.shape[1]]
-    return F.cross_entropy(logits[noise].float(), learned[noise])
+    last = torch.arange(noise.shape[1], device=ids.device) >= noise.shape[1] - model.sizes.block
+    parts = (noise & last, noise & ~last) if noise.shape[1] > model.sizes.block else (noise,)
+    return sum((F.cross_entropy(logits[part].float(), learned[part]) for part in parts if part.any()), logits.new_zeros(()))
