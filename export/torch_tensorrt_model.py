@@ -124,5 +124,6 @@ def export_torch_tensorrt(
         setattr(torch_tensorrt, _PLUGIN, True)
     inputs = {"arg_inputs": args, "kwarg_inputs": dict(kwargs or {}), **options}
     compiled = torch_tensorrt.dynamo.compile(traced.program, **inputs)
-    torch_tensorrt.save(compiled, str(path), arg_inputs=list(args), kwarg_inputs=dict(kwargs or {}))
+    example = {"arg_inputs": list(args), "kwarg_inputs": dict(kwargs or {})}
+    torch_tensorrt.save(compiled, str(path), **example, dynamic_shapes=dynamic_shapes)  # without, one length alone is saved
     return Path(path)

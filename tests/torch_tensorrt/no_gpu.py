@@ -18,11 +18,7 @@ NETWORKS: list[Any] = []  # the TRTInterpreter of every engine built, newest las
 
 
 def import_torch_tensorrt() -> types.ModuleType:
-    """`torch_tensorrt`, on a machine with or without a GPU."""
-    if torch.cuda.is_available():
-        import torch_tensorrt
-
-        return torch_tensorrt
+    """`torch_tensorrt`, on a machine without a GPU."""
     properties = types.SimpleNamespace(name="none", major=8, minor=9, total_memory=24 << 30, multi_processor_count=100)
     torch.cuda.get_device_capability = lambda *_: (8, 9)
     torch.cuda.current_device = lambda: 0

@@ -13,6 +13,8 @@ from tests.torch_tensorrt.models import CASES, LENGTH, MAX_LENGTH
 
 if not importlib.util.find_spec("torch_tensorrt"):
     pytest.skip("torch_tensorrt is not installed: make test-torch-tensorrt", allow_module_level=True)
+if torch.cuda.is_available():
+    pytest.skip("engines are inspected without a GPU; with one, test_gpu.py runs them", allow_module_level=True)
 
 PACKAGE = no_gpu.import_torch_tensorrt()
 

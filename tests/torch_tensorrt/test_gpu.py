@@ -1,0 +1,60 @@
+"""Torch-TensorRT on a real GPU: export, run, compare. Not run so far.
+
+On a machine with an RTX card (or any GPU, for the record): `make test-torch-tensorrt`, then
+`.venv-torch-tensorrt/bin/python -m pytest -m gpu -s tests/torch_tensorrt/test_gpu.py`.
+"""
+
+import importlib.util
+
+import pytest
+import torch
+
+from tests.torch_tensorrt.models import CASES
+
+if not importlib.util.find_spec("torch_tensorrt"):
+    pytest.skip("torch_tensorrt is not installed: make test-torch-tensorrt", allow_module_level=True)
+
+from tsa_compile import export
+
+pytestmark = pytest.mark.gpu
+TEXTS, IMAGES = [(2, 100), (1, 509), (2, 1500)], [(1, 3, 32, 32), (3, 3, 32, 32)]
+
+
+def inputs(name, shape):
+    if name == "vit":
+        return (torch.randn(shape, device="cuda"),)
+    ids = torch.randint(0, 128, shape, device="cuda")
+    return (ids,) if name == "llama" else (ids, (torch.arange(shape[1], device="cuda") > shape[1] // 5).long().expand(shape))
+
+
+def build(name, path):
+    """Writes the file that Torch-TensorRT makes of the case; returns its program. Expected to fail where RTX has no such GPU."""
+    package = export.register_torch_tensorrt()
+    case = CASES[name]()
+    model, args = case.model.cuda(), tuple(x.cuda() for x in case.args)
+    sites = {"policy": case.policy, "dynamic_shapes": case.shapes}
+    whole = {"require_full_compilation": True, "min_block_size": 1}
+    import tensorrt
+
+    own = "SM{}{}".format(*torch.cuda.get_device_capability())
+    known = getattr(tensorrt, "ComputeCapability", None)  # of TensorRT-RTX alone
+    print(f"{torch.cuda.get_device_name()}, {own}, tensorrt {tensorrt.__version__}, torch_tensorrt {package.__version__}")
+    try:
+        export.torch_tensorrt(model, args, path, **sites, **whole, arg_inputs=case.inputs(package))
+    except Exception as error:
+        if known is None or own in known.__members__:
+            raise
+        pytest.xfail(f"TensorRT-RTX has no {own}: {error}")
+    return export.program(model, args, **sites).module()
+
+
+@pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
+def test_a_loaded_engine_equals_the_transformed_model(name, tmp_path):
+    expected = build(name, tmp_path / "m.ep")
+    loaded = torch.export.load(tmp_path / "m.ep").module()
+    for shape in IMAGES if name == "vit" else TEXTS:
+        x = inputs(name, shape)
+        error = (loaded(*x) - expected(*x)).norm() / expected(*x).norm()
+        print(f"{name} {shape}: relative error {error:.2g}")
+        assert error < 1e-2
