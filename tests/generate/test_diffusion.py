@@ -79,6 +79,15 @@ def test_dense_generation_is_that_by_hand(model, length, new_tokens):
         assert torch.equal(diffuse(model, prompt, new_tokens, mask_id=SIZES.mask_id, block=4, plan=plan).ids, want)
 
 
+def test_a_half_precision_model_keeps_half_precision_keys(model):
+    cache, halves = BlockCache(tsa.Plan(), 4, 8), BlockLM(SIZES).bfloat16().eval()
+    cache.begin("denoise_first", 4)
+    with torch.no_grad():
+        assert halves(ids(4), cache.positions(4, torch.device("cpu")), cache).dtype == torch.bfloat16
+    assert {x.dtype for layer in cache.layers.values() for x in (layer.k, layer.v)} == {torch.bfloat16}
+    diffuse(halves, ids(12), 4, mask_id=SIZES.mask_id, block=4, plan=FEW)
+
+
 def test_forwards_are_counted_by_phase(model):
     run = dict(mask_id=SIZES.mask_id, block=4)
     done = diffuse(model, ids(10), 6, **run)

@@ -95,12 +95,16 @@ class BlockCache:
         if self.length + rows > self.capacity:
             raise ValueError(f"{self.length} tokens and {rows} more do not fit the cache's {self.capacity}")
         self.phase, self._mask = phase, None
-        if self._side is not None:  # it reads the block's keys, which are about to be written
-            torch.cuda.current_stream(self._side.device).wait_stream(self._side)
+        self.join()
         if phase == "denoise_first":
             self.counts = Counts()
             for layer in self.layers.values():
                 layer.state.clear()
+
+    def join(self) -> None:
+        """Wait, on the device, for the selections of a first step: they read the block's keys, which the next step writes."""
+        if self._side is not None:
+            torch.cuda.current_stream(self._side.device).wait_stream(self._side)
 
     def commit(self, rows: int) -> None:
         """The rows that were written last belong to the prefix."""
@@ -137,7 +141,7 @@ class BlockCache:
         return policy.attend(call, site, selection)  # type: ignore[no-any-return]
 
     def _select_aside(self, policy: Remembered, site: AttentionSite, state: dict[str, Any]) -> None:
-        """The selection, which only the next step needs, on a stream of its own; `begin` waits for it."""
+        """The selection, which only the next step needs, on a stream of its own; `join` waits for it."""
         if self._side is None:
             self._side = torch.cuda.Stream(site.device)
         self._side.wait_stream(torch.cuda.current_stream(site.device))

@@ -9,10 +9,15 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from tsa_compile.tools.bench.diffusion_cli import bench_diffusion
+
 bench = typer.Typer(help="Time attention or a whole prefill on the GPU, dense against sparse.", no_args_is_help=True)
 console = Console(width=None if sys.stdout.isatty() else 160)  # a table in a file has room
 Repeats = Annotated[int, typer.Option(help="timed runs; the median counts", min=1)]
 JsonFile = Annotated[str | None, typer.Option("--json", help="write the results to this file")]
+
+
+bench.command("diffusion")(bench_diffusion)
 
 
 @bench.command("attention")

@@ -81,7 +81,7 @@ class Layer(nn.Module):
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     low, high = x.chunk(2, -1)
-    return x * cos + torch.cat([-high, low], -1) * sin
+    return (x * cos + torch.cat([-high, low], -1) * sin).to(x.dtype)  # angles are float32
 
 
 def training_mask(length: int, block: int, first: int = 0) -> Tensor:

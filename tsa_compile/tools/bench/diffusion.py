@@ -1,0 +1,222 @@
+"""`tsa-compile bench diffusion`: a block's denoising steps with remembered keys beside dense ones, checked before they are timed.
+
+Attention alone, going round over as many layers' buffers as an 8B model has, so that L2 does not help; then whole steps of a
+random model of that shape. All times are from CUDA graphs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+
+from tsa_compile.generate.block_cache import BlockCache, Layer
+from tsa_compile.kernels.attend.keys.reference import key_attention_reference
+from tsa_compile.kernels.types import Keys, Operands
+from tsa_compile.plan import Plan, as_plan
+from tsa_compile.policies.remembered import Remembered
+from tsa_compile.tools.bench.timing import graph_ms
+from tsa_compile.tools.diffusion.model import BlockLM, Sizes
+
+Tensor = torch.Tensor
+TOLERANCE = 1e-2  # relative error in bf16
+HELD = 0.995  # of the mass of the best keys: rounding may swap those at the end of a list
+
+
+@dataclasses.dataclass(frozen=True)
+class DiffusionCase:
+    """A block of a model of Llama-3.1-8B's shape, over a prefix; bf16 on a GPU."""
+
+    batch: int
+    prefix: int
+    block: int = 32
+    keys: int = 512
+    steps: int = 32
+    heads: int = 32
+    kv_heads: int = 8
+    dim: int = 128
+    layers: int = 32
+    dense_layers: int = 2
+    mlp: int = 14336
+    vocabulary: int = 128_256
+
+    @property
+    def name(self) -> str:
+        return f"B{self.batch} prefix {self.prefix // 1024}K k {self.keys}"
+
+    @property
+    def scale(self) -> float:
+        return self.dim**-0.5
+
+    @property
+    def policy(self) -> Remembered:
+        return Remembered("denoise_first", keys=self.keys, dense_layers=self.dense_layers)
+
+    @property
+    def sizes(self) -> Sizes:
+        return Sizes(
+            self.vocabulary, self.block, self.heads * self.dim, self.layers, self.heads, self.kv_heads, self.mlp, 500_000.0
+        )
+
+
+CASES = tuple(DiffusionCase(batch, prefix) for batch in (1, 4) for prefix in (16_384, 32_768, 65_536, 131_072))
+
+
+@dataclasses.dataclass(frozen=True)
+class DiffusionRow:
+    """Milliseconds of one case.
+
+    Args:
+        attention: of one layer's call: "dense", "select", "first" (dense and select), "later".
+        model: of one call of the whole model: "dense", "first", "later"; empty: not measured.
+        error: relative error of a later step given its list, against float64.
+        held: mass of the lists over that of the best keys, in float32.
+    """
+
+    case: DiffusionCase
+    attention: dict[str, float]
+    model: dict[str, float]
+    error: float
+    held: float
+
+    @property
+    def later_over_dense(self) -> float:
+        """How many times cheaper the attention of a later step is."""
+        return self.attention["dense"] / self.attention["later"]
+
+    @property
+    def block_attention(self) -> tuple[float, float]:
+        """Milliseconds of a block's attention in all steps and layers: (dense, remembered)."""
+        c, a = self.case, self.attention
+        remembered = (c.layers - c.dense_layers) * (a["first"] + (c.steps - 1) * a["later"])
+        return c.layers * c.steps * a["dense"], remembered + c.dense_layers * c.steps * a["dense"]
+
+    @property
+    def block_model(self) -> tuple[float, float] | None:
+        """Milliseconds of a whole block, the call that commits it included: (dense, remembered); None: not measured."""
+        if not self.model:
+            return None
+        steps, m = self.case.steps, self.model
+        return (steps + 1) * m["dense"], m["first"] + (steps - 1) * m["later"] + m["dense"]
+
+
+def bench_diffusion(case: DiffusionCase, model: BlockLM | None, repeats: int = 9, device: str = "cuda") -> DiffusionRow:
+    """Check, then time, one case.
+
+    Args:
+        model: of `case.sizes`, on the device; None: attention alone.
+
+    Raises:
+        RuntimeError: a result is wrong; nothing is timed then.
+    """
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    layers = [_buffers(case, device, dtype) for _ in range(case.layers - case.dense_layers)]
+    error, held = check(case, layers[0])
+    attention = time_attention(case, layers, repeats)
+    del layers
+    return DiffusionRow(case, attention, {} if model is None else time_model(case, model, repeats), error, held)
+
+
+def _buffers(case: DiffusionCase, device: str, dtype: torch.dtype) -> Operands:
+    def normal(heads: int, length: int) -> Tensor:
+        return torch.empty(case.batch, heads, length, case.dim, dtype=dtype, device=device).normal_()
+
+    length = case.prefix + case.block
+    return Operands(normal(case.heads, case.block), normal(case.kv_heads, length), normal(case.kv_heads, length))
+
+
+def select(case: DiffusionCase, x: Operands) -> Keys:
+    """What a first step remembers."""
+    return Keys(*torch.ops.tsa.remember_keys(x.q, x.k, case.scale, case.block, min(case.keys, case.prefix)))
+
+
+def check(case: DiffusionCase, x: Operands) -> tuple[float, float]:
+    """(relative error of a later step, share of the best keys' mass that its list holds).
+
+    Raises:
+        RuntimeError: the error is above TOLERANCE, or the share below HELD.
+    """
+    keys = select(case, x)
+    got = torch.ops.tsa.key_attention(x.q, x.k, x.v, *keys, case.scale)[0]
+    errors, shares = [], []
+    for b in range(case.batch):  # float64 takes four times the memory
+        one = Operands(*(t[b : b + 1].double() for t in x[:3]))
+        want = key_attention_reference(one, Keys(keys.indices[b : b + 1], keys.counts[b : b + 1]), case.scale).out
+        errors.append(float((got[b : b + 1].double() - want).norm() / want.norm()))
+        q = x.q[b].float().unflatten(0, (case.kv_heads, -1))
+        weights = (case.scale * q @ x.k[b].float()[:, None].mT).softmax(-1)[..., : case.prefix].mean((1, 2))
+        count = keys.indices.shape[2] - case.block
+        own = weights.gather(1, keys.indices[b, :, :count].long()).sum(1)
+        shares.append(float((own / weights.topk(count).values.sum(1)).min()))
+    if not (all(e < TOLERANCE for e in errors) and all(s > HELD for s in shares)):  # so that a NaN fails
+        raise RuntimeError(f"{case.name}: errors {errors}, lists hold {shares} of the best keys' mass; nothing is timed")
+    return max(errors), min(shares)
+
+
+def time_attention(case: DiffusionCase, layers: Sequence[Operands], repeats: int) -> dict[str, float]:
+    """Milliseconds of one layer's call by form."""
+    lists = [select(case, x) for x in layers]
+
+    def dense(n: int) -> object:
+        return F.scaled_dot_product_attention(*layers[n][:3], scale=case.scale, enable_gqa=True)
+
+    forms: dict[str, Callable[[int], object]] = {
+        "dense": dense,
+        "select": lambda n: select(case, layers[n]),
+        "first": lambda n: (dense(n), select(case, layers[n])),
+        "later": lambda n: torch.ops.tsa.key_attention(*layers[n][:3], *lists[n], case.scale),
+    }
+    return {name: graph_ms(_round(form, len(layers)), repeats) / len(layers) for name, form in forms.items()}
+
+
+def _round(form: Callable[[int], object], layers: int) -> Callable[[], object]:
+    return lambda: [form(n) for n in range(layers)]
+
+
+@torch.no_grad()
+def time_model(case: DiffusionCase, model: BlockLM, repeats: int) -> dict[str, float]:
+    """Milliseconds of one call of the model by phase, over a random prefix."""
+    weight = model.embed.weight
+    ids = torch.randint(model.sizes.mask_id, (case.batch, case.block), device=weight.device)
+    found = {}
+    for name, plan in (("dense", Plan()), ("remembered", as_plan(case.policy))):
+        cache = BlockCache(plan, case.block, case.prefix + case.block)
+        for n in range(case.layers):
+            shape = (case.batch, case.kv_heads, case.prefix + case.block, case.dim)
+            rows = torch.empty(shape, dtype=weight.dtype, device=weight.device).normal_()
+            cache.layers[n] = Layer(rows[:, :, :0], rows[:, :, :0], 0)
+            cache.layers[n].k, cache.layers[n].v = rows, torch.empty_like(rows).normal_()
+        cache.commit(case.prefix)
+        positions = cache.positions(case.block, weight.device)
+
+        def step(phase: str, cache: BlockCache = cache, positions: Tensor = positions) -> Tensor:
+            cache.begin(phase, case.block)
+            logits = model(ids, positions, cache)
+            cache.join()
+            return logits
+
+        if name == "dense":
+            found["dense"] = graph_ms(lambda step=step: step("denoise_first"), repeats)  # type: ignore[misc]
+            continue
+        found["first"] = graph_ms(lambda step=step: step("denoise_first"), repeats)  # type: ignore[misc]
+        step("denoise_first")  # its lists, in memory that no graph owns
+        found["later"] = graph_ms(lambda step=step: step("denoise"), repeats)  # type: ignore[misc]
+    return found
+
+
+def told(row: DiffusionRow) -> list[str]:
+    """Lines of text."""
+    a, (dense, remembered) = row.attention, row.block_attention
+    lines = [
+        f"{row.case.name}: error {row.error:.1e}, lists hold {row.held:.4f} of the best keys' mass",
+        "  attention of a layer, us: " + ", ".join(f"{name} {1000 * ms:.1f}" for name, ms in a.items()),
+        f"  later steps {row.later_over_dense:.2f}x cheaper; a block's attention {dense:.2f} -> {remembered:.2f} ms, "
+        f"{dense / remembered:.2f}x",
+    ]
+    if row.block_model is not None:
+        dense, remembered = row.block_model
+        calls = ", ".join(f"{name} {ms:.2f}" for name, ms in row.model.items())
+        lines.append(f"  model, ms a call: {calls}; a block {dense:.1f} -> {remembered:.1f} ms, {dense / remembered:.2f}x")
+    return lines
