@@ -11,6 +11,7 @@ from tsa_compile.passes.context import Context, Decision, Replacement
 from tsa_compile.passes.emit import describe_new, emit_into
 from tsa_compile.passes.facts.dead_code import erase_dead
 from tsa_compile.passes.facts.names import tensor
+from tsa_compile.passes.find.state import state_of
 from tsa_compile.passes.layout import in_layout_of, layout_matters
 from tsa_compile.passes.operands import LAYOUT, operands_of
 from tsa_compile.passes.share_views import share_views
@@ -37,7 +38,7 @@ def _replace(context: Context, decision: Decision) -> Replacement:
     last_before = old.prev
     with graph.inserting_before(old):
         site, emit = dataclasses.replace(at.site, operands=operands_of(graph, at)), emit_into(graph)
-        new = policy.attend(emit, site, policy.select(emit, site, None))
+        new = policy.attend(emit, site, policy.select(emit, site, state_of(graph, at)))
         layout = LAYOUT
         if "h" not in at.match.layouts.out:
             new = graph.call_function(torch.ops.aten.squeeze.dim, (new, LAYOUT.index("h")))

@@ -1,4 +1,4 @@
-"""One view for all sites with the same mask: `tsa::key_view`, and the mask that it is made of, are alike in every layer."""
+"""One view for all sites with the same mask: `key_view` or `padding_range`, and what it is made of, are alike in every layer."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch.fx as fx
 
 from tsa_compile.passes.context import Replacement
 
+_VIEWS = (torch.ops.tsa.key_view.default, torch.ops.tsa.padding_range.default)
+
 
 def share_views(graph: fx.Graph, replacements: Sequence[Replacement]) -> int:
     """Of equal views keep the first in the graph's order, and none that nobody reads; returns how many nodes are gone.
@@ -19,7 +21,7 @@ def share_views(graph: fx.Graph, replacements: Sequence[Replacement]) -> int:
     """
     created = {node for r in replacements for node in r.created}
     involved: set[fx.Node] = set()
-    for view in [n for n in created if n.target is torch.ops.tsa.key_view.default]:
+    for view in [n for n in created if n.target in _VIEWS]:
         involved.update(view.users)
         stack = [view]
         while stack:

@@ -69,6 +69,7 @@ class Report:
         calls: of a transformed model, decode steps left out.
         untraced: those of them in which no compiled graph ran.
         passes: how often each pass found or changed something, and its seconds, over all graphs and plans.
+        steps: how decode steps ran, and how many; of a transformed model whose plan has a policy for them.
     """
 
     sites: list[SiteReport] = dataclasses.field(default_factory=list)
@@ -77,6 +78,7 @@ class Report:
     calls: int = 0
     untraced: int = 0
     passes: dict[str, PassReport] = dataclasses.field(default_factory=dict)
+    steps: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def replaced(self) -> list[SiteReport]:

@@ -17,6 +17,7 @@ from tsa_compile.backend import Backend
 from tsa_compile.dynamo import called, isolated, room, settings, skips, traced_by_others
 from tsa_compile.plan import Plan
 from tsa_compile.report import Report
+from tsa_compile.steps import Steps, is_decode_step
 
 log = logging.getLogger("tsa_compile")
 _ATTACHED: weakref.WeakKeyDictionary[nn.Module, RemovableHandle] = weakref.WeakKeyDictionary()
@@ -50,6 +51,7 @@ class Session:
         self._compiled: Callable[..., Any] = torch.compile(isolated(model), backend=self.backend, fullgraph=fullgraph)
         self._room = room(model)
         self._lock = threading.Lock()
+        self.steps = Steps(self.backend)
         self.calls = self.untraced = 0
         weakref.finalize(self, self.backend.close)
 
@@ -65,8 +67,8 @@ class Session:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's call, compiled. From any thread, also while others compile."""
         before = self.backend.runs
-        with settings.ours(self._room), skips.told_to(self._skipped):
-            result = self._compiled(*args, **kwargs)
+        with settings.ours(self._room), skips.told_to(self._skipped), self.steps.around(args, kwargs) as given:
+            result = self._compiled(*args, **given)
         ran = self.backend.runs > before
         with self._lock:
             self.calls += 1
@@ -80,7 +82,7 @@ class Session:
     def report(self) -> Report:
         """What the plan does with what was traced so far."""
         report = self.backend.report
-        report.calls, report.untraced = self.calls, self.untraced
+        report.calls, report.untraced, report.steps = self.calls, self.untraced, self.steps.counts()
         return report
 
     def _skipped(self, message: str) -> None:
@@ -176,13 +178,6 @@ def detach(model: nn.Module) -> bool:
     if hook is not None:
         hook.remove()
     return hook is not None
-
-
-def is_decode_step(kwargs: Mapping[str, Any]) -> bool:
-    """Is it a call with one token, by the names that transformers has for them?"""
-    names = ("input_ids", "inputs_embeds", "decoder_input_ids")
-    tokens = next((kwargs[name] for name in names if kwargs.get(name) is not None), None)
-    return isinstance(tokens, torch.Tensor) and tokens.dim() >= 2 and tokens.shape[1] == 1
 
 
 @torch._dynamo.assume_constant_result  # both run while they are traced

@@ -26,7 +26,14 @@ ROWS = (
     ("tools",),
     ("top",),  # what users start from: the package, and every command (`*cli.py`)
 )
-PART_OF = {"rules": "plan", "plan_format": "plan", "owners": "backend", "traced": "backend", "entry_point": "backend"}
+PART_OF = {
+    "rules": "plan",
+    "plan_format": "plan",
+    "owners": "backend",
+    "traced": "backend",
+    "entry_point": "backend",
+    "steps": "session",
+}
 RANK = {part: rank for rank, row in enumerate(ROWS) for part in row}
 OPTIONAL = (
     "triton",

@@ -19,6 +19,7 @@ from tests.cache.models import tiny
 from tsa_compile.cache.entry import prepare
 from tsa_compile.cache.hf_layers import layer_types
 from tsa_compile.cache.page_sums import PageSums
+from tsa_compile.cache.place import Place
 from tsa_compile.cache.storage import Pool
 
 
@@ -154,7 +155,7 @@ def test_prepare_turns_a_cache_in_place_and_once():
 def test_pinned_steps_are_one_graph_and_the_same_rows():
     """One compiled graph serves all steps; rows and states are those of steps that were not pinned."""
     torch._dynamo.reset()
-    types, at, graphs = layer_types(), torch.tensor([20, 20], dtype=torch.int32), []
+    types, graphs = layer_types(), []
     free, pinned = (types.full(states=(PageSums(),)) for _ in range(2))
     start = torch.randn(2, 2, 20, 3), torch.randn(2, 2, 20, 4)
     for layer in (free, pinned):
@@ -162,7 +163,7 @@ def test_pinned_steps_are_one_graph_and_the_same_rows():
     for buffer in pinned.buffers[:2]:
         buffer[:, :, 20:] = float("nan")
     pinned.states.settle(*pinned.buffers[:2])
-    pinned.pin(at)
+    place = pinned.storage.place(torch.device("cpu"), torch.int64)
 
     def backend(gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
         graphs.append(gm)
@@ -171,11 +172,13 @@ def test_pinned_steps_are_one_graph_and_the_same_rows():
     step = torch.compile(lambda layer, k, v: layer.update(k, v), backend=backend, fullgraph=True)
     for _ in range(15):
         rows = torch.randn(2, 2, 1, 3), torch.randn(2, 2, 1, 4)
+        place.move(pinned.length, None, None)
+        pinned.pin(place)
+        assert pinned.get_seq_length() is place.offset
         keys, values = step(pinned, *rows)
         assert keys.shape[2] == pinned.get_mask_sizes(1)[0] == 1024
         assert keys.isfinite().all()
         assert values.isfinite().all()
-        at.add_(1)
         pinned.advance(1)
         free.update(*rows)
     assert len(graphs) == 1
@@ -190,13 +193,16 @@ def test_pinned_steps_are_one_graph_and_the_same_rows():
 def test_pinned_rows_do_not_outgrow_the_buffers():
     layer = layer_types().full()
     layer.update(torch.ones(1, 2, 1020, 3), torch.ones(1, 2, 1020, 3))
-    layer.pin(torch.tensor([1020], dtype=torch.int32))
+    layer.pin(layer.storage.place(torch.device("cpu"), torch.bool))
     assert layer.has_room(4)
     assert not layer.has_room(5)
     with pytest.raises(ValueError, match="rows: 5"):
         layer.advance(5)
-    with pytest.raises(ValueError, match=r"allowed: int32 \[1\]"):
-        layer.pin(torch.tensor([1020]))
+    with pytest.raises(ValueError, match=r"place.at: \[2\] on cpu; allowed: \[1\] on cpu"):
+        layer.pin(Place(2, 1024, torch.device("cpu"), torch.bool))
+    layer.grow(5)
+    assert layer.has_room(5)
+    assert layer.keys.shape[2] == 1020
 
 
 def test_pickled_as_the_layers_of_transformers():

@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 
 from tsa_compile.cache import storage
 from tsa_compile.cache.kv_state import PAGE, Field, KvState
+from tsa_compile.cache.lease import Lease
 from tsa_compile.cache.page_sums import PageSums
 from tsa_compile.cache.rows import Rows
-from tsa_compile.cache.storage import Lease, Pool
+from tsa_compile.cache.storage import Pool
 
 HEADS, DIM, V_DIM = 2, 3, 5
 

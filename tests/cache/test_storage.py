@@ -9,9 +9,10 @@ import torch
 
 from tests.cache.test_rows import DIM, HEADS, Selection, new_rows
 from tsa_compile.cache.kv_state import PAGE
+from tsa_compile.cache.lease import Lease
 from tsa_compile.cache.page_sums import PageSums
 from tsa_compile.cache.rows import Rows
-from tsa_compile.cache.storage import Lease, Pool, capacity_for
+from tsa_compile.cache.storage import Pool, capacity_for
 
 
 def filled(rows: int, batch: int = 2, pool: Pool | None = None) -> Rows:

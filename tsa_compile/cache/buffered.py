@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from tsa_compile.cache.kv_state import KvSize, KvState, KvStates
-from tsa_compile.cache.storage import Buffers, Lease, Pool, Storage
+from tsa_compile.cache.lease import Lease
+from tsa_compile.cache.storage import Buffers, Pool, Storage
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 

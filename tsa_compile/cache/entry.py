@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,8 +11,9 @@ import torch
 
 from tsa_compile.cache.buffered import Buffered
 from tsa_compile.cache.hf_layers import layer_types
-from tsa_compile.cache.kv_state import KvState
-from tsa_compile.cache.storage import Lease, Pool
+from tsa_compile.cache.kv_state import KvState, KvStates
+from tsa_compile.cache.lease import Lease
+from tsa_compile.cache.storage import Pool
 
 StatesFor = Callable[[int], tuple[KvState, ...]]
 
@@ -23,11 +25,16 @@ class Prepared(NamedTuple):
         cache: the cache whose layers are (also) ours; None: the call has none.
         ours: numbers of the layers that are ours.
         reasons: why others are left as they are, by layer number; -1: the whole cache.
+        is_pair: it is the decoder's half of an encoder-decoder's cache.
     """
 
     cache: Any
     ours: tuple[int, ...]
     reasons: dict[int, str]
+    is_pair: bool = False
+
+
+NO_CACHE = Prepared(None, (), {-1: "the call has no transformers cache"})
 
 
 def no_states(layer: int) -> tuple[KvState, ...]:
@@ -45,7 +52,7 @@ def prepare(args: Sequence[Any], kwargs: Mapping[str, Any], pool: Pool, states_f
     """
     cache = _cache_of([*args, *kwargs.values()])
     if cache is None:
-        return Prepared(None, (), {-1: "the call has no transformers cache"})
+        return NO_CACHE
     is_pair = hasattr(cache, "self_attention_cache")  # of an encoder-decoder; the other one is written once
     cache = cache.self_attention_cache if is_pair else cache
     if torch.is_grad_enabled():
@@ -59,13 +66,15 @@ def prepare(args: Sequence[Any], kwargs: Mapping[str, Any], pool: Pool, states_f
     reasons |= {
         n: _reason_of(layer) for n, layer in enumerate(cache.layers) if not isinstance(layer, Buffered) and -1 not in reasons
     }
-    return Prepared(cache, ours, reasons)
+    return Prepared(cache, ours, reasons, is_pair)
 
 
 def take_over(cache: Any, pool: Pool, states_for: StatesFor = no_states) -> None:
-    """Turn the attention layers of an empty `DynamicCache` into ours; others stay."""
+    """Turn the attention layers of an empty `DynamicCache` into ours, with these kinds of state; others stay."""
     lease, types = Lease(pool), layer_types()
     for n, layer in enumerate(cache.layers):
+        if isinstance(layer, types.full) and layer.buffers is None and layer.count() == 0:
+            layer.states = KvStates(states_for(n))  # ours, made before anyone knew what is kept
         if type(layer) is types.full.plain:
             cache.layers[n] = types.full(lease=lease, states=states_for(n))
         elif type(layer) is types.sliding.plain:
@@ -92,6 +101,8 @@ def _new_layer(lease: Lease, states_for: StatesFor) -> Any:
 
 
 def _cache_of(values: Sequence[Any]) -> Any:
+    if "transformers" not in sys.modules:
+        return None
     from transformers.cache_utils import Cache, EncoderDecoderCache
 
     return next((x for x in values if isinstance(x, (Cache, EncoderDecoderCache))), None)

@@ -46,7 +46,7 @@ class LayerMethods:
 
     def reset(self) -> None:
         self.clear()
-        self.is_initialized, self.pinned = False, None
+        self.is_initialized, self.pinned, self._cleared = False, None, None
         if hasattr(self, "cumulative_length"):
             self.cumulative_length = 0
 
@@ -84,7 +84,7 @@ class LayerMethods:
         copied = memo[id(self)] = type(self).__new__(type(self))
         copied.__dict__.update(self.__dict__)
         copied.lease, copied.states = copy.deepcopy(self.lease, memo), type(self.states)(self.states.kinds)
-        copied.buffers = copied.storage = copied._late = copied.pinned = None
+        copied.buffers = copied.storage = copied._late = copied.pinned = copied._cleared = None
         copied.first, copied.length, copied._assigned = 0, 0, {}
         if self.has_rows():
             copied._place(self.keys, self.values)
@@ -105,13 +105,14 @@ class FullMethods(LayerMethods):
         self._late = late
         return self.keys, self.values
 
-    def get_seq_length(self) -> int:
-        return self.count()
+    def get_seq_length(self) -> int | torch.Tensor:
+        """Rows so far; of a pinned layer a tensor, as static layers of transformers have it."""
+        return self.count() if self.pinned is None else self.pinned.offset
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(keys that an attention sees, position of the first)."""
         if self.pinned is not None:
-            return self.settled().keys.shape[2], 0
+            return self.buffers.keys.shape[2], 0
         return self.count() + query_length, 0
 
     def crop(self, tokens_to_remove: int) -> None:

@@ -32,4 +32,5 @@ class PageSums(KvState):
         new: int,
     ) -> None:
         begin, end = begin.to(torch.int32), end.to(torch.int32)
-        torch.ops.tsa.append_pages(tensors["sums"], tensors["counts"], keys, None, 1, None, begin, end, key_mask, new)
+        index = tensors["sums"], tensors["counts"]
+        torch.ops.tsa.append_pages.default(*index, keys, None, 1, None, begin, end, key_mask, new)

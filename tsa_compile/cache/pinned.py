@@ -4,46 +4,55 @@ from __future__ import annotations
 
 import torch
 
-from tsa_compile.cache.buffered import Pair
-from tsa_compile.cache.rows import Rows, write_at
+from tsa_compile.cache.buffered import Buffers, Pair
+from tsa_compile.cache.place import Place
+from tsa_compile.cache.rows import Rows
 
 
 class PinnableRows(Rows):
     """Rows that can be pinned while steps of one shape are captured, compiled or replayed.
 
-    Pinned, `append` writes at `at`, a tensor that the caller owns and moves on, and returns the whole buffers: one graph for
-    all steps. It runs no Python that depends on a length; so the caller asks `has_room` before each step, and says `advance`
-    after it.
+    Pinned, `append` writes at `place.at`, which the caller moves on, and returns the whole buffers: one graph for all steps. It
+    runs no Python that depends on a length; so the caller asks `has_room` before each step, and says `advance` after it.
     """
 
-    pinned: torch.Tensor | None = None
+    pinned: Place | None = None
+    _cleared: tuple[Buffers, int, int] | None = None  # the buffers, and their versions when no row behind the length was NaN
 
-    def pin(self, at: torch.Tensor) -> None:
+    def pin(self, place: Place) -> None:
         """Fix the buffers' addresses.
 
-        Rows beyond the length become zero once, so that attention that masks them with weight 0 does not meet NaN there.
-
-        Args:
-            at: int32 `[B]`, on the layer's device: where each batch row's next rows go.
+        Rows beyond the length become zero, once and whenever someone else wrote into the buffers, so that attention that masks
+        them with weight 0 does not meet NaN there.
         """
-        keys, values, _ = self.settled()
-        if at.shape != keys.shape[:1] or at.dtype != torch.int32 or at.device != keys.device:
-            raise ValueError(f"at: {at.dtype} {list(at.shape)} on {at.device}; allowed: int32 [{keys.shape[0]}] on {keys.device}")
+        keys, values, _ = buffers = self.settled()
+        if place.at.shape != keys.shape[:1] or place.at.device != keys.device:
+            got, wanted = list(place.at.shape), keys.shape[0]
+            raise ValueError(f"place.at: {got} on {place.at.device}; allowed: [{wanted}] on {keys.device}")
         stale = self._is_stale()
-        keys[:, :, self.length :] = 0
-        values[:, :, self.length :] = 0
+        if self._cleared is None or self._cleared[0] is not buffers or self._cleared[1:] != (keys._version, values._version):
+            keys[:, :, self.length :] = 0
+            values[:, :, self.length :] = 0
+            if not stale:
+                self.states.settle(keys, values)
         if stale:
             self._rebuild()
-        self.states.settle(keys, values)
-        self.pinned = at
+        if self.lease.key_mask is not None:
+            self.key_mask = self.lease.key_mask
+        self.pinned = place
 
     def unpin(self) -> None:
         """Views of the rows again."""
         self.pinned = None
 
     def has_room(self, rows: int) -> bool:
-        """Do `rows` more rows fit? If not: `unpin`, and let the next step grow the buffers."""
+        """Do `rows` more rows fit? If not: `unpin`, and `grow`."""
         return self.length + rows <= self.settled().keys.shape[2]
+
+    def grow(self, rows: int) -> None:
+        """Buffers with room for `rows` more rows: larger ones, if need be."""
+        keys, values, _ = self.settled()
+        self.reserve(keys, values, self.length + rows)
 
     def advance(self, rows: int) -> None:
         """A step has written `rows` rows of every batch row; they are not counted as someone else's."""
@@ -52,14 +61,19 @@ class PinnableRows(Rows):
         self.length += rows
         if self.lengths is not None:
             self.lengths = self.lengths + rows
-        self.states.settle(*self.settled()[:2])
+        keys, values, _ = buffers = self.settled()
+        self.states.settle(keys, values)
+        self._cleared = (buffers, keys._version, values._version)
 
     def append_pinned(self, keys: torch.Tensor, values: torch.Tensor) -> Pair:
         """What a captured step does: tensor operations only."""
         assert self.pinned is not None
         assert self.buffers is not None
-        write_at(self.buffers.keys, keys, self.pinned)
-        write_at(self.buffers.values, values, self.pinned)
-        new = keys.shape[-2]
-        self.states.append(*self.buffers[:2], self.pinned, self.pinned + new, self.key_mask, new)
+        place, new = self.pinned, keys.shape[-2]
+        rows = place.rows if new == 1 else place.rows + torch.arange(new, device=keys.device)
+        for buffer, written in ((self.buffers.keys, keys), (self.buffers.values, values)):
+            buffer[place.batch, :, rows] = written.transpose(1, 2).to(buffer.dtype)
+        if self.states.kinds:
+            key_mask = place.key_mask if place.padded else None
+            self.states.append(*self.buffers[:2], place.at, place.at + new, key_mask, new)
         return self.buffers.keys, self.buffers.values

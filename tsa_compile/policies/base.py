@@ -9,6 +9,7 @@ from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import torch
 
+from tsa_compile.cache.kv_state import KvState
 from tsa_compile.kernels.checks import MAX_HEAD_DIM
 from tsa_compile.kernels.types import Edges, Selection
 from tsa_compile.passes.site import VERIFY_ROWS, AttentionSite
@@ -42,13 +43,17 @@ class Policy:
         """Why this policy leaves `site` as it is, or None if it takes it. Reads facts only: there are no operands yet."""
         raise NotImplementedError
 
+    def states(self) -> tuple[KvState, ...]:
+        """What the cache keeps for this policy beside each layer's keys and values."""
+        return ()
+
     def select(self, emit: Emit, site: AttentionSite, state: Any) -> Selection | None:
         """Which keys each query reads; None: all, or `attend` chooses as it goes.
 
         Args:
             emit: how operators are called.
             site: what is attended.
-            state: what the policy keeps between calls, where it keeps something.
+            state: the tensors of the policy's state by name, where the cache keeps it; None: it does not.
         """
         return None
 

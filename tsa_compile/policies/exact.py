@@ -13,7 +13,7 @@ import torch
 
 from tsa_compile.kernels import ops  # noqa: F401 - registers torch.ops.tsa
 from tsa_compile.kernels.decode_checks import MAX_ROWS
-from tsa_compile.kernels.types import IDENTITY, Edges, Operands, Selection
+from tsa_compile.kernels.types import Edges, Selection
 from tsa_compile.passes.site import AttentionSite
 from tsa_compile.policies.base import Emit, Policy, own_edges
 
@@ -35,17 +35,22 @@ class Exact(Policy):
         x, window = site.operands, site.mask.window or 0
         return emit(
             torch.ops.tsa.decode_attention.default,
-            x.q, x.k, x.v, *where(x), x.key_mask, site.scale, x.mask, x.sinks, 0.0, window, site.mask.causal,
+            x.q, x.k, x.v, *where(emit, site), x.key_mask, site.scale, x.mask, x.sinks, 0.0, window, site.mask.causal,
         )[0]  # fmt: skip
 
 
-def where(x: Operands) -> tuple[Any, int, Any, Any]:
-    """`blocks`, `block`, `start` and `lengths`, as decode operators take them, which read `x.key_mask` besides.
+def where(emit: Emit, site: AttentionSite) -> tuple[Any, int, Any, Any]:
+    """`blocks`, `block`, `start` and `lengths`, as decode operators take them, which read `operands.key_mask` besides.
 
-    A view that was made from the mask (`tsa::key_view`) says the same as the mask again, by rank: it is left out.
+    A view that was made from the mask (`tsa::key_view`) says the same as the mask again, by rank: it is left out. One query row
+    reads from its first key to its last, and not the rest of a fixed buffer.
     """
-    view = IDENTITY if x.view.ranks is not None else x.view
-    return view.blocks, view.block, view.start, view.lengths
+    x = site.operands
+    if x.view.ranks is None:
+        return x.view.blocks, x.view.block, x.view.start, x.view.lengths
+    if site.q_len != 1 or site.mask.window is not None:  # further rows and windows are told from the buffer's end
+        return None, 1, None, None
+    return None, 1, *emit(torch.ops.tsa.padding_range.default, x.key_mask)
 
 
 def too_many_rows(site: AttentionSite) -> str | None:

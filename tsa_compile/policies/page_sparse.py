@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 
 import torch
 
+from tsa_compile.cache.kv_state import KvState
+from tsa_compile.cache.page_sums import PageSums
 from tsa_compile.kernels import ops  # noqa: F401 - registers torch.ops.tsa
 from tsa_compile.kernels.common.pages import PAGE
 from tsa_compile.kernels.types import Edges, Pages, Selection
@@ -42,6 +44,7 @@ class PageSparse(Policy):
         ValueError: a field is outside its range, or not exactly one budget is given; the message names it.
     """
 
+    masks: ClassVar[frozenset[str]] = frozenset({"causal", "bidirectional"})  # one row sees what the mask shows, causal or not
     phases: ClassVar[frozenset[str]] = frozenset({"decode", "draft"})
 
     keep: float | tuple[float, ...] | None = None
@@ -91,6 +94,8 @@ class PageSparse(Policy):
     def refuse(self, site: AttentionSite) -> str | None:
         if isinstance(self.keep, tuple) and len(self.keep) not in (1, site.kv_heads):
             return f"PageSparse.keep has {len(self.keep)} shares for {site.kv_heads} KV heads"
+        if not site.mask.causal and site.q_len != 1:
+            return f"bidirectional: no causal mask, and {site.q_len} query rows"
         if site.operands.mask is not None:
             return "a mask as data: pages are chosen without it"
         return too_many_rows(site)
@@ -99,14 +104,18 @@ class PageSparse(Policy):
         """The last pages, of which the open one ends with the row."""
         return Edges.every() if self.keep == 1 else Edges.bridges(PAGE, PAGE, PAGE * (self.recent - 1))
 
+    def states(self) -> tuple[KvState, ...]:
+        return (PageSums(),)
+
     def select(self, emit: Emit, site: AttentionSite, state: Any) -> Pages:
         """`state`: the layer's "sums" and "counts" of `tsa::append_pages`; None: they are made here, which reads every key."""
-        x = site.operands
+        x, view = site.operands, where(emit, site)
         if isinstance(state, Mapping):
             sums, counts = state["sums"], state["counts"]
         else:
-            sums, counts = emit(torch.ops.tsa.page_sums.default, x.k, *where(x), x.key_mask)
-        pages = (counts, *where(x), site.k_len)
+            sums, counts = emit(torch.ops.tsa.page_sums.default, x.k, *view, x.key_mask)
+        capacity = site.k_len if isinstance(site.k_len, int) else emit(torch.ops.aten.sym_size.int, x.k, 2)
+        pages = (counts, *view, capacity)
         logits, parts = emit(torch.ops.tsa.page_scores.default, x.q, sums, *pages, site.scale)
         keep, table, mass = self._budget
         rule = (site.kv_heads, keep, table, mass, self.sinks, self.recent)
@@ -115,7 +124,7 @@ class PageSparse(Policy):
     def attend(self, emit: Emit, site: AttentionSite, selection: Selection | None) -> Any:
         assert isinstance(selection, Pages)
         x = site.operands
-        operands = (x.q, x.k, x.v, *selection, *where(x), x.key_mask, site.scale, None, x.sinks, 0.0, site.mask.causal)
+        operands = (x.q, x.k, x.v, *selection, *where(emit, site), x.key_mask, site.scale, None, x.sinks, 0.0, site.mask.causal)
         return emit(torch.ops.tsa.page_attention.default, *operands)[0]
 
 

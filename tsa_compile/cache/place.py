@@ -1,0 +1,53 @@
+"""Where a step on fixed buffers writes, and which rows it sees: tensors at fixed addresses, moved on outside of the graph."""
+
+from __future__ import annotations
+
+import torch
+
+
+class Place:
+    """One for each storage and device.
+
+    Attributes:
+        at: int32 `[B]`, the row at which each batch row's new rows begin.
+        rows: int64 `[B, 1]`, the same; with `batch`, int64 `[B, 1]`, the batch rows, it indexes the buffers.
+        offset: int64, no dimension: the rows before the new ones; where batch rows differ, of the longest.
+        mask: `[B, capacity]`, 1: a row that is no padding; 0 behind the new rows. In the dtype of the call's own mask.
+        key_mask: bool, the same, for the states of the layers.
+        padded: did the call bring a mask?
+    """
+
+    def __init__(self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype) -> None:
+        with torch.inference_mode(False):
+            self.at = torch.zeros(batch, dtype=torch.int32, device=device)
+            self.rows = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+            self.batch = torch.arange(batch, device=device)[:, None]
+            self.offset = torch.zeros((), dtype=torch.int64, device=device)
+            self.mask = torch.zeros(batch, capacity, dtype=dtype, device=device)
+            self.key_mask = torch.zeros(batch, capacity, dtype=torch.bool, device=device)
+        self.padded = False
+        self._known = 0  # columns of the mask that may not be 0
+
+    def move(self, length: int, lengths: torch.Tensor | None, mask: torch.Tensor | None) -> None:
+        """To a step behind `length` rows; nothing waits for the device.
+
+        Args:
+            length: of the longest batch row.
+            lengths: int32 `[B]`, where batch rows differ.
+            mask: the call's `[B, n]` padding mask, `n` at most the capacity; None: no padding.
+        """
+        if lengths is None:
+            self.at.fill_(length)
+        else:
+            self.at.copy_(lengths)
+        self.rows.copy_(self.at[:, None])
+        self.offset.fill_(length)
+        self.padded = mask is not None
+        if mask is None:
+            return
+        known = mask.shape[1]
+        self.mask[:, :known] = mask
+        if known < self._known:
+            self.mask[:, known : self._known] = 0
+        self._known = known
+        torch.ne(self.mask, 0, out=self.key_mask)

@@ -1,0 +1,142 @@
+"""A session's calls and the model's cache: its layers become ours, and decode steps run on buffers that stay where they are."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tsa_compile.cache.entry import Prepared, prepare
+from tsa_compile.cache.kv_state import KvState
+from tsa_compile.cache.pinned import PinnableRows
+from tsa_compile.cache.storage import Pool
+
+if TYPE_CHECKING:
+    from tsa_compile.backend import Backend
+    from tsa_compile.cache.place import Place
+    from tsa_compile.plan import Plan
+
+FIXED = "in one graph, on fixed buffers"
+_TOKENS = ("input_ids", "inputs_embeds", "decoder_input_ids")
+_SILENT = ("the call has no transformers cache", "gradients are enabled")  # nothing to tell the user
+
+
+class Steps:
+    """What is done around each call of a session whose plan has a policy for decode steps.
+
+    Args:
+        backend: the session's.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self.pool = Pool()
+        self._backend = backend
+        self._lock = threading.Lock()
+        self._counts: Counter[str] = Counter()
+        self._told: set[str] = set()
+
+    def counts(self) -> dict[str, int]:
+        """How decode steps ran, and how many."""
+        with self._lock:
+            return dict(self._counts)
+
+    @contextlib.contextmanager
+    def around(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+        """Inside, the call runs; yields the keyword arguments to call with."""
+        plan = self._backend.plan
+        if not plan.decodes:
+            yield kwargs
+            return
+        kinds = states_of(plan)
+        prepared = prepare(args, kwargs, self.pool, lambda layer: kinds)
+        self._tell(prepared)
+        if not is_decode_step(kwargs) and not (args and _is_one_row(args[0])):
+            yield kwargs
+            return
+        why = self._not_fixed(prepared, args, kwargs)
+        with self._lock:
+            self._counts[why or FIXED] += 1
+        if why is not None:
+            yield kwargs
+            return
+        layers = [layer for layer in prepared.cache.layers if isinstance(layer, PinnableRows)]
+        with pinned(layers, kwargs) as given:
+            yield given
+        for layer in layers:
+            layer.advance(1)
+
+    def _not_fixed(self, prepared: Prepared, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
+        """Why a decode step does not run on fixed buffers; None: it does."""
+        model, mask = self._backend.model, kwargs.get("attention_mask")
+        if -1 in prepared.reasons:
+            return prepared.reasons[-1]
+        if prepared.is_pair:
+            return "the cache of an encoder-decoder"
+        if not getattr(model, "_can_compile_fullgraph", False):  # transformers: it works with static caches
+            return f"{type(model).__name__} does not say that it works with static caches"
+        layers = [layer for layer in prepared.cache.layers if isinstance(layer, PinnableRows)]
+        if not layers or not all(layer.count() for layer in layers):
+            return "no layer that keeps all rows, or an empty one"
+        if len({(layer.count(), layer.settled().keys.device, layer.storage) for layer in layers}) > 1:
+            return "layers of several lengths or devices"
+        if len(args) > 1 or (mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 2)):
+            return "a mask that is not [batch, tokens], or arguments without names"
+        config = getattr(model, "config", None)
+        if kwargs.get("output_attentions", getattr(config, "output_attentions", False)):
+            return "attention weights are asked for"
+        return None
+
+    def _tell(self, prepared: Prepared) -> None:
+        """Once for each reason, to the log and the report."""
+        with self._lock:
+            new = {r for r in prepared.reasons.values() if not r.startswith(_SILENT)} - self._told
+            self._told |= new
+        for reason in sorted(new):
+            self._backend.warn(f"the cache, or a layer of it, stays as it is: {reason}")
+
+
+@contextlib.contextmanager
+def pinned(layers: Sequence[PinnableRows], kwargs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Inside, one new row of each batch row goes where the layers' place says; yields the call's arguments, of fixed sizes."""
+    mask = kwargs.get("attention_mask")
+    place = make_place(layers, mask)
+    place.move(layers[0].length, layers[0].lengths, mask)
+    try:
+        for layer in layers:
+            layer.pin(place)
+        yield {**kwargs, **({} if mask is None else {"attention_mask": place.mask})}
+    finally:
+        for layer in layers:
+            layer.unpin()
+
+
+def make_place(layers: Sequence[PinnableRows], mask: torch.Tensor | None) -> Place:
+    """The place of the layers' storage, once there is room in it for one more row, and for the mask."""
+    first = layers[0]
+    rows = max(1, 0 if mask is None else mask.shape[1] - first.length)
+    for layer in layers:
+        if not layer.has_room(rows):
+            layer.grow(rows)
+    storage, device = first.storage, first.settled().keys.device
+    assert storage is not None
+    return storage.place(device, torch.int64 if mask is None else mask.dtype)
+
+
+def states_of(plan: Plan) -> tuple[KvState, ...]:
+    """What the cache keeps for the policies of a plan, each kind once."""
+    policies = [plan.decode, plan.verify, plan.draft, *(rule.policy for rule in plan.rules)]
+    kinds = {kind.name: kind for policy in policies if policy is not None for kind in policy.states()}
+    return tuple(kinds.values())
+
+
+def is_decode_step(kwargs: Mapping[str, Any]) -> bool:
+    """Is it a call with one token, by the names that transformers has for them?"""
+    return _is_one_row(next((kwargs[name] for name in _TOKENS if kwargs.get(name) is not None), None))
+
+
+def _is_one_row(tokens: Any) -> bool:
+    return isinstance(tokens, torch.Tensor) and tokens.dim() >= 2 and tokens.shape[1] == 1
