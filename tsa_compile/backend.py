@@ -89,8 +89,21 @@ class Backend:
         self.warnings.append(text)
         log.warning(text)
 
-    def on_run(self) -> None:
+    def on_run(self, graph: TracedGraph, form: Form) -> None:
         """A graph is about to run."""
+        self._thread.runs = self.runs + 1
+        self._thread.last = graph, form
+
+    def is_replaced(self, runs: int) -> bool:
+        """Since this thread had run `runs` graphs, did one alone run, for the whole call, with every attention replaced?"""
+        if self.runs != runs + 1:
+            return False
+        graph, form = self._thread.last
+        replaced = bool(form.decisions) and all(d.reason is None for d in form.decisions)
+        return replaced and form.fallen is None and graph.is_whole
+
+    def replayed(self) -> None:
+        """A recorded graph ran, which does not come by."""
         self._thread.runs = self.runs + 1
 
     @property

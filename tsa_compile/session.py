@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from tsa_compile import first_call
 from tsa_compile.backend import Backend
 from tsa_compile.dynamo import called, isolated, room, settings, skips, traced_by_others
+from tsa_compile.model_state import ModelState
 from tsa_compile.plan import Plan
 from tsa_compile.report import Report
 from tsa_compile.steps import Steps, is_decode_step
@@ -51,7 +52,7 @@ class Session:
         self._compiled: Callable[..., Any] = torch.compile(isolated(model), backend=self.backend, fullgraph=fullgraph)
         self._room = room(model)
         self._lock = threading.Lock()
-        self.steps = Steps(self.backend)
+        self.steps = Steps(self.backend, ModelState(model, RefuseTraces))
         self.calls = self.untraced = 0
         weakref.finalize(self, self.backend.close)
 
@@ -67,8 +68,8 @@ class Session:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's call, compiled. From any thread, also while others compile."""
         before = self.backend.runs
-        with settings.ours(self._room), skips.told_to(self._skipped), self.steps.around(args, kwargs) as given:
-            result = self._compiled(*args, **given)
+        with settings.ours(self._room), skips.told_to(self._skipped):
+            result = self.steps.run(self._compiled, args, kwargs)
         ran = self.backend.runs > before
         with self._lock:
             self.calls += 1

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import threading
+import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,13 +17,16 @@ from tsa_compile.cache.entry import Prepared, prepare
 from tsa_compile.cache.kv_state import KvState
 from tsa_compile.cache.pinned import PinnableRows
 from tsa_compile.cache.storage import Pool
+from tsa_compile.cuda_graphs import Recording, Recordings
 
 if TYPE_CHECKING:
     from tsa_compile.backend import Backend
     from tsa_compile.cache.place import Place
+    from tsa_compile.model_state import ModelState
     from tsa_compile.plan import Plan
 
 FIXED = "in one graph, on fixed buffers"
+REPLAYED = "replayed"
 _TOKENS = ("input_ids", "inputs_embeds", "decoder_input_ids")
 _SILENT = ("the call has no transformers cache", "gradients are enabled")  # nothing to tell the user
 
@@ -30,11 +36,17 @@ class Steps:
 
     Args:
         backend: the session's.
+        model_state: of its model.
     """
 
-    def __init__(self, backend: Backend) -> None:
+    recorded_on: frozenset[str] = frozenset({"cuda"})  # kinds of device; elsewhere a replay would be the same call again
+
+    def __init__(self, backend: Backend, model_state: ModelState) -> None:
         self.pool = Pool()
         self._backend = backend
+        self._model_state = model_state
+        self._recordings = Recordings()
+        self._last: Callable[[], Any] = lambda: None  # the cache of the last step
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
         self._told: set[str] = set()
@@ -44,30 +56,78 @@ class Steps:
         with self._lock:
             return dict(self._counts)
 
-    @contextlib.contextmanager
-    def around(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-        """Inside, the call runs; yields the keyword arguments to call with."""
+    def run(self, call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """`call(*args, **kwargs)`, the session's compiled call."""
         plan = self._backend.plan
         if not plan.decodes:
-            yield kwargs
-            return
+            return call(*args, **kwargs)
         kinds = states_of(plan)
         prepared = prepare(args, kwargs, self.pool, lambda layer: kinds)
         self._tell(prepared)
         if not is_decode_step(kwargs) and not (args and _is_one_row(args[0])):
-            yield kwargs
-            return
+            return call(*args, **kwargs)
         why = self._not_fixed(prepared, args, kwargs)
-        with self._lock:
-            self._counts[why or FIXED] += 1
         if why is not None:
-            yield kwargs
-            return
+            self._count(why)
+            return call(*args, **kwargs)
         layers = [layer for layer in prepared.cache.layers if isinstance(layer, PinnableRows)]
-        with pinned(layers, kwargs) as given:
-            yield given
+        with pinned(layers, {**self._named(args), **kwargs}) as given:
+            result = self._step(call, given, prepared.cache)
         for layer in layers:
             layer.advance(1)
+        return result
+
+    def _named(self, args: Sequence[Any]) -> dict[str, Any]:
+        """The call's first argument, by its name."""
+        model = self._backend.model
+        assert model is not None
+        return {next(iter(inspect.signature(model.forward).parameters)): args[0]} if args else {}
+
+    def _step(self, call: Callable[..., Any], kwargs: Mapping[str, Any], cache: Any) -> Any:
+        """One step on fixed buffers: a replay, or the call, after which the next one may be recorded."""
+        recording = self._recording(kwargs, cache)
+        if recording is None:
+            self._count(FIXED)
+            return call(**kwargs)
+        with recording.lock:
+            recording.fill(kwargs)
+            step = functools.partial(call, **{**kwargs, **recording.inputs})
+            if recording.ready and recording.replay is None:
+                self._record(recording, step, cache)
+            if recording.replay is not None:
+                self._count(REPLAYED)
+                self._backend.replayed()
+                return recording.replay(step, cache)
+            self._count(FIXED)
+            runs = self._backend.runs
+            result = step()
+            recording.ready = not recording.refused and self._backend.is_replaced(runs)
+        return result
+
+    def _record(self, recording: Recording, step: Callable[[], Any], cache: Any) -> None:
+        try:
+            recording.record(step, cache)
+        except RuntimeError as error:
+            recording.ready, recording.refused = False, True
+            self._backend.warn(f"decode steps are not replayed, but run one by one: {error}")
+
+    def _recording(self, kwargs: Mapping[str, Any], cache: Any) -> Recording | None:
+        """Where this step is recorded; None: it is not to be."""
+        if not all(isinstance(layer, PinnableRows) for layer in cache.layers):
+            return None
+        if cache.layers[0].settled().keys.device.type not in self.recorded_on:
+            return None
+        if self._last() is not cache:
+            self._last = weakref.ref(cache)
+            self._model_state.look()
+        if self._model_state.is_hooked():
+            return None
+        fixed = {n: x for n, x in kwargs.items() if x is not cache.layers[0].pinned.mask}
+        return self._recordings.find(cache.layers, fixed, cache, self._backend.plan, self._model_state.read())
+
+    def _count(self, how: str) -> None:
+        with self._lock:
+            self._counts[how] += 1
 
     def _not_fixed(self, prepared: Prepared, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
         """Why a decode step does not run on fixed buffers; None: it does."""

@@ -98,7 +98,7 @@ class TracedGraph:
         owner = self._owner(args) if self.shared else None
         form = self.form(plan, owner)
         run = form.run or self._compile(form, [value_of(node) for node in self._inputs], late=True)
-        self._backend.on_run()
+        self._backend.on_run(self, form)
         with running(self._backend.model, self._modules(form, owner)):
             return run(*args)
 
@@ -106,6 +106,12 @@ class TracedGraph:
         """The form that `plan` asks for; `owner`: None for the modules in which the graph was traced."""
         known = self._chosen.get((id(plan), owner))
         return known[1] if known is not None and known[0] is plan else self._choose(plan, owner)
+
+    @property
+    def is_whole(self) -> bool:
+        """Is it all of the model's call, without a break?"""
+        reason = getattr(self.gm, "compile_subgraph_reason", None)
+        return begins_at_root(self.gm) and reason is not None and not reason.graph_break
 
     @property
     def shared(self) -> bool:

@@ -33,6 +33,8 @@ PART_OF = {
     "traced": "backend",
     "entry_point": "backend",
     "steps": "session",
+    "model_state": "session",
+    "cuda_graphs": "session",
 }
 RANK = {part: rank for rank, row in enumerate(ROWS) for part in row}
 OPTIONAL = (

@@ -154,9 +154,12 @@ def test_left_alone_with_a_reason():
     config = tiny("llama").config
     filled = transformers.DynamicCache(config=config)
     filled.update(torch.ones(1, 2, 3, 16), torch.ones(1, 2, 3, 16), 0)
+    offloaded = transformers.DynamicCache(config=config)
+    offloaded.offloading = True
     with torch.no_grad():
         for cache, reason in (
             (filled, "not empty"),
+            (offloaded, "offloaded to the host"),
             (transformers.StaticCache(config=config, max_cache_len=8), "StaticCache is no DynamicCache"),
             (None, "no transformers cache"),
         ):

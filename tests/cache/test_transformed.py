@@ -161,7 +161,6 @@ def test_what_is_left_alone_is_said(models, caplog):
     plain, ours = models("llama")
     caches = {
         "StaticCache is no DynamicCache": lambda: transformers.StaticCache(config=ours.config, max_cache_len=64),
-        "offloaded": lambda: transformers.DynamicCache(config=ours.config, offloading=True),
         "not empty": lambda: filled(plain),
     }
     for reason, make in caches.items():
