@@ -68,8 +68,7 @@ class Session:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's call, compiled. From any thread, also while others compile."""
         before = self.backend.runs
-        with settings.ours(self._room), skips.told_to(self._skipped):
-            result = self.steps.run(self._compiled, args, kwargs)
+        result = self.steps.run(self._traced, args, kwargs)
         ran = self.backend.runs > before
         with self._lock:
             self.calls += 1
@@ -78,6 +77,10 @@ class Session:
         if first:
             self.backend.warn("a call ran without any compiled graph, dense: tsa_compile.report(model) counts them")
         return result
+
+    def _traced(self, *args: Any, **kwargs: Any) -> Any:
+        with settings.ours(self._room), skips.told_to(self._skipped):
+            return self._compiled(*args, **kwargs)
 
     @property
     def report(self) -> Report:

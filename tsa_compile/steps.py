@@ -119,7 +119,8 @@ class Steps:
             return None
         if self._last() is not cache:
             self._last = weakref.ref(cache)
-            self._model_state.look()
+            assert self._backend.model is not None
+            self._model_state.look(self._backend.model)
         if self._model_state.is_hooked():
             return None
         fixed = {n: x for n, x in kwargs.items() if x is not cache.layers[0].pinned.mask}
@@ -139,9 +140,10 @@ class Steps:
         if not getattr(model, "_can_compile_fullgraph", False):  # transformers: it works with static caches
             return f"{type(model).__name__} does not say that it works with static caches"
         layers = [layer for layer in prepared.cache.layers if isinstance(layer, PinnableRows)]
-        if not layers or not all(layer.count() for layer in layers):
-            return "no layer that keeps all rows, or an empty one"
-        if len({(layer.count(), layer.settled().keys.device, layer.storage) for layer in layers}) > 1:
+        if not layers or not layers[0].length:
+            return "no layer that keeps all rows, or no row"
+        first = layers[0].settled().keys
+        if any(x.length != layers[0].length or x.buffers is None or x.buffers.keys.device != first.device for x in layers):
             return "layers of several lengths or devices"
         if len(args) > 1 or (mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 2)):
             return "a mask that is not [batch, tokens], or arguments without names"
@@ -178,8 +180,8 @@ def make_place(layers: Sequence[PinnableRows], mask: torch.Tensor | None) -> Pla
     """The place of the layers' storage, once there is room in it for one more row, and for the mask."""
     first = layers[0]
     rows = max(1, 0 if mask is None else mask.shape[1] - first.length)
-    for layer in layers:
-        if not layer.has_room(rows):
+    if not first.has_room(rows):
+        for layer in layers:
             layer.grow(rows)
     storage, device = first.storage, first.settled().keys.device
     assert storage is not None

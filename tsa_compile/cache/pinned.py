@@ -56,12 +56,13 @@ class PinnableRows(Rows):
 
     def advance(self, rows: int) -> None:
         """A step has written `rows` rows of every batch row; they are not counted as someone else's."""
-        if not self.has_room(rows):
+        buffers = self.settled() if self.buffers is None else self.buffers
+        keys, values, _ = buffers
+        if self.length + rows > keys.shape[2]:
             raise ValueError(f"rows: {rows} more than {self.length} do not fit the buffers")
         self.length += rows
         if self.lengths is not None:
             self.lengths = self.lengths + rows
-        keys, values, _ = buffers = self.settled()
         self.states.settle(keys, values)
         self._cleared = (buffers, keys._version, values._version)
 
