@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 
+from tsa_compile.kernels.common.view import length_of
 from tsa_compile.kernels.types import BlockLists, BlockRule, Keys, KvView, Operands, Strip, TokenRule, Tokens
 
 Tensor = torch.Tensor
 MaybeTensor = Tensor | None
+ONE_BLOCK = 1 << 30  # longer than any row: positions are int32
 
 
 def select_tokens(
@@ -54,6 +56,18 @@ def key_attention(
     q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, scale: float, need_lse: bool = False
 ) -> tuple[Any, ...]:
     return Operands(q, k, v), Keys(indices, counts), scale, need_lse
+
+
+def bridge_attention(
+    q: Tensor, k: Tensor, v: Tensor, blocks: MaybeTensor, block: int, start: MaybeTensor, lengths: MaybeTensor,
+    key_mask: MaybeTensor, scale: float, width: int, rows: int, sources: int, offset: int, need_lse: bool,
+    k_len: int | None = None, min_queries: int = 0,
+) -> tuple[Any, ...]:  # fmt: skip
+    """Up to `min_queries` queries over a cache read every key before them, in one block of any length. Symbols are not asked."""
+    queries, keys = q.shape[2], length_of(k, KvView(blocks, block, None, None), k_len)
+    if isinstance(queries, int) and isinstance(keys, int) and queries <= min_queries and queries < keys:
+        width, rows, sources, offset = ONE_BLOCK, 0, 0, 0
+    return q, k, v, blocks, block, start, lengths, key_mask, scale, width, rows, sources, offset, need_lse, k_len
 
 
 def select_blocks(q: Tensor, k: Tensor, indices: Tensor, counts: Tensor, scale: float, *rule: Any) -> tuple[Any, ...]:

@@ -112,5 +112,9 @@ def key_block_attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any, k_len: int 
     return empty_result(q, v), q.new_empty(q.shape[:3], dtype=torch.float32) if rest[-1] else no_lse(q)
 
 
+def bridge_attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return empty_result(q, v), q.new_empty(q.shape[:3], dtype=torch.float32) if rest[-2] else no_lse(q)
+
+
 def _int32(x: Tensor, *shape: int) -> Tensor:
     return x.new_empty(shape, dtype=torch.int32)

@@ -89,7 +89,7 @@ def key_block_attention(
 
 def bridge_attention(
     q: Tensor, k: Tensor, v: Tensor, blocks: Optional, block: int, start: Optional, lengths: Optional, key_mask: Optional,
-    scale: float, width: int, rows: int, sources: int, offset: int, need_lse: bool, *, k_len: int | None = None,
+    scale: float, width: int, rows: int, sources: int, offset: int, need_lse: bool, k_len: int | None = None,
 ) -> None:  # fmt: skip
     name = "tsa::bridge_attention"
     _check_attended(name, q, k, v, blocks)

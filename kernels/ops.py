@@ -191,11 +191,12 @@ OPERATORS = (
     ),
     Operator(
         f"bridge_attention(Tensor q, Tensor k, Tensor v, {_CACHE}, int width, int rows, int sources, int offset, bool need_lse,"
-        f" *, {_K_LEN}) -> {_ATTENDED}",
+        f" *, {_K_LEN}, int min_queries=0) -> {_ATTENDED}",
         check=key_block_checks.bridge_attention,
-        fake=fakes.key_block_attention,
+        fake=fakes.bridge_attention,
         reference="attend.bridge.reference:bridge_attention_reference",
         host="attend.bridge.host:bridge_attention",
+        arguments=arguments.bridge_attention,
     ),
 )
 

@@ -63,6 +63,21 @@ def test_a_padded_batch_gives_what_its_rows_give_alone():
     torch.testing.assert_close(both[1, 13:], logits(model, ids[1:, 13:])[0], rtol=1e-4, atol=1e-5)
 
 
+def test_chunks_over_a_cache_give_what_the_whole_gives_and_few_rows_are_dense():
+    model, ids = tsa.transform(tiny_llama(max_position_embeddings=1024), BRIDGE), token_ids(480)
+    want = logits(model, ids)
+    parts, cache = [], None
+    with torch.no_grad():
+        for a, b in ((0, 150), (150, 300), (300, 480)):  # the last by a graph for any number of rows
+            out = model(input_ids=ids[:, a:b], past_key_values=cache, use_cache=True)
+            parts.append(out.logits)
+            cache = out.past_key_values
+        few = model(input_ids=token_ids(100), past_key_values=cache, use_cache=True).logits
+    torch.testing.assert_close(torch.cat(parts, 1), want, rtol=1e-4, atol=1e-5)
+    assert few.isfinite().all()
+    assert any("dense for up to 128 queries over a cache" in s.reason for s in tsa.report(model).replaced)
+
+
 @pytest.mark.parametrize(
     ("policies", "length", "depth"),
     [

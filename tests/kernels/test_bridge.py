@@ -96,6 +96,16 @@ def test_one_block_is_dense_and_bridges_merge_with_blocks():
     torch.testing.assert_close(merged[1], lse, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize(("rows", "dense"), [(40, True), (41, False), (200, False)])
+def test_few_rows_over_a_cache_read_everything(rows, dense):
+    case = make_case(rows, 200)
+    rest = (None, 1, None, None, None, case.scale)
+    got = attend(*case[:3], *rest, *RULES["bridge"], False, min_queries=40)[0]
+    every = attend(*case[:3], *rest, 1 << 30, 0, 0, 0, False)[0]
+    assert torch.equal(got, every if dense else attend(*case[:3], *rest, *RULES["bridge"], False)[0])
+    assert not torch.equal(every, attend(*case[:3], *rest, *RULES["bridge"], False)[0])
+
+
 @pytest.mark.parametrize("block", [16, 3])
 def test_pages_that_lie_anywhere_give_what_keys_in_order_give(block):
     case, rule = make_case(**SHAPES["both, a chunk"]), RULES["bridge"]

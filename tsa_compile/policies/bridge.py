@@ -8,14 +8,14 @@ what a plan reaches. No selection: what a row reads depends on its position alon
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from tsa_compile.kernels import ops  # noqa: F401 - registers torch.ops.tsa
 from tsa_compile.kernels.key_block_checks import MAX_SOURCES
 from tsa_compile.kernels.types import Edges, Selection
-from tsa_compile.passes.site import AttentionSite
+from tsa_compile.passes.site import VERIFY_ROWS, AttentionSite
 from tsa_compile.policies.base import Emit, Policy, check_int
 from tsa_compile.policies.block_sparse import padding, places
 
@@ -40,6 +40,8 @@ class Bridge(Policy):
     Raises:
         ValueError: a field is outside its range; the message names it.
     """
+
+    by_rows: ClassVar[bool] = True
 
     block: int
     w_t: int
@@ -72,4 +74,6 @@ class Bridge(Policy):
         x, (start, lengths, key_mask) = site.operands, padding(emit, site)
         blocks, block, length = places(site)
         rest = (blocks, block, start, lengths, key_mask, site.scale, self.block, self.w_t, self.w_s, self.offset, False)
+        if site.past and not isinstance(site.q_len, int):  # the operator alone knows how many rows there are
+            length["min_queries"] = max(self.min_queries, VERIFY_ROWS)
         return emit(torch.ops.tsa.bridge_attention.default, x.q, x.k, x.v, *rest, **length)[0]

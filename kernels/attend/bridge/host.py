@@ -14,7 +14,7 @@ Tensor = torch.Tensor
 
 def bridge_attention(
     q: Tensor, k: Tensor, v: Tensor, blocks: Tensor | None, block: int, start: Tensor | None, lengths: Tensor | None,
-    key_mask: Tensor | None, scale: float, width: int, rows: int, sources: int, offset: int, need_lse: bool, *,
+    key_mask: Tensor | None, scale: float, width: int, rows: int, sources: int, offset: int, need_lse: bool,
     k_len: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`tsa::bridge_attention`: (out `[B, H, Lq, Dv]`, stored as `[B, Lq, H, Dv]`; lse float32 `[B, H, Lq]`, or `[0]`).

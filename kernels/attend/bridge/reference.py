@@ -14,7 +14,7 @@ Tensor = torch.Tensor
 
 def bridge_attention_reference(
     q: Tensor, k: Tensor, v: Tensor, blocks: Tensor | None, block: int, start: Tensor | None, lengths: Tensor | None,
-    key_mask: Tensor | None, scale: float, width: int, rows: int, sources: int, offset: int, need_lse: bool, *,
+    key_mask: Tensor | None, scale: float, width: int, rows: int, sources: int, offset: int, need_lse: bool,
     k_len: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`tsa::bridge_attention`, some rows after the other, of which only the keys that they read are looked at.
