@@ -18,10 +18,9 @@ def save_model(folder: Path, **changes: Any) -> str:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, max_position_embeddings=4096, initializer_range=0.08, tie_word_embeddings=False,
-        bos_token_id=1, eos_token_id=2, **{**sizes, **changes},
-    )  # fmt: skip
+    words = dict(vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=2)
+    rest = dict(max_position_embeddings=4096, initializer_range=0.08, tie_word_embeddings=False)
+    config = LlamaConfig(**{**sizes, **words, **rest, **changes})
     torch.manual_seed(0)
     model = LlamaForCausalLM(config)
     for layer in model.model.layers:
