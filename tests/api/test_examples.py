@@ -30,12 +30,19 @@ def test_compile_backend(monkeypatch, capsys):
 
 def test_boundary_copy(monkeypatch, capsys):
     """Fixed blocks stay at chance, to three standard errors, however long they train; the bridge solves the task."""
-    out = run("boundary_copy.py", monkeypatch, capsys)
+    out = run("boundary_copy.py", "block_diffusion.py", monkeypatch, capsys)
     fixed, bridged = (float(re.search(name + r": ([\d.]+)% right", out)[1]) for name in ("fixed blocks", "bridged"))
     chance = float(re.search(r"by chance up to ([\d.]+)%", out)[1])
     assert fixed <= chance < 15
     assert bridged > 99
     assert "token 16 cannot depend on token 15" in out
+
+
+@pytest.mark.slow  # tests/generate/test_diffusion.py trains the same model
+def test_block_diffusion(monkeypatch, capsys):
+    out = run("block_diffusion.py", monkeypatch, capsys)
+    assert "6 keys of 12: 100.0% right, 3 denoising calls" in out
+    assert "no list left a token out in 0% of the blocks" in out
 
 
 def test_export_onnx(monkeypatch, capsys, tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -134,11 +134,11 @@ class BlockCache:
             return F.scaled_dot_product_attention(q, keys, values, scale=scale, enable_gqa=True)
         if self.phase == "denoise_first" and q.is_cuda and isinstance(policy, Remembered):
             self._select_aside(policy, site, own.state)
-            return policy.attend(call, site, None)  # type: ignore[no-any-return]
+            return cast(Tensor, policy.attend(call, site, None))
         selection = policy.select(call, site, own.state)
         if self.watch is not None and self.phase == "denoise":
             self.watch(site, selection)
-        return policy.attend(call, site, selection)  # type: ignore[no-any-return]
+        return cast(Tensor, policy.attend(call, site, selection))
 
     def _select_aside(self, policy: Remembered, site: AttentionSite, state: dict[str, Any]) -> None:
         """The selection, which only the next step needs, on a stream of its own; `join` waits for it."""

@@ -75,7 +75,8 @@ class TransformersModel:
         AttentionInterface.register(_IMPLEMENTATION, _attend)
         AttentionMaskInterface.register(_IMPLEMENTATION, _no_mask)
         self.model: Any = model
-        self.model.set_attn_implementation(_IMPLEMENTATION)
+        set_implementation: Any = model.set_attn_implementation
+        set_implementation(_IMPLEMENTATION)
 
     def __call__(self, ids: Tensor, positions: Tensor, attend: BlockCache) -> Tensor:
         token = _cache.set(attend)

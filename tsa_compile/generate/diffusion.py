@@ -186,9 +186,10 @@ def take(
         chances = logits.softmax(-1)
         tokens = logits.argmax(-1)
     confidence = chances.gather(-1, tokens[..., None])[..., 0].masked_fill(~masked, -1.0)
-    if count is None:
+    if threshold is not None:
         taken = (confidence >= threshold).scatter(1, confidence.argmax(1, keepdim=True), True) & masked
     else:
+        assert count is not None
         taken = torch.zeros_like(masked).scatter(1, confidence.topk(count, 1).indices, True)
     part.copy_(torch.where(taken, tokens, part))
     masked &= ~taken

@@ -79,9 +79,9 @@ class Remembered(Policy):
         """
         x = site.operands
         if site.phase == "denoise_first":
-            prefix = site.k_len - site.q_len
+            prefix = int(site.k_len - site.q_len)
             choose = torch.ops.tsa.remember_keys.default
-            keys = Keys(*emit(choose, x.q, x.k, site.scale, self.queries or site.q_len, self.kept_of(prefix)))
+            keys = Keys(*emit(choose, x.q, x.k, site.scale, self.queries or int(site.q_len), self.kept_of(prefix)))
             if state is not None:
                 state["keys"], state["prefix"] = keys, prefix
             return keys

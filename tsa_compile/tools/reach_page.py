@@ -16,7 +16,7 @@ Step = tuple[int, int]
 
 def reach_curves(reach: Reach) -> dict[str, list[plots.Point]]:
     """A curve for some depths: (phase, the first distance that it does not reach) where the slope changes."""
-    curves = {}
+    curves: dict[str, list[plots.Point]] = {}
     for depth in _depths(len(reach.by_depth) - 1):
         steps = [(phase, reach.first_unreached(phase, depth)) for phase in range(reach.period)]
         steps.append((reach.period, steps[0][1]))  # the next block's first

@@ -178,32 +178,35 @@ def _round(form: Callable[[int], object], layers: int) -> Callable[[], object]:
 @torch.no_grad()
 def time_model(case: DiffusionCase, model: BlockLM, repeats: int) -> dict[str, float]:
     """Milliseconds of one call of the model by phase, over a random prefix."""
-    weight = model.embed.weight
-    ids = torch.randint(model.sizes.mask_id, (case.batch, case.block), device=weight.device)
+    ids = torch.randint(model.sizes.mask_id, (case.batch, case.block), device=model.embed.weight.device)
     found = {}
-    for name, plan in (("dense", Plan()), ("remembered", as_plan(case.policy))):
-        cache = BlockCache(plan, case.block, case.prefix + case.block)
-        for n in range(case.layers):
-            shape = (case.batch, case.kv_heads, case.prefix + case.block, case.dim)
-            rows = torch.empty(shape, dtype=weight.dtype, device=weight.device).normal_()
-            cache.layers[n] = Layer(rows[:, :, :0], rows[:, :, :0], 0)
-            cache.layers[n].k, cache.layers[n].v = rows, torch.empty_like(rows).normal_()
-        cache.commit(case.prefix)
-        positions = cache.positions(case.block, weight.device)
+    cache = _random_cache(case, Plan(), model.embed.weight)
+    positions = cache.positions(case.block, ids.device)
 
-        def step(phase: str, cache: BlockCache = cache, positions: Tensor = positions) -> Tensor:
-            cache.begin(phase, case.block)
-            logits = model(ids, positions, cache)
-            cache.join()
-            return logits
+    def step(phase: str) -> Tensor:
+        cache.begin(phase, case.block)
+        logits = model(ids, positions, cache)
+        cache.join()
+        return logits
 
-        if name == "dense":
-            found["dense"] = graph_ms(lambda step=step: step("denoise_first"), repeats)  # type: ignore[misc]
-            continue
-        found["first"] = graph_ms(lambda step=step: step("denoise_first"), repeats)  # type: ignore[misc]
-        step("denoise_first")  # its lists, in memory that no graph owns
-        found["later"] = graph_ms(lambda step=step: step("denoise"), repeats)  # type: ignore[misc]
+    found["dense"] = graph_ms(lambda: step("denoise_first"), repeats)
+    cache.plan = as_plan(case.policy)
+    found["first"] = graph_ms(lambda: step("denoise_first"), repeats)
+    step("denoise_first")  # its lists, in memory that no graph owns
+    found["later"] = graph_ms(lambda: step("denoise"), repeats)
     return found
+
+
+def _random_cache(case: DiffusionCase, plan: Plan, like: Tensor) -> BlockCache:
+    """A cache whose prefix is normal keys and values."""
+    cache = BlockCache(plan, case.block, case.prefix + case.block)
+    empty = like.new_empty(case.batch, case.kv_heads, 0, case.dim)
+    for n in range(case.layers):
+        layer = cache.layers[n] = Layer(empty, empty, cache.capacity)
+        layer.k.normal_()
+        layer.v.normal_()
+    cache.commit(case.prefix)
+    return cache
 
 
 def told(row: DiffusionRow) -> list[str]:
