@@ -63,6 +63,7 @@ def test_a_padded_batch_gives_what_its_rows_give_alone():
     torch.testing.assert_close(both[1, 13:], logits(model, ids[1:, 13:])[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_chunks_over_a_cache_give_what_the_whole_gives_and_few_rows_are_dense():
     model, ids = tsa.transform(tiny_llama(max_position_embeddings=1024), BRIDGE), token_ids(480)
     want = logits(model, ids)
