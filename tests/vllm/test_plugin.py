@@ -39,6 +39,16 @@ def test_options():
     assert plan.policy_at("model.layers.1.self_attn", "prefill") == tsa.TokenSparse()
 
 
+def test_decode_by_pages():
+    plan = read({"tsa": {"policy": "PageSparse", "keep": 0.1}}).plan
+    assert (plan.prefill, plan.decode, plan.draft) == (tsa.BlockSparse(), tsa.PageSparse(keep=0.1), None)
+    both = decided([Attention(), Attention(sliding_window=9)], {"policy": "PageSparse", "keep": 0.1})
+    assert [x.decode for x in both] == [tsa.PageSparse(keep=0.1), None]
+    assert layers.table(both).splitlines()[0].endswith("sparse  BlockSparse(); decode PageSparse(keep=0.1)")
+    config = types.SimpleNamespace(**vars(CONFIG), kv_transfer_config=object())
+    assert decided([Attention()], {"policy": "PageSparse", "keep": 0.1}, config)[0].decode is None
+
+
 def test_a_plan_in_a_file(tmp_path):
     path = tmp_path / "plan.json"
     tsa.Plan(prefill=tsa.BlockSparse(alpha=0.3)).save(path)
@@ -52,8 +62,8 @@ def test_a_plan_in_a_file(tmp_path):
         ({"policy": "BlockSparse", "alhpa": 0.1}, "BlockSparse has no field 'alhpa'"),
         ({"policy": "Sparse"}, "unknown policy 'Sparse'"),
         ({"policy": "BlockSparse", "alpha": 2}, r"alpha must be a number in \[0, 1\)"),
-        ({"policy": "PageSparse", "keep": 0.1}, "policies are for prefill; decode is the engine's own, got PageSparse"),
-        ({"phases": {"draft": {"policy": "PageSparse", "keep": 0.1}}}, "draft is the engine's own"),
+        ({"phases": {"draft": {"policy": "PageSparse", "keep": 0.1}}}, "in vLLM draft is not told apart, got PageSparse"),
+        ({"phases": {"decode": {"policy": "Remembered", "source": "verify"}}}, "Remembered"),
         ({"min_context": -1}, "min_context must be an int >= 0"),
         ({"where": "pays"}, "tsa.where must be 'always'"),
         ({"plan": "nowhere.json"}, "tsa.plan: .*nowhere.json"),

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from tsa_compile.frontends.vllm import counts
+from tsa_compile.frontends.vllm.decode import append, new_index, sparse_decode
 from tsa_compile.frontends.vllm.layers import Layer, decide, tell
 from tsa_compile.frontends.vllm.options import Options, read
 from tsa_compile.frontends.vllm.prefill import pages, reserve, sparse_prefill
-from tsa_compile.frontends.vllm.rows import Split, split
+from tsa_compile.frontends.vllm.rows import Split, Wants, split
 
 Tensor = torch.Tensor
 
@@ -28,16 +29,18 @@ class Builder:
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.tsa_options = read(vllm_config.additional_config)
-        self.tsa_min_rows = bind(vllm_config, layer_names, self.tsa_options, device) if asked(vllm_config) else None
+        self.tsa_layers = bind(vllm_config, layer_names, self.tsa_options, device) if asked(vllm_config) else {}
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
-        """The parent's metadata, with the batch's `Split` as `tsa_split`, or None."""
+        """The parent's metadata, with `tsa_split`: the batch's `Split`, or None, for each kind of layer."""
         parent = super().build
         metadata = parent(common_prefix_len, common_attn_metadata, fast_build)
-        metadata.tsa_split = None
-        if self.tsa_min_rows is not None:  # a run's metadata is built fast: buffers that the parent keeps are those of the batch
-            rule = (self.tsa_min_rows, self.tsa_options.min_context)
-            metadata.tsa_split = split(common_attn_metadata, *rule, lambda run: parent(0, run, True))
+        metadata.tsa_split = {}  # by what a layer wants
+        for wants, attentions in self.tsa_layers.items():
+            # A run's is built fast: buffers that the parent keeps are those of the whole batch.
+            metadata.tsa_split[wants] = split(common_attn_metadata, wants, lambda run: parent(0, run, True))
+            for attention in attentions if wants.decode else ():
+                attention.impl.make_index(attention.kv_cache)
         return metadata
 
 
@@ -47,6 +50,8 @@ class Impl:
     supports_dcp = False
     supports_pcp = False
     tsa: Layer | None = None
+    tsa_wants: Wants | None = None
+    tsa_index: dict[str, Tensor] | None = None  # sums of the cache's pages and their counts, by physical block
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -63,19 +68,30 @@ class Impl:
         """As the parent's, with sparse rows by the layer's policy."""
         if attn_metadata is None:  # vLLM measures how much memory a step takes
             reserve(self.tsa_options.prefill, query, self.num_kv_heads, self.tsa_max_tokens)
-        found: Split | None = None if attn_metadata is None else attn_metadata.tsa_split
-        if found is None or self.tsa is None or self.tsa.policy is None:
+        found: Split | None = None if attn_metadata is None else attn_metadata.tsa_split.get(self.tsa_wants)
+        if self.tsa_index is not None and attn_metadata is not None:
+            append(self.tsa_index, pages(kv_cache, self.head_size)[0], attn_metadata)
+        if found is None or self.tsa is None:
             return self.dense(layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("tsa_compile: the result of sparse rows cannot be quantized as it is written")
-        for begin, end, metadata in found.dense:
-            part = slice(begin, end)
-            self.dense(layer, query[part], key[part], value[part], kv_cache, metadata, output[part], None, None)
-        keys, values = pages(kv_cache, self.head_size)
+        for run in found.dense:
+            part = slice(run.begin, run.end)
+            self.dense(layer, query[part], key[part], value[part], kv_cache, run.metadata, output[part], None, None)
         result = output.view(query.shape[0], -1, self.head_size)
-        sparse_prefill(self.tsa.policy, self.tsa.path, self.scale, query, keys, values, result, found)
+        operands = (self.tsa.path, self.scale, query, *pages(kv_cache, self.head_size), result, found)
+        if self.tsa.policy is not None:
+            sparse_prefill(self.tsa.policy, *operands)
+        if self.tsa.decode is not None:
+            sparse_decode(self.tsa.decode, *operands, self.tsa_index)
         counts.add(self.tsa.path, found)
         return output
+
+    def make_index(self, kv_cache: Any) -> None:
+        """Room for the sums of the cache's pages, once the cache is there, and before any graph is recorded."""
+        cache = kv_cache[0] if isinstance(kv_cache, (list, tuple)) else kv_cache
+        if self.tsa_index is None and cache.numel() > 0:
+            self.tsa_index = new_index(pages(cache, self.head_size)[0])
 
     def dense(self, *args: Any) -> Tensor:
         """The parent's attention."""
@@ -89,12 +105,8 @@ def asked(config: Any) -> bool:
     return any(getattr(backend, "name", backend) == "CUSTOM" for backend in named)
 
 
-def bind(config: Any, names: list[str], options: Options, device: torch.device) -> int | None:
-    """Decide for the layers of a cache's group, and tell it once an engine.
-
-    Returns:
-        So many new tokens at most make a row dense; None: no layer of the group is sparse.
-    """
+def bind(config: Any, names: list[str], options: Options, device: torch.device) -> dict[Wants, list[Any]]:
+    """Decide for the layers of a cache's group, and tell it once an engine. The layers that are not dense, by what they want."""
     from vllm.config import get_layers_from_vllm_config
     from vllm.model_executor.layers.attention import Attention
 
@@ -102,8 +114,12 @@ def bind(config: Any, names: list[str], options: Options, device: torch.device) 
     decided = decide(attentions, options, config, device)
     if all(getattr(layer.impl, "tsa", None) is None for layer in attentions.values()):
         tell(decided, options)
-    for name in names:
-        if name in decided and hasattr(attentions[name].impl, "tsa"):
-            attentions[name].impl.tsa = decided[name]
-    policies = [decided[name].policy for name in names if name in decided]
-    return max((policy.min_queries for policy in policies if policy is not None), default=None)
+    kinds: dict[Wants, list[Any]] = {}
+    for name in (name for name in names if name in decided and hasattr(attentions[name].impl, "tsa")):
+        layer, attention = decided[name], attentions[name]
+        attention.impl.tsa = layer
+        if not layer.dense:
+            least = None if layer.policy is None else layer.policy.min_queries
+            attention.impl.tsa_wants = Wants(least, options.min_context, layer.decode is not None)
+            kinds.setdefault(attention.impl.tsa_wants, []).append(attention)
+    return kinds

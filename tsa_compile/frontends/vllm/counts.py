@@ -17,7 +17,8 @@ class LayerCounts:
     Args:
         steps: such steps.
         requests, tokens: of all rows in them.
-        sparse_requests, sparse_tokens: of the sparse rows.
+        sparse_requests, sparse_tokens: of the sparse rows in prefill.
+        decode_rows: decode steps that read pages. What a CUDA graph replays is not counted.
     """
 
     steps: int = 0
@@ -25,6 +26,7 @@ class LayerCounts:
     tokens: int = 0
     sparse_requests: int = 0
     sparse_tokens: int = 0
+    decode_rows: int = 0
 
 
 BY_LAYER: dict[str, LayerCounts] = {}
@@ -38,6 +40,7 @@ def add(layer: str, split: Split) -> None:
     counts.tokens += split.tokens
     counts.sparse_requests += len(split.rows)
     counts.sparse_tokens += sum(row.end - row.begin for row in split.rows)
+    counts.decode_rows += sum(run.last - run.first for run in split.decode)
     if layer == next(iter(BY_LAYER)) and str(counts.steps).strip("0") == "1":
         log.info("tsa_compile: %s", summary(layer))
 
@@ -46,4 +49,5 @@ def summary(layer: str) -> str:
     """One layer's counts in words."""
     c = BY_LAYER[layer]
     rows = f"{c.sparse_requests} sparse of {c.requests} rows in {c.steps} steps with any"
-    return f"{layer}: {rows}, {c.sparse_tokens / max(1, c.tokens):.1%} of their {c.tokens} tokens"
+    steps = f"; {c.decode_rows} decode rows by pages" if c.decode_rows else ""
+    return f"{layer}: {rows}, {c.sparse_tokens / max(1, c.tokens):.1%} of their {c.tokens} tokens{steps}"

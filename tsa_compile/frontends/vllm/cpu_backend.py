@@ -31,7 +31,7 @@ class CpuBuilder(Builder, CPUAttentionMetadataBuilder):
 class CpuImpl(Impl, CPUAttentionBackendImpl):
     def do_kv_cache_update(self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
         """Plain pages `[blocks, Hk, block, 2 D]` for a sparse layer."""
-        if self.tsa is None or self.tsa.policy is None:
+        if self.tsa is None or self.tsa.dense:
             return super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
         size, slots = kv_cache.shape[2], slot_mapping[: key.shape[0]]
         real = slots >= 0
@@ -41,7 +41,7 @@ class CpuImpl(Impl, CPUAttentionBackendImpl):
 
     def dense(self, layer: Any, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, metadata: Any, output: Tensor,
               *scales: Any) -> Tensor:  # fmt: skip
-        if metadata is None or self.tsa is None or self.tsa.policy is None:
+        if metadata is None or self.tsa is None or self.tsa.dense:
             return super().dense(layer, query, key, value, kv_cache, metadata, output, *scales)
         result = output.view(query.shape[0], -1, self.head_size)
         starts, lengths = metadata.query_start_loc.tolist(), metadata.seq_lens.tolist()

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tsa_compile.frontends.vllm.options import Options
+from tsa_compile.frontends.vllm.options import READS_ALL, Options
 from tsa_compile.passes.site import AttentionSite, MaskFacts
 from tsa_compile.plan import Plan
 from tsa_compile.policies.base import Policy, why_dense
@@ -28,12 +28,19 @@ class Layer(NamedTuple):
         path: path of the attention module, as plans have it.
         policy: of its prefill; None: dense.
         reason: why it is dense; "" if it is not.
+        decode: policy of its decode steps; None: the parent's.
     """
 
     name: str
     path: str
     policy: Policy | None
     reason: str
+    decode: Policy | None = None
+
+    @property
+    def dense(self) -> bool:
+        """Is all of it the parent's?"""
+        return self.policy is None and self.decode is None
 
 
 def decide(attentions: Mapping[str, Any], options: Options, config: Any, device: torch.device) -> dict[str, Layer]:
@@ -53,10 +60,14 @@ def decide(attentions: Mapping[str, Any], options: Options, config: Any, device:
     if config.parallel_config.pipeline_parallel_size == 1:  # otherwise each process has layers of its own only
         plan = plan.bind_to(paths.values())
     engine = _reason_for_all(config)
-    return {name: _decide(name, paths[name], layer, plan, engine, device) for name, layer in attentions.items()}
+    brought = getattr(config, "kv_transfer_config", None) is not None
+    connector = "a KV connector brings keys without the sums of their pages" if brought else None
+    return {name: _decide(name, paths[name], layer, plan, engine, connector, device) for name, layer in attentions.items()}
 
 
-def _decide(name: str, path: str, layer: Any, plan: Plan, engine: str | None, device: torch.device) -> Layer:
+def _decide(
+    name: str, path: str, layer: Any, plan: Plan, engine: str | None, connector: str | None, device: torch.device
+) -> Layer:
     number = layer_number(path) or 0
     site = AttentionSite(
         module=path, index=number, layer=number, phase="prefill", form="sdpa", batch=1, heads=layer.num_heads,
@@ -66,7 +77,10 @@ def _decide(name: str, path: str, layer: Any, plan: Plan, engine: str | None, de
     )  # fmt: skip
     policy = plan.policy_for(site)
     reason = why_dense(policy, site)
-    return Layer(name, path, None if reason else policy, reason or "")
+    step = dataclasses.replace(site, phase="decode", q_len=1, obstacle=site.obstacle or connector)
+    decode = plan.policy_for(step)
+    own = isinstance(decode, READS_ALL) or why_dense(decode, step) is not None
+    return Layer(name, path, None if reason else policy, reason or "", None if own else decode)
 
 
 def _reason_for_all(config: Any) -> str | None:
@@ -106,10 +120,11 @@ def obstacle(layer: Any) -> str | None:
 def table(layers: Iterable[Layer]) -> str:
     """Layer, sparse or dense, and why; layers that follow each other with the same answer share a line."""
     lines = []
-    for (policy, reason), group in itertools.groupby(layers, key=lambda x: (x.policy, x.reason)):
+    for (policy, reason, decode), group in itertools.groupby(layers, key=lambda x: (x.policy, x.reason, x.decode)):
         members = list(group)
         name = members[0].path if len(members) == 1 else f"{members[0].path} to {members[-1].path}"
-        lines.append((name, "dense" if policy is None else "sparse", reason or _named(policy)))
+        steps = "" if decode is None else f"; decode {_named(decode)}"
+        lines.append((name, "dense" if members[0].dense else "sparse", (reason or _named(policy)) + steps))
     widths = [max(len(line[i]) for line in lines) for i in (0, 1)]
     return "\n".join(f"  {name:<{widths[0]}}  {what:<{widths[1]}}  {why}" for name, what, why in lines)
 
@@ -124,6 +139,9 @@ def tell(layers: dict[str, Layer], options: Options) -> None:
     """Log the table."""
     if not layers:
         return
-    sparse = sum(layer.policy is not None for layer in layers.values())
+    sparse, decoding = (
+        sum(x is not None for x in given) for given in zip(*((y.policy, y.decode) for y in layers.values()), strict=True)
+    )
     head = f"tsa_compile: prefill of {sparse} of {len(layers)} layers is sparse, in rows of {options.min_context} tokens or more"
-    (log.info if sparse else log.warning)("%s; decode is the engine's own.\n%s", head, table(layers.values()))
+    steps = f"decode of {decoding} reads pages" if decoding else "decode is the engine's own"
+    (log.info if sparse or decoding else log.warning)("%s; %s.\n%s", head, steps, table(layers.values()))

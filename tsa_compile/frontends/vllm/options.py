@@ -13,9 +13,10 @@ from tsa_compile.policies.base import Policy, check_int
 from tsa_compile.policies.block_sparse import BlockSparse
 from tsa_compile.policies.dense import Dense
 from tsa_compile.policies.exact import Exact
+from tsa_compile.policies.page_sparse import PageSparse
 
 PLAN_FIELDS = ("format", "version", "phases", "rules", "reuse", "where", "notes")
-_READS_ALL = (Dense, Exact)  # the engine's own decode reads every key, as both say
+READS_ALL = (Dense, Exact)  # the engine's own decode reads every key, as both say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,10 +52,11 @@ class Options:
         return self.plan.prefill
 
     def _check(self, phase: str, policies: list[Policy]) -> None:
-        allowed = _READS_ALL if phase in ("decode", "verify") else ()
+        allowed: tuple[type[Policy], ...] = {"decode": (*READS_ALL, PageSparse), "verify": READS_ALL}.get(phase, ())
         for policy in policies:
             if not isinstance(policy, allowed):
-                raise ValueError(f"tsa: in vLLM policies are for prefill; {phase} is the engine's own, got {policy.name}")
+                known = " or ".join(x.__name__ for x in allowed)
+                raise ValueError(f"tsa: in vLLM {phase} is {known or 'not told apart'}, got {policy.name}")
 
 
 def read(additional_config: Any) -> Options:
@@ -80,7 +82,8 @@ def _plan(fields: dict[str, Any]) -> Plan:
             raise ValueError(f"tsa.plan is a file that holds the whole plan: leave out {sorted(set(fields) - {'plan'})[0]!r}")
         return _load(fields["plan"])
     if "policy" in fields:
-        return as_plan(fields)
+        plan = as_plan(fields)
+        return plan if plan.decode is None else dataclasses.replace(plan, draft=None)  # which vLLM does not tell apart
     unknown = sorted(set(fields) - set(PLAN_FIELDS))
     if unknown:
         raise ValueError(f"tsa has no option {unknown[0]!r}; its options are {['min_context', 'plan', 'policy', *PLAN_FIELDS]}")

@@ -30,41 +30,77 @@ class SparseRow(NamedTuple):
     k_len: int
 
 
-class Split(NamedTuple):
-    """A batch with sparse rows.
+class Run(NamedTuple):
+    """Rows that follow each other.
 
     Args:
-        rows: the sparse ones.
-        dense: for each run of other rows: its first token, the one behind its last, and the parent's metadata.
+        first, last: the first row, and the one behind the last.
+        begin, end: their tokens among those of the step.
+        metadata: the parent's, of these rows alone; None: they are not the parent's.
+    """
+
+    first: int
+    last: int
+    begin: int
+    end: int
+    metadata: Any = None
+
+
+class Wants(NamedTuple):
+    """What a layer does itself.
+
+    Args:
+        min_rows: rows with more new tokens than that, if they have
+        min_context: at least so many in all; None: no row in prefill.
+        decode: rows of one new token.
+    """
+
+    min_rows: int | None
+    min_context: int
+    decode: bool = False
+
+
+class Split(NamedTuple):
+    """A batch of which some rows are sparse.
+
+    Args:
+        rows: those in prefill, each by itself.
+        decode: runs of decode steps.
+        dense: runs of the other rows.
         block_table: int32 `[rows, blocks]`, of the whole batch.
+        lengths: int32 `[rows]`, tokens in all, on the device.
         tokens, requests: of the whole batch, for counts.
     """
 
     rows: tuple[SparseRow, ...]
-    dense: tuple[tuple[int, int, Any], ...]
+    decode: tuple[Run, ...]
+    dense: tuple[Run, ...]
     block_table: Tensor
+    lengths: Tensor
     tokens: int
     requests: int
 
 
-def split(common: Any, min_rows: int, min_context: int, build: Callable[[Any], Any]) -> Split | None:
+def split(common: Any, wants: Wants, build: Callable[[Any], Any]) -> Split | None:
     """How the batch is told apart; None: no row is sparse.
 
     Args:
         common: vLLM's `CommonAttentionMetadata`.
-        min_rows: a sparse row has more new tokens than that.
-        min_context: and at least so many in all.
+        wants: what the layer does.
         build: makes the parent's metadata.
     """
-    if common.max_query_len <= min_rows or common.causal is not True:
+    long = wants.min_rows is not None and common.max_query_len > wants.min_rows
+    if common.causal is not True or not (long or wants.decode):
         return None
     starts = common.query_start_loc_cpu.tolist()
-    rows = sparse_rows(starts, host_lengths(common), min_rows, min_context)
-    if not rows:
+    rows = sparse_rows(starts, host_lengths(common), wants.min_rows or 0, wants.min_context) if long else []
+    decode = decode_runs(starts, common.is_prefilling) if wants.decode else []
+    if not rows and not decode:
         return None
-    runs = dense_runs(len(starts) - 1, [row.request for row in rows])
-    dense = [(starts[a], starts[b], build(part(common, starts, a, b))) for a, b in runs if starts[a] < starts[b]]
-    return Split(tuple(rows), tuple(dense), common.block_table_tensor, starts[-1], sum(map(int.__lt__, starts, starts[1:])))
+    runs = between(len(starts) - 1, sorted([(x.request, x.request + 1) for x in rows] + [(x.first, x.last) for x in decode]))
+    dense = [Run(a, b, starts[a], starts[b], build(part(common, starts, a, b))) for a, b in runs if starts[a] < starts[b]]
+    requests = sum(map(int.__lt__, starts, starts[1:]))
+    return Split(tuple(rows), tuple(decode), tuple(dense), common.block_table_tensor, common.seq_lens, starts[-1], requests)
 
 
 def sparse_rows(starts: Sequence[int], lengths: Sequence[int], min_rows: int, min_context: int) -> list[SparseRow]:
@@ -73,10 +109,23 @@ def sparse_rows(starts: Sequence[int], lengths: Sequence[int], min_rows: int, mi
     return [row for row in rows if row.end - row.begin > min_rows and row.k_len >= min_context]
 
 
-def dense_runs(rows: int, sparse: Sequence[int]) -> list[tuple[int, int]]:
-    """(first row, the one behind the last) of the runs that lie between the sparse rows."""
-    edges = [-1, *sparse, rows]
-    return [(a + 1, b) for a, b in itertools.pairwise(edges) if a + 1 < b]
+def decode_runs(starts: Sequence[int], prefilling: Tensor | None) -> list[Run]:
+    """Runs of rows with one new token that is not the prompt's; `prefilling`: bool `[rows]` on the host, or None."""
+    ends = [False] * len(starts) if prefilling is None else prefilling.tolist()
+    steps = [b - a == 1 and not ends[i] for i, (a, b) in enumerate(itertools.pairwise(starts))]
+    runs, first = [], 0
+    for one, group in itertools.groupby(steps):
+        last = first + len(list(group))
+        if one:
+            runs.append(Run(first, last, starts[first], starts[last]))
+        first = last
+    return runs
+
+
+def between(rows: int, taken: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """(first row, the one behind the last) of the runs that lie between those that are taken."""
+    ends, firsts = [0, *(last for _, last in taken)], [*(first for first, _ in taken), rows]
+    return [(a, b) for a, b in zip(ends, firsts, strict=True) if a < b]
 
 
 def host_lengths(common: Any) -> list[int]:

@@ -61,7 +61,8 @@ class Bench:
 
     def __init__(self, out: Path, model: str, smoke: bool, dummy: bool) -> None:
         self.out, self.smoke = out, smoke
-        self.lengths, self.chunks = (SMOKE_LENGTHS, SMOKE_CHUNKS) if smoke else (LENGTHS, CHUNKS)
+        self.lengths = SMOKE_LENGTHS if smoke else LENGTHS
+        self.chunks: tuple[int, ...] = SMOKE_CHUNKS if smoke else CHUNKS
         longest = self.lengths[-1] + (64 if smoke else 512)
         self.engine: dict[str, Any] = dict(model=model, max_model_len=longest, max_num_batched_tokens=self.chunks[0], seed=0)
         self.engine |= dict(skip_tokenizer_init=True, enable_prefix_caching=False, disable_log_stats=False)

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import time
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -67,7 +68,7 @@ def _forbid_waiting() -> None:
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    backend.sparse_prefill = guarded
+    mock.patch.object(backend, "sparse_prefill", guarded).start()
 
 
 def times(llm: Any, lengths: list[int], new: int, repeats: int) -> dict[str, Any]:
@@ -120,9 +121,6 @@ def _share(llm: Any, length: int) -> float:
         read.append(sum(((chosen.bits >> bit) & 1).sum() for bit in range(64)))
         return chosen
 
-    BlockSparse.select = counted
-    try:
+    with mock.patch.object(BlockSparse, "select", counted):
         _ask(llm, [length], 1)
-    finally:
-        BlockSparse.select = original
     return float(sum(int(x) for x in read)) / visible
