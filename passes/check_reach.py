@@ -92,7 +92,7 @@ def never_connected(layers: Sequence[Edges]) -> tuple[int, int] | None:
     None: every token can depend on every earlier one, given enough layers. For distances add up along a path: distance 1 needs an
     edge of length 1 at its end, and paths over single steps reach the rest.
     """
-    found = check_reach(layers, 2)
+    found = check_reach([*dict.fromkeys(layers)], 2)
     hole = found.hole()
     return None if hole is None else (hole[1], found.period)
 

@@ -43,11 +43,13 @@ def transform(
 
     Raises:
         TypeError: `model` is not a module, or `policy_or_plan` is none of the above.
-        ValueError: a rule of the plan matches no module, or names a layer by a number that several stacks of layers have.
+        ValueError: a rule of the plan matches no module, or names a layer by a number that several stacks of layers have; or the
+            policy is for denoising alone, which `generate.diffusion.diffuse` does.
         RuntimeError: the model is transformed or compiled already; `restore` it first.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"transform takes a torch.nn.Module, got {type(model).__name__}")
+    _check_phases(policy_or_plan)
     attach(model, lambda: Session(model, as_plan(policy_or_plan), compiler, inductor_options, fullgraph))
     return model
 
@@ -90,10 +92,20 @@ def explain(
 
     The model is left as it was. `explain(model, **tokenizer(text, return_tensors="pt"))` is the usual call.
     """
+    _check_phases(policy)
     session = Session(model, as_plan(policy))
     with torch.no_grad():
         session(*args, **kwargs)
     return session.report
+
+
+def _check_phases(policy: object) -> None:
+    """A policy that no call of a model would reach is an error: under it alone the default plan would run."""
+    if isinstance(policy, Policy) and policy.phases <= {"denoise_first", "denoise"}:
+        phases = " and ".join(sorted(policy.phases))
+        raise ValueError(
+            f"{policy.name} is for {phases}, phases of generate.diffusion.diffuse; a model's own calls have none of them"
+        )
 
 
 def _not_transformed(model: Any) -> str:

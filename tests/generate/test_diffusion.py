@@ -194,6 +194,15 @@ def test_a_bad_field_is_named(fields, message):
     assert from_dict(FEW.to_dict()) == FEW
 
 
+def test_a_model_is_not_transformed_by_it():
+    module = torch.nn.Linear(2, 2)
+    for use in (lambda: tsa.transform(module, FEW), lambda: tsa.explain(module, torch.zeros(2), policy=FEW)):
+        with pytest.raises(
+            ValueError, match=r"Remembered is for denoise and denoise_first, phases of generate\.diffusion\.diffuse"
+        ):
+            use()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
