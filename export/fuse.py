@@ -22,8 +22,8 @@ def fuse_selection(gm: fx.GraphModule) -> list[fx.Node]:
             express it. Or a mask hides keys whose own rows may be read: the node zeroes them. Or the heads of a group share a
             selection (`share="group"`), or attention among the kept tokens is block-sparse (`inner`).
     """
-    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.tsa.block_sparse_attention.default):
-        raise ExportError(f"{node.name}: TokenSparse.inner is an InnerBlocks; this export takes only inner=None")
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.tsa.token_block_attention.default):
+        raise ExportError(f"{node.name}: TokenSparse.inner is a BlockSparse; this export takes only inner=None")
     fused = []
     for node in list(gm.graph.find_nodes(op="call_function", target=torch.ops.tsa.sparse_attention.default)):
         call = _arguments(node)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from tsa_compile.kernels.common.view import length_of
-from tsa_compile.kernels.types import BlockLists, BlockRule, Keys, KvView, Operands, Strip, TokenRule, Tokens
+from tsa_compile.kernels.types import KeyBlockRule, Keys, KvView, Operands, Strip, TokenRule, Tokens
 
 Tensor = torch.Tensor
 MaybeTensor = Tensor | None
@@ -32,6 +32,16 @@ def sparse_attention(
 ) -> tuple[Any, ...]:  # fmt: skip
     x, kept = Operands(q, k, v, view=KvView.ordered(order, ranks)), Tokens(indices, counts, heavy_indices)
     return x, kept, scale, Strip(strip_window, strip_sinks), dense_below, engine, need_lse
+
+
+def token_block_attention(
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, heavy_indices: Tensor, order: MaybeTensor,
+    ranks: MaybeTensor, scale: float, strip_window: int, strip_sinks: int, alpha: float, pool: int, window: int, sinks: int,
+    last_dense: int, share: str, engine: str, need_lse: bool = False,
+) -> tuple[Any, ...]:  # fmt: skip
+    x, kept = Operands(q, k, v, view=KvView.ordered(order, ranks)), Tokens(indices, counts, heavy_indices)
+    rule = KeyBlockRule(alpha, pool, window, sinks, last_dense, share)
+    return x, kept, scale, Strip(strip_window, strip_sinks), rule, engine, need_lse
 
 
 def token_sparse_attention(
@@ -70,19 +80,6 @@ def bridge_attention(
     return q, k, v, blocks, block, start, lengths, key_mask, scale, width, rows, sources, offset, need_lse, k_len
 
 
-def select_blocks(q: Tensor, k: Tensor, indices: Tensor, counts: Tensor, scale: float, *rule: Any) -> tuple[Any, ...]:
-    return Operands(q, k, None), Keys(indices, counts), scale, BlockRule(*rule)
-
-
-def block_sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, heavy_indices: Tensor, blocks: Tensor, block_counts: Tensor,
-    order: MaybeTensor, ranks: MaybeTensor, scale: float, strip_window: int, strip_sinks: int, block: int, engine: str,
-    need_lse: bool = False,
-) -> tuple[Any, ...]:  # fmt: skip
-    x, kept = Operands(q, k, v, view=KvView.ordered(order, ranks)), Tokens(indices, counts, heavy_indices)
-    return x, kept, BlockLists(blocks, block_counts), scale, Strip(strip_window, strip_sinks), block, engine, need_lse
-
-
 def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Any, ...]:
     return (out, lse), (other, other_lse)
 
@@ -90,7 +87,7 @@ def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[A
 def select_key_blocks(
     q: Tensor, k: Tensor, means: Tensor, counts: Tensor, start: MaybeTensor, lengths: MaybeTensor, key_mask: MaybeTensor,
     scale: float, alpha: Sequence[float], pool: int, window: int, sinks: int, last_dense: int, share: str = "head",
-    k_len: int | None = None,
+    lookahead: bool = True, k_len: int | None = None,
 ) -> tuple[Any, ...]:  # fmt: skip
-    rule = (scale, alpha, pool, window, sinks, last_dense, share)
+    rule = (scale, alpha, pool, window, sinks, last_dense, share, lookahead)
     return q, means, counts, start, lengths, key_mask, k.shape[2] if k_len is None else k_len, *rule

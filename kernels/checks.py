@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from tsa_compile.kernels.types import BlockLists, BlockRule, Keys, Operands, Strip, TokenRule, Tokens
+from tsa_compile.kernels.types import Keys, Operands, Strip, TokenRule, Tokens
 
 Tensor = torch.Tensor
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_HEAD_DIM = 256
 MAX_SELECTED_FROM = 1 << 24  # tokens of a row: selection counts them in fields of 24 bits
-MAX_BLOCKS = 1 << 15  # of a row, whose numbers are int16
-BLOCKS = (16, 32, 64, 128)  # tokens of a block
 SHARES = ("head", "group")  # whose list of tokens it is: a query head's, or that of all heads of a KV head
 
 
@@ -110,31 +108,6 @@ def check_lists(name: str, q: Tensor, k: Tensor, indices: Tensor, counts: Tensor
         raise ValueError(f"{name}: indices {tuple(indices.shape)} and counts {tuple(counts.shape)} do not fit the keys")
 
 
-def check_block_rule(name: str, rule: BlockRule) -> None:
-    """Raise a ValueError naming operator `name` and the argument that is outside its range."""
-    block, pool, mass, sinks, local, _ = rule
-    if block not in BLOCKS:
-        raise ValueError(f"{name}: block must be one of {BLOCKS}, got {block}")
-    if pool < 1 or block % pool or block // pool > 16:
-        raise ValueError(f"{name}: pool must divide block ({block}) into at most 16 parts, got {pool}")
-    if not 0 < mass <= 1:
-        raise ValueError(f"{name}: mass must be in (0, 1], got {mass}")
-    if sinks < 0 or local < 1:
-        raise ValueError(f"{name}: sinks must be at least 0 and local at least 1, got {sinks} and {local}")
-
-
-def check_blocks(name: str, q: Tensor, k: Tensor, lists: BlockLists, block: int) -> None:
-    """Raise a ValueError naming operator `name`, unless the block lists fit `q` and `k`."""
-    blocks, block_counts = lists
-    if block not in BLOCKS:
-        raise ValueError(f"{name}: block must be one of {BLOCKS}, got {block}")
-    expected = (*q.shape[:2], -(-k.shape[2] // block))
-    if blocks.dtype != torch.int16 or tuple(blocks.shape) != (*expected, expected[2]) or blocks.device != q.device:
-        raise ValueError(f"{name}: blocks must be int16 {(*expected, expected[2])}, got {blocks.dtype} {tuple(blocks.shape)}")
-    if block_counts.dtype != torch.int32 or tuple(block_counts.shape) != expected or block_counts.device != q.device:
-        raise ValueError(f"{name}: block_counts must be int32 {expected}, got {block_counts.dtype} {tuple(block_counts.shape)}")
-
-
 # ---- one check for each operator, of what arguments.py makes of its arguments
 
 
@@ -185,27 +158,6 @@ def remember_keys(x: Operands, scale: float, queries: int, count: int) -> None:
         raise ValueError(f"{name}: a block of {x.q.shape[2]} rows is the last of the keys, of which there are {x.k.shape[2]}")
     if queries < 1 or count < 0:
         raise ValueError(f"{name}: queries must be at least 1 and count at least 0, got {queries} and {count}")
-
-
-def select_blocks(x: Operands, kept: Keys, scale: float, rule: BlockRule) -> None:
-    check_operands("tsa::select_blocks", x)
-    check_lists("tsa::select_blocks", x.q, x.k, *kept)
-    check_block_rule("tsa::select_blocks", rule)
-    if -(-x.k.shape[2] // rule.block) > MAX_BLOCKS:
-        raise ValueError(
-            f"tsa::select_blocks: block must be at least {-(-x.k.shape[2] // MAX_BLOCKS)} for {x.k.shape[2]} keys "
-            f"(a row has at most {MAX_BLOCKS} blocks), got {rule.block}"
-        )
-
-
-def block_sparse_attention(
-    x: Operands, kept: Tokens, lists: BlockLists, scale: float, strip: Strip, block: int, engine: str, need_lse: bool
-) -> None:
-    name = "tsa::block_sparse_attention"
-    check_operands(name, x)
-    check_tokens(name, x.q, x.k, kept)
-    check_blocks(name, x.q, x.k, lists, block)
-    check_engine(name, engine, ("auto", "fused", "reference"))
 
 
 def merge(part: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> None:

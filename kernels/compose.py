@@ -1,14 +1,24 @@
-"""Operators that are made of several operations: a selection is scores, then the choice."""
+"""Operators of several operations: a selection is scores, then the choice; key blocks among kept tokens are both."""
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
+from tsa_compile.kernels.attend.pages.host import key_block_attention
+from tsa_compile.kernels.attend.tokens.engines import InnerEngine
+from tsa_compile.kernels.attend.tokens.packed import packed_attention
+from tsa_compile.kernels.common.launch import check_triton
+from tsa_compile.kernels.common.padding import attend_padding
 from tsa_compile.kernels.common.ranks import order_or_unread
+from tsa_compile.kernels.compose_reference import token_block_attention_reference
+from tsa_compile.kernels.score.page_mass.host import key_block_means
 from tsa_compile.kernels.score.probes.host import probe_means, probing_queries
 from tsa_compile.kernels.score.window.host import window_scores
+from tsa_compile.kernels.select.threshold_pages.host import select_key_blocks
 from tsa_compile.kernels.select.tokens.host import select_everything, select_from_means, zeros
-from tsa_compile.kernels.types import Keys, Operands, Strip, TokenRule, Tokens
+from tsa_compile.kernels.types import Attended, KeyBlockRule, Keys, Operands, Strip, TokenRule, Tokens
 
 Tensor = torch.Tensor
 ALL_BUT_NOTHING = 1 - 2.0**-53  # the largest share below 1
@@ -90,3 +100,32 @@ def remember_keys(x: Operands, scale: float, queries: int, count: int) -> Keys:
         chosen = torch.arange(wanted, dtype=torch.int32, device=q.device).expand(batch, kv_heads, -1)
     counts = torch.full((batch,), wanted + rows, dtype=torch.int32, device=q.device)
     return Keys(torch.cat([chosen, block], 2), counts)
+
+
+def token_block_attention(
+    x: Operands, kept: Tokens, scale: float, strip: Strip, rule: KeyBlockRule, engine: str = "auto", need_lse: bool = False
+) -> Attended:
+    """`tsa::token_block_attention` on a GPU: the kept tokens of a head are packed, and attended by key blocks. docs/operators.md.
+
+    Nothing waits for the device, except engine "reference". Scratch: packed rows of some heads, up to 1 GB.
+
+    Raises:
+        ValueError: a dtype, head dim or scale that Triton does not take.
+    """
+    if engine == "reference":
+        return token_block_attention_reference(x, kept, scale, strip, rule, engine, need_lse)
+    check_triton(x.q, x.v, scale, engine)
+    blocks = InnerEngine("key blocks", lambda q, v: None, functools.partial(_attend_blocks, rule=rule), chunks=True)
+    result = packed_attention(x, kept, scale, strip, need_lse, blocks)
+    attend_padding(x, result, scale)
+    return result
+
+
+def _attend_blocks(
+    q: Tensor, k: Tensor, v: Tensor, counts: Tensor, scale: float, need_lse: bool, rule: KeyBlockRule
+) -> tuple[Tensor, Tensor | None]:
+    """`engines.Attend` by key blocks: packed rows are a sequence of `counts` tokens."""
+    means, numbers = key_block_means(k, None, counts, None)
+    bits = select_key_blocks(q, means, numbers, None, counts, None, k.shape[2], scale, [rule.alpha], *rule[1:])
+    out, lse = key_block_attention(q, k, v, bits, None, 1, None, counts, None, scale, need_lse)
+    return out, lse if need_lse else None

@@ -1,6 +1,7 @@
-"""Selections in plain PyTorch: scores, then the choice, one batch row after the other without its padding.
+"""Operators of several operations in plain PyTorch, one batch row after the other without its padding.
 
-The contract is docs/operators.md, `select_tokens` and `select_keys`; this file is its executable form and the product's CPU path.
+The contract is docs/operators.md, `select_tokens`, `select_keys` and `token_block_attention`; this file is its
+executable form and the product's CPU path.
 It synchronises with the device.
 """
 
@@ -10,12 +11,17 @@ from collections.abc import Callable
 
 import torch
 
+from tsa_compile.kernels.attend.pages.reference import key_block_attention_reference
+from tsa_compile.kernels.attend.tokens.reference import RowStrip, by_row, merge_strip
+from tsa_compile.kernels.checks import check_reference_engine
 from tsa_compile.kernels.common.coverage_reference import finite_scores, largest
 from tsa_compile.kernels.common.ranks import real_positions
+from tsa_compile.kernels.score.page_mass.reference import key_block_means_reference
 from tsa_compile.kernels.score.probes.reference import probe_scores_reference
 from tsa_compile.kernels.score.window.reference import token_scores_reference
+from tsa_compile.kernels.select.threshold_pages.reference import select_key_blocks_reference
 from tsa_compile.kernels.select.tokens.reference import everything_row, select_row
-from tsa_compile.kernels.types import Keys, Operands, TokenRule, Tokens
+from tsa_compile.kernels.types import Attended, KeyBlockRule, Keys, Operands, Strip, TokenRule, Tokens
 
 Tensor = torch.Tensor
 
@@ -63,6 +69,41 @@ def remember_keys_reference(x: Operands, scale: float, queries: int, count: int)
         lists.append(torch.cat([chosen, block], 1))
     indices = torch.stack(lists) if lists else block.new_empty(0, kv_heads, wanted + rows)
     return Keys(indices.int(), torch.full((batch,), wanted + rows, dtype=torch.int32, device=x.q.device))
+
+
+def token_block_attention_reference(
+    x: Operands, kept: Tokens, scale: float, strip: Strip, rule: KeyBlockRule, engine: str = "reference", need_lse: bool = False
+) -> Attended:
+    """`tsa::token_block_attention` for tensors on any device; it reads the counts, so it synchronises with the device."""
+    check_reference_engine("tsa::token_block_attention", engine)
+
+    def attend(b: int, q: Tensor, k: Tensor, v: Tensor, own: Tensor, strip: RowStrip) -> tuple[Tensor, Tensor]:
+        out, lse = q.new_zeros(*q.shape[:2], v.shape[-1]), q.new_full(q.shape[:2], -torch.inf)
+        if own.shape[1]:
+            _attend_blocks(q, k, v, own, scale, rule, out, lse)
+        if not strip.empty:
+            merge_strip(q, k, v, own, strip, scale, out, lse)
+        return out, lse
+
+    return by_row(x, kept, strip, scale, False, need_lse, attend)
+
+
+def _attend_blocks(
+    q: Tensor, k: Tensor, v: Tensor, own: Tensor, scale: float, rule: KeyBlockRule, out: Tensor, lse: Tensor
+) -> None:
+    """The kept tokens `[G, n]` as a sequence of n tokens, by key blocks, to their rows of out `[H, Lq, Dv]` and lse `[H, Lq]`."""
+    heads, lists, count = q.shape[0], *own.shape
+    of_list, of_head = torch.arange(lists, device=q.device)[:, None], torch.arange(heads, device=q.device)[:, None]
+    keys, values = (x[of_list * k.shape[0] // lists, own][None] for x in (k, v))
+    rows = (own - (k.shape[1] - q.shape[1])).repeat_interleave(heads // lists, 0)
+    queries = torch.where((rows >= 0)[..., None], q[of_head, rows.clamp(min=0)], 0)[None]  # before the first query: zero
+    means, numbers = key_block_means_reference(keys, None, None, None)
+    chosen = (None, None, None, count, scale, [rule.alpha], *rule[1:])
+    bits = select_key_blocks_reference(queries, means, numbers, *chosen)
+    part, part_lse = key_block_attention_reference(queries, keys, values, bits, None, 1, None, None, None, scale, True)
+    there = rows >= 0
+    at = of_head.expand_as(rows)[there], rows[there]
+    out[at], lse[at] = part[0][there], part_lse[0][there].to(lse.dtype)
 
 
 def _by_row(

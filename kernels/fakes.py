@@ -11,7 +11,7 @@ from tsa_compile.kernels.common.results import empty_result, no_lse
 from tsa_compile.kernels.common.row_blocks import key_block_count, row_block_count, word_count
 from tsa_compile.kernels.common.view import length_of
 from tsa_compile.kernels.select.top_pages.budget import list_capacity
-from tsa_compile.kernels.types import BlockRule, Keys, KvView, Operands, TokenRule
+from tsa_compile.kernels.types import KvView, Operands, TokenRule
 
 Tensor = torch.Tensor
 
@@ -43,11 +43,6 @@ def select_keys(x: Operands, *rest: Any) -> tuple[Tensor, Tensor]:
 def remember_keys(x: Operands, scale: float, queries: int, count: int) -> tuple[Tensor, Tensor]:
     rows, (kv_heads, k_len) = x.q.shape[2], x.k.shape[1:3]
     return _int32(x.q, x.q.shape[0], kv_heads, torch.sym_min(count, k_len - rows) + rows), _int32(x.q, x.q.shape[0])
-
-
-def select_blocks(x: Operands, kept: Keys, scale: float, rule: BlockRule) -> tuple[Tensor, Tensor]:
-    (batch, heads), n = x.q.shape[:2], -(-x.k.shape[2] // rule.block)
-    return x.q.new_empty(batch, heads, n, n, dtype=torch.int16), _int32(x.q, batch, heads, n)
 
 
 def merge(part: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from tsa_compile.kernels.checks import MAX_HEAD_DIM, SHARES, check_attention
+from tsa_compile.kernels.checks import MAX_HEAD_DIM, SHARES, check_attention, check_engine, check_operands, check_tokens
 from tsa_compile.kernels.common.row_blocks import ROWS, key_block_count, row_block_count, word_count
 from tsa_compile.kernels.decode_checks import check_view
-from tsa_compile.kernels.types import KvView
+from tsa_compile.kernels.types import KeyBlockRule, KvView, Operands, Strip, Tokens
 
 Tensor = torch.Tensor
 Optional = Tensor | None
@@ -37,7 +37,7 @@ def key_block_means(
 
 def select_key_blocks(
     q: Tensor, means: Tensor, counts: Tensor, start: Optional, lengths: Optional, key_mask: Optional, k_len: int, scale: float,
-    alpha: Sequence[float], pool: int, window: int, sinks: int, last_dense: int, share: str = "head",
+    alpha: Sequence[float], pool: int, window: int, sinks: int, last_dense: int, share: str = "head", lookahead: bool = True,
 ) -> None:  # fmt: skip
     name = "tsa::select_key_blocks"
     if means.dim() != 4 or not 1 <= means.shape[1] <= q.shape[1]:
@@ -54,6 +54,8 @@ def select_key_blocks(
     if q.shape[2] > k_len:
         raise ValueError(f"{name}: {q.shape[2]} queries for {k_len} keys; queries are the last positions")
     _check_padding(name, q, k_len, start, lengths, key_mask)
+    if not lookahead and last_dense:
+        raise ValueError(f"{name}: without lookahead last_dense must be 0, as it follows the end of the keys, got {last_dense}")
     check_rule(name, q.shape[1], alpha, pool, window, sinks, last_dense, share)
 
 
@@ -85,6 +87,16 @@ def key_block_attention(
         raise ValueError(f"{name}: bits must be contiguous 4-d int64 on {q.device}, got {bits.dtype} {tuple(bits.shape)}")
     if bits.shape[0] != q.shape[0] or bits.shape[1] not in (q.shape[1], k.shape[1]) or tuple(bits.shape[2:]) != shape:
         raise ValueError(f"{name}: bits must be [B, H or Hk, {shape[0]}, {shape[1]}], got {tuple(bits.shape)}")
+
+
+def token_block_attention(
+    x: Operands, kept: Tokens, scale: float, strip: Strip, rule: KeyBlockRule, engine: str, need_lse: bool
+) -> None:
+    name = "tsa::token_block_attention"
+    check_operands(name, x)
+    check_tokens(name, x.q, x.k, kept)
+    check_rule(name, x.q.shape[1], [rule.alpha], *rule[1:])
+    check_engine(name, engine, ("auto", "fused", "reference"))
 
 
 def bridge_attention(

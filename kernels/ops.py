@@ -19,6 +19,7 @@ _ORDER = "Tensor? order, Tensor? ranks"  # of tsa::key_view
 _STRIP = "int strip_window, int strip_sinks"
 _ATTENDED = "(Tensor out, Tensor lse)"
 _CACHE = "Tensor? blocks, int block, Tensor? start, Tensor? lengths, Tensor? key_mask, float scale"  # KvView, then what is read
+_BLOCK_RULE = "int pool, int window, int sinks, int last_dense"
 _VIEW = "Tensor? blocks, int block, Tensor? start, Tensor? lengths"
 _PADDING = "Tensor? start, Tensor? lengths, Tensor? key_mask"
 _K_LEN = "int? k_len=None"  # positions of a row of the batch, where blocks have room for more
@@ -88,22 +89,13 @@ OPERATORS = (
         arguments=arguments.key_attention,
     ),
     Operator(
-        f"select_blocks(Tensor q, Tensor k, {_LISTS}, float scale, int block, int pool, float mass, int sinks, int local,"
-        " int dense_below) -> (Tensor blocks, Tensor block_counts)",
-        check=checks.select_blocks,
-        fake=fakes.select_blocks,
-        reference="attend.blocks.reference:select_blocks_reference",
-        host="attend.blocks.host:select_blocks",
-        arguments=arguments.select_blocks,
-    ),
-    Operator(
-        f"block_sparse_attention(Tensor q, Tensor k, Tensor v, {_LISTS}, Tensor heavy_indices, Tensor blocks,"
-        f" Tensor block_counts, {_ORDER}, float scale, {_STRIP}, int block, str engine, bool need_lse=False) -> {_ATTENDED}",
-        check=checks.block_sparse_attention,
+        f"token_block_attention(Tensor q, Tensor k, Tensor v, {_LISTS}, Tensor heavy_indices, {_ORDER}, float scale, {_STRIP},"
+        f" float alpha, {_BLOCK_RULE}, str share, str engine, bool need_lse=False) -> {_ATTENDED}",
+        check=key_block_checks.token_block_attention,
         fake=fakes.attention,
-        reference="attend.blocks.reference:block_sparse_attention_reference",
-        host="attend.blocks.host:block_sparse_attention",
-        arguments=arguments.block_sparse_attention,
+        reference="compose_reference:token_block_attention_reference",
+        host="compose:token_block_attention",
+        arguments=arguments.token_block_attention,
     ),
     Operator(
         f"merge(Tensor out, Tensor lse, Tensor other, Tensor other_lse) -> {_ATTENDED}",
@@ -175,7 +167,7 @@ OPERATORS = (
     ),
     Operator(
         f"select_key_blocks(Tensor q, Tensor k, Tensor means, Tensor counts, {_PADDING}, float scale, float[] alpha,"
-        f" int pool, int window, int sinks, int last_dense, *, str share='head', {_K_LEN}) -> Tensor",
+        f" {_BLOCK_RULE}, *, str share='head', bool lookahead=True, {_K_LEN}) -> Tensor",
         check=key_block_checks.select_key_blocks,
         fake=fakes.select_key_blocks,
         reference="select.threshold_pages.reference:select_key_blocks_reference",

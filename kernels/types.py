@@ -111,18 +111,6 @@ class Pages(NamedTuple):
     counts: T
 
 
-class BlockLists(NamedTuple):
-    """Key blocks that each block of kept queries reads (blocks of slots, places in a kept list).
-
-    Args:
-        blocks: int16 `[B, H, N, N]`, ascending, -1 behind the last; `N = ceil(Lk / block)`.
-        counts: int32 `[B, H, N]`, how many these are; 0 for a block without queries.
-    """
-
-    blocks: T
-    counts: T
-
-
 class PageBitmap(NamedTuple):
     """Kept key blocks of each block of query rows (prefill).
 
@@ -164,26 +152,6 @@ class Strip(NamedTuple):
         return self.window > 0 or self.sinks > 0 or heavy_indices.shape[-1] > 0
 
 
-class BlockRule(NamedTuple):
-    """How blocks of kept tokens are chosen (arXiv 2502.20766); the numbers of `tsa::select_blocks`, in its order.
-
-    Args:
-        block: tokens of a block.
-        pool: tokens whose mean stands for them in the scores; divides `block`.
-        mass: share of a row block's estimated mass that its key blocks hold, in (0, 1].
-        sinks: first blocks, always kept.
-        local: last blocks up to the own, always kept.
-        dense_below: rows that keep up to so many tokens read all blocks.
-    """
-
-    block: int
-    pool: int
-    mass: float
-    sinks: int
-    local: int
-    dense_below: int
-
-
 class TokenRule(NamedTuple):
     """How tokens are selected (arXiv 2602.03216, section 3); the numbers of `tsa::select_tokens`, in its order.
 
@@ -200,6 +168,26 @@ class TokenRule(NamedTuple):
     pool: int
     min_tokens: int
     heavy: int = 0
+
+
+class KeyBlockRule(NamedTuple):
+    """Which key blocks a block of query rows reads (after arXiv 2603.06199); numbers of `tsa::select_key_blocks`, in its order.
+
+    Args:
+        alpha: share of the heaviest block's mass that a block must reach, in [0, 1).
+        pool: query rows whose mean is scored.
+        window: own and preceding tokens that every row reads.
+        sinks: first tokens, always read.
+        last_dense: last rows, which read everything.
+        share: "head", or "group": the heads of a KV head read what any of them keeps.
+    """
+
+    alpha: float
+    pool: int
+    window: int
+    sinks: int
+    last_dense: int
+    share: str = "head"
 
 
 class Attended(NamedTuple):

@@ -46,6 +46,21 @@ def test_later_tokens_do_not_reach_back_beyond_their_row_block():
     assert not torch.equal(one[:, 300:], two[:, 300:])
 
 
+def test_without_lookahead_no_row_depends_on_a_later_token():
+    """Wherever the change begins, and wherever the prompt ends."""
+    ids = token_ids(400)
+    policy = dataclasses.replace(SPARSE, lookahead=False)
+    whole = logits(policy, ids, torch.ones_like(ids))
+    dense = logits(None, ids, torch.ones_like(ids))
+    assert not torch.allclose(whole[:, 256:], dense[:, 256:], atol=1e-4)
+    for first in (1, 130, 256, 301, 399):
+        changed = ids.clone()
+        changed[:, first:] = (changed[:, first:] + 7) % 100
+        assert torch.equal(logits(policy, changed, torch.ones_like(ids))[:, :first], whole[:, :first])
+    shorter = ids[:, :301]
+    torch.testing.assert_close(logits(policy, shorter, torch.ones_like(shorter)), whole[:, :301], rtol=1e-5, atol=1e-5)
+
+
 def test_plans_carry_it():
     for policy in (SPARSE, tsa.BlockSparse(alpha=[0.1, 0.2]), tsa.BlockSparse(share="group")):
         assert from_dict(policy.to_dict()) == policy
@@ -80,6 +95,8 @@ def test_a_group_reads_what_any_of_its_heads_keeps():
         (dict(pool=48), r"BlockSparse\.pool must divide 128, got 48"),
         (dict(pool=0), r"BlockSparse\.pool must be an int >= 1 and <= 128, got 0"),
         (dict(window=0), r"BlockSparse\.window must be an int >= 1, got 0"),
+        (dict(lookahead=1), r"BlockSparse\.lookahead must be a bool, got 1"),
+        (dict(lookahead=False), r"BlockSparse\.last_dense must be 0 without lookahead, got 128"),
         (dict(share="all"), r"BlockSparse\.share must be one of .* got 'all'"),
     ],
 )

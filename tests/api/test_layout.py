@@ -122,15 +122,13 @@ OPERATIONS = ("attend", "select", "score", "state")
 def test_operations_of_kernels_never_import_one_another(operation):
     """An implementation, a folder such as attend/tokens, sees common, types and checks. What joins them is in compose.py."""
     allowed = ("common", "types", "checks")
-    # attend/blocks is replaced soon; the loop that attend/pages shares with attend/tokens is to go to common.
-    exceptions = {("attend/blocks", "attend.tokens"), ("attend/pages", "attend.tokens")}
     for path in sorted((ROOT / "kernels" / operation).rglob("*.py")):
         own = path.parent.relative_to(ROOT / "kernels").as_posix()
         for module, _ in imports(path):
             if module.startswith("tsa_compile."):
                 part = module.removeprefix("tsa_compile.kernels.")
                 fine = part.split(".")[0] in allowed or part.startswith(own.replace("/", "."))
-                assert fine or any(own == a and part.startswith(b) for a, b in exceptions), f"{path} imports {module}"
+                assert fine, f"{path} imports {module}"
 
 
 def run(code: str, *args: str) -> str:

@@ -50,7 +50,7 @@ class LastTokens(Policy):
         return emit(torch.ops.tsa.test_last_tokens.default, x.q, x.k, x.v, x.key_mask, site.scale, self.width)
 
 
-@pytest.mark.parametrize("compiler", ["eager", "inductor"])
+@pytest.mark.parametrize("compiler", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_it_runs_in_a_model(compiler):
     torch._dynamo.reset()
     model, ids = tiny_llama(), token_ids(40)

@@ -12,11 +12,11 @@ from tests.api.tiny import SPARSE, Attention, Layers, token_ids
 from tsa_compile.kernels.types import ALL_KEYS, Edges, Operands
 from tsa_compile.passes.site import AttentionSite, MaskFacts
 from tsa_compile.policies.base import call, edges_of
-from tsa_compile.policies.inner_blocks import InnerBlocks
 
 PAPER = tsa.TokenSparse.paper(coverage=0.9, window=8, min_tokens=8)
 NARROW = dataclasses.replace(PAPER, completion=tsa.Completion(12, 2, 4))
-BLOCKS = dataclasses.replace(PAPER, coverage=0.0, inner=InnerBlocks(0.1, block=16, sinks=0, local=2))
+INNER = tsa.BlockSparse(alpha=0.999, pool=32, window=10, sinks=0, last_dense=0)
+BLOCKS = dataclasses.replace(PAPER, coverage=0.0, inner=INNER)
 
 
 def site(length: int = 400, rows: int | None = None, kind: str = "prefill", causal: bool = True) -> AttentionSite:
@@ -46,12 +46,12 @@ def as_mask(edges: Edges, rows: int, length: int) -> torch.Tensor:
     [
         (PAPER, None, "prefill"),
         (NARROW, None, "prefill"),
-        (dataclasses.replace(NARROW, inner=InnerBlocks(0.1, block=16, sinks=0, local=2)), None, "prefill"),
-        (dataclasses.replace(NARROW, inner=InnerBlocks(0.1, block=16, sinks=0, local=1)), None, "prefill"),
+        (dataclasses.replace(NARROW, inner=INNER), None, "prefill"),
+        (dataclasses.replace(NARROW, inner=dataclasses.replace(INNER, alpha=0.0)), None, "prefill"),
         (BLOCKS, None, "prefill"),
         (dataclasses.replace(PAPER, coverage=0.0), None, "prefill"),
         (dataclasses.replace(PAPER, min_tokens=395), None, "prefill"),
-        (tsa.BlockSparse(alpha=0.999, pool=32, window=10, sinks=0, last_dense=0), None, "prefill"),
+        (INNER, None, "prefill"),
         (tsa.BlockSparse(alpha=0), None, "prefill"),
         (tsa.PageSparse(pages=3, sinks=0, recent=2), 1, "decode"),
         (tsa.PageSparse(keep=1.0), 1, "decode"),
@@ -71,7 +71,7 @@ def test_what_is_guaranteed_is_read(policy, rows, kind):
 
 def test_a_window_that_is_guaranteed_is_no_narrower_than_it_must_be():
     """One key further is not read by some row: selections do not happen to read everything."""
-    for policy in (NARROW, BLOCKS, tsa.BlockSparse(alpha=0.999, pool=32, window=10, sinks=0, last_dense=0)):
+    for policy in (NARROW, BLOCKS, INNER):
         at = site()
         edges, read = edges_of(policy, at), read_by_all_heads(policy, at)
         further = Edges(edges.period, tuple(tuple((a, b + 1) for a, b in run) for run in edges.spans))

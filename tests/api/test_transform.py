@@ -106,6 +106,7 @@ def test_ten_lengths_take_two_graphs(model):
     assert all(s.replaced for s in tsa.report(model).sites)
 
 
+@pytest.mark.slow
 def test_many_kinds_of_calls_stay_sparse(model):
     """More graphs than Dynamo's usual limit of 8."""
     tsa.transform(model, SPARSE)

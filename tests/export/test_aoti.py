@@ -8,7 +8,6 @@ from torch import nn
 import tsa_compile as tsa
 from tsa_compile import export
 from tsa_compile.export.trace import trace
-from tsa_compile.policies.inner_blocks import InnerBlocks
 
 PAPER = tsa.TokenSparse.paper(coverage=0.3, window=16, min_tokens=32)
 SHAPES = ({0: torch.export.Dim("batch", max=8), 1: torch.export.Dim("length", max=4096)},)
@@ -41,7 +40,7 @@ POLICIES = {  # module -> its policy: options that one exported node does not ex
     "0": PAPER,
     "1": tsa.TokenSparse(**NUMBERS, completion=tsa.Completion(24, 4, 20)),
     "2": tsa.TokenSparse(**NUMBERS, share="group"),
-    "3": tsa.TokenSparse(**NUMBERS, inner=InnerBlocks(block=16, pool=4, mass=0.5)),
+    "3": tsa.TokenSparse(**NUMBERS, inner=tsa.BlockSparse(alpha=0.5, window=1)),
     "4": tsa.ProbeSparse(coverage=0.3, min_keys=32),
 }
 
@@ -53,7 +52,7 @@ def test_a_package_of_every_policy_equals_eager_at_other_sizes(tmp_path):
     loaded = export.load_aoti(path)
     program = export.program(model, example, policy=plan, dynamic_shapes=SHAPES)
     called = {node.target.name() for node in program.graph.nodes if "tsa" in str(node.target)}
-    assert {"tsa::sparse_attention", "tsa::block_sparse_attention", "tsa::key_attention"} <= called
+    assert {"tsa::sparse_attention", "tsa::token_block_attention", "tsa::key_attention"} <= called
     for batch, length in [(2, 100), (3, 300), (2, 20)]:
         x = 3 * torch.randn(batch, length, 64)
         with torch.no_grad():

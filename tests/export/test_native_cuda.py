@@ -242,6 +242,7 @@ def test_forms_are_read_from_a_model(site, tmp_path):
     assert native.forms_of(tmp_path / "m.onnx") == [Form("fp16", 64, 128, 16, True, True, 4)]
 
 
+@pytest.mark.slow
 def test_machine_code_for_hopper_and_ptx_in_a_library_that_loads_without_a_gpu(site, tmp_path):
     """The kernels for Hopper replace the portable ones; without a driver the CPU kernel still works."""
     form = Form.of(torch.float16, 64, 64, 16, masked=False, strip=True, group=2)

@@ -7,7 +7,6 @@ import tsa_compile as tsa
 from tests.export.test_aoti import Block
 from tsa_compile.export.common import ExportError
 from tsa_compile.export.trace import trace
-from tsa_compile.policies.inner_blocks import InnerBlocks
 
 SETTINGS = {"coverage": 0.3, "window": 16, "min_tokens": 32}
 
@@ -16,7 +15,7 @@ SETTINGS = {"coverage": 0.3, "window": 16, "min_tokens": 32}
     ("policy", "message"),
     [
         (tsa.TokenSparse(**SETTINGS, share="group"), r"sparse_attention\w*: TokenSparse\.share is 'group'"),
-        (tsa.TokenSparse(**SETTINGS, inner=InnerBlocks()), r"block_sparse_attention\w*: TokenSparse\.inner is an InnerBlocks"),
+        (tsa.TokenSparse(**SETTINGS, inner=tsa.BlockSparse()), r"token_block_attention\w*: TokenSparse\.inner is a BlockSparse"),
     ],
     ids=["share", "inner"],
 )

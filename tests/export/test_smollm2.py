@@ -40,6 +40,7 @@ def smollm2():
         pytest.skip(str(error))
 
 
+@pytest.mark.slow
 def test_four_layers_at_unseen_lengths_and_batches(smollm2, tmp_path):
     model = smollm2[0]
     kept, model.model.layers = model.model.layers, model.model.layers[:4]

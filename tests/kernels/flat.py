@@ -11,15 +11,13 @@ from typing import Any
 import torch
 
 from tsa_compile.kernels import compose, compose_reference, ops  # noqa: F401 - registers torch.ops.tsa
-from tsa_compile.kernels.attend.blocks import host as blocks_host
-from tsa_compile.kernels.attend.blocks import reference as blocks_reference
 from tsa_compile.kernels.attend.keys import host as keys_host
 from tsa_compile.kernels.attend.keys import reference as keys_reference
 from tsa_compile.kernels.attend.tokens import host as tokens_host
 from tsa_compile.kernels.attend.tokens import packed
 from tsa_compile.kernels.attend.tokens import reference as tokens_reference
 from tsa_compile.kernels.common.padding import attend_padding
-from tsa_compile.kernels.types import BlockLists, BlockRule, Keys, KvView, Operands, Strip, TokenRule, Tokens
+from tsa_compile.kernels.types import KeyBlockRule, Keys, KvView, Operands, Strip, TokenRule, Tokens
 
 Tensor = torch.Tensor
 
@@ -41,10 +39,6 @@ def _select_keys(f, q, k, mask, scale, coverage, probes, min_keys):
     return f(operands(q, k, None, mask), scale, coverage, probes, min_keys)
 
 
-def _select_blocks(f, q, k, indices, counts, scale, *rule):
-    return f(operands(q, k), Keys(indices, counts), scale, BlockRule(*rule))
-
-
 def _sparse(f, q, k, v, indices, counts, heavy, mask, scale, window, sinks, dense_below, engine="auto", **rest):
     kept = Tokens(indices, counts, heavy)
     return f(operands(q, k, v, mask), kept, scale, Strip(window, sinks), dense_below, engine, **rest)
@@ -61,9 +55,9 @@ def _keys(f, q, k, v, indices, counts, scale, **rest):
     return f(operands(q, k, v), Keys(indices, counts), scale, **rest)
 
 
-def _blocks(f, q, k, v, indices, counts, heavy, blocks, block_counts, mask, scale, window, sinks, block, engine="auto", **rest):
-    kept, lists = Tokens(indices, counts, heavy), BlockLists(blocks, block_counts)
-    return f(operands(q, k, v, mask), kept, lists, scale, Strip(window, sinks), block, engine, **rest)
+def _blocks(f, q, k, v, indices, counts, heavy, mask, scale, window, sinks, rule, engine="auto", **rest):
+    kept = Tokens(indices, counts, heavy)
+    return f(operands(q, k, v, mask), kept, scale, Strip(window, sinks), KeyBlockRule(*rule), engine, **rest)
 
 
 def _out(flat, f):
@@ -83,12 +77,10 @@ select_tokens = functools.partial(_select_tokens, compose.select_tokens)
 select_tokens_reference = functools.partial(_select_tokens, compose_reference.select_tokens_reference)
 select_keys = functools.partial(_select_keys, compose.select_keys)
 select_keys_reference = functools.partial(_select_keys, compose_reference.select_keys_reference)
-select_blocks = functools.partial(_select_blocks, blocks_host.select_blocks)
-select_blocks_reference = functools.partial(_select_blocks, blocks_reference.select_blocks_reference)
 sparse_attention = _out(_sparse, tokens_host.sparse_attention)
 sparse_attention_reference = _out(_sparse, tokens_reference.sparse_attention_reference)
 packed_attention = _out(_packed, packed.packed_attention)
 key_attention = _out(_keys, keys_host.key_attention)
 key_attention_reference = _out(_keys, keys_reference.key_attention_reference)
-block_sparse_attention = _out(_blocks, blocks_host.block_sparse_attention)
-block_sparse_attention_reference = _out(_blocks, blocks_reference.block_sparse_attention_reference)
+token_block_attention = _out(_blocks, compose.token_block_attention)
+token_block_attention_reference = _out(_blocks, compose_reference.token_block_attention_reference)

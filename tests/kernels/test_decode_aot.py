@@ -79,7 +79,7 @@ print("compiled")
 """
 
 
-@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
+@pytest.mark.parametrize("capability", [86, *(pytest.param(c, marks=pytest.mark.slow) for c in (80, 89, 90, 100, 120))])
 def test_compiles_ahead_of_time(capability, tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(

@@ -10,11 +10,12 @@ from tsa_compile.kernels import checks
 from tsa_compile.kernels.common import tiles
 from tsa_compile.kernels.common.launch import tiles_in_yz
 from tsa_compile.kernels.common.ranks import rank_order
-from tsa_compile.kernels.types import Keys, Operands, TokenRule
+from tsa_compile.kernels.types import Operands, TokenRule
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NUMBERS = (0.3, 0.2, 8, 3, 16, 4)  # scale, coverage, window, pool, min_tokens, heavy
+BLOCKS = (0.2, 32, 40, 4, 20, "head")  # alpha, pool, window, sinks, last_dense, share
 
 
 def qkv(batch=1, heads=4, kv_heads=2, length=70, dim=16):
@@ -55,20 +56,6 @@ def test_probes_that_are_not_finite(value):
     assert torch.equal(want.indices, got.indices)
 
 
-@pytest.mark.parametrize("value", [torch.inf, torch.nan])
-def test_blocks_of_a_mass_that_is_not_finite_are_not_kept_by_mass(value):
-    q, k, _ = qkv(length=128)
-    k[0, 0, 40, 0] = value
-    indices = torch.arange(128, dtype=torch.int32, device=DEVICE).expand(1, 4, -1).contiguous()
-    counts = torch.tensor([128], dtype=torch.int32, device=DEVICE)
-    forms = (flat.select_blocks_reference, flat.select_blocks)
-    want, got = (f(q, k, indices, counts, 0.3, 16, 4, 0.7, 1, 1, 0) for f in forms)
-    assert torch.equal(want.counts, got.counts)
-    assert torch.equal(want.blocks, got.blocks)
-    assert want.counts[0, 0, 7] == 2  # the first and the own
-    assert (want.counts[0, :, 0] == 1).all()
-
-
 # ---- empty
 
 
@@ -85,8 +72,7 @@ def test_an_empty_batch_is_an_empty_result():
         keys = flat.select_keys(q, k, m, 0.3, 0.2, 8, 8)
         assert flat.key_attention(q, k, v, *keys, 0.3).shape == q.shape
         assert torch.ops.tsa.token_sparse_attention(q, k, v, m, *NUMBERS[:5], 8, 2, 4, "auto").shape == q.shape
-    lists = flat.select_blocks(q, k, *kept[:2], 0.3, 16, 4, 0.8, 1, 1, 0)
-    assert flat.block_sparse_attention(q, k, v, *kept, *lists, None, 0.3, 8, 2, 16, "fused").shape == q.shape
+    assert flat.token_block_attention(q, k, v, *kept, None, 0.3, 8, 2, BLOCKS, "fused").shape == q.shape
 
 
 # ---- large
@@ -108,10 +94,10 @@ def test_grids_are_long_in_x_alone(monkeypatch):
     kept = flat.select_tokens(q, k, mask, 0.3, 0.2, 8, 3, 16, 4)
     flat.sparse_attention(q, k, k, *kept, mask, 0.3, 8, 2, 0, "fused")
     flat.key_attention(q, k, k, *flat.select_keys(q, k, None, 0.3, 0.2, 8, 8), 0.3)
-    lists = flat.select_blocks(q, k, *kept[:2], 0.3, 16, 4, 0.8, 1, 1, 0)
-    flat.block_sparse_attention(q, k, k, *kept, *lists, None, 0.3, 8, 2, 16, "fused")
+    flat.token_block_attention(q, k, k, *kept, None, 0.3, 8, 2, BLOCKS, "fused")
     expected = {"order_kernel", "pool_kernel", "count_kernel", "select_kernel", "sparse_prefill_kernel", "invert_kernel"}
-    expected |= {"strip_kernel", "pack_keys_kernel", "key_attention_kernel", "pool_rows_kernel", "block_mass_kernel"}
+    expected |= {"strip_kernel", "pack_keys_kernel", "key_attention_kernel", "pack_kernel"}
+    expected |= {"key_block_means_kernel", "select_key_blocks_kernel", "key_block_attention_kernel"}
     assert expected <= set(grids)
     assert all(y <= 65535 and z <= 65535 for _, y, z in grids.values()), grids
 
@@ -133,11 +119,6 @@ def test_rows_beyond_what_the_kernels_count_are_refused():
         checks.select_tokens(x(1 << 24), 0.3, TokenRule(0.1, 8, 3, 16), "head")
     with pytest.raises(ValueError, match="a row must have fewer than 16777216 keys"):
         checks.select_keys(x(1 << 24), 0.3, 0.1, 8, 8)
-    rule = flat.BlockRule(16, 4, 0.8, 1, 1, 0)
-    length = (1 << 19) + 1
-    kept = Keys(torch.empty(1, 1, length, dtype=torch.int32, device="meta"), torch.empty(1, dtype=torch.int32, device="meta"))
-    with pytest.raises(ValueError, match=r"block must be at least 17 for 524289 keys .*got 16"):
-        checks.select_blocks(x(length), kept, 0.3, rule)
 
 
 # ---- GPUs

@@ -76,21 +76,6 @@ def test_of_key_attention(form):
     assert (out[1] == 0).all()
 
 
-@pytest.mark.parametrize("form", ["reference", "triton"])
-@pytest.mark.parametrize("strip", [(0, 0, 0), (16, 4, 8)], ids=["paper", "strip"])
-def test_of_block_sparse_attention(form, strip):
-    """With all blocks it is that of the kept tokens."""
-    pytest.importorskip("triton")
-    args = cases.make_case(lengths=[90, 41], k_len=90, q_len=90, heavy=strip[2], dtype=torch.float32)
-    args = [None if x is None else x.to(DEVICE) for x in args]
-    lists = flat.select_blocks_reference(*args[:2], *args[3:5], 0.3, 16, 4, 1.0, 0, 1, 0)
-    attend = flat.with_lse(flat.block_sparse_attention if form == "triton" else flat.block_sparse_attention_reference)
-    out, lse = attend(*args[:6], *lists, args[6], 0.3, *strip[:2], 16, "fused" if form == "triton" else "reference")
-    want = flat.with_lse(flat.sparse_attention_reference)(*args, 0.3, *strip[:2], 0)
-    torch.testing.assert_close(lse, want.lse, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(out, want.out, rtol=1e-4, atol=1e-5)
-
-
 def test_nobody_pays_who_does_not_ask():
     args = cases.make_case(**SHAPES["plain"], dtype=torch.float32)
     out, lse = torch.ops.tsa.sparse_attention(*args[:6], None, None, 0.3, 0, 0, 0, "auto")

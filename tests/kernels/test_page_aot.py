@@ -76,6 +76,7 @@ print("compiled")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("capability", "keys"), [(80, "order"), (90, "order"), (90, "blocks")])
 def test_compiles_ahead_of_time(capability, keys, tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}

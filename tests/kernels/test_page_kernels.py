@@ -98,6 +98,18 @@ def test_alpha_by_head_zero_and_group():
         )
 
 
+@pytest.mark.parametrize("shape", ["plain", "both, a chunk"])
+def test_choice_without_lookahead(shape):
+    case = moved(make_case(**SHAPES[shape]), torch.float32, DEVICE)
+    means = page_mass.key_block_means(case.k, *case.padding)
+    rule = (case.k.shape[2], case.scale, [0.6], 32, 20, 3, 0, "head", False)
+    got = threshold.select_key_blocks(case.q, *means, *case.padding, *rule)
+    want = select_key_blocks_reference(case.q, *means, *case.padding, *rule)
+    ahead = select_key_blocks_reference(case.q, *means, *case.padding, *rule[:-1])
+    assert torch.equal(got, want)
+    assert not torch.equal(want, ahead)
+
+
 def test_scores_that_are_not_finite_keep_the_forced_blocks_alone():
     case = moved(make_case(q_len=500, k_len=500, heads=2, kv_heads=2), torch.float32, DEVICE)
     case.k[:, 1] = torch.nan

@@ -15,11 +15,10 @@ import torch
 from tsa_compile.export.native.aot import compile_triton
 from tsa_compile.export.native.aot_form import Form, parameters
 from tsa_compile.export.native.aot_kernels import kernels_of
-from tsa_compile.kernels.attend.blocks import device as blocks
-from tsa_compile.kernels.attend.blocks.host import mass_columns
 from tsa_compile.kernels.attend.keys.device import key_attention_kernel
 from tsa_compile.kernels.attend.keys.host import key_config
-from tsa_compile.kernels.common.tiles import precision, prefill_config
+from tsa_compile.kernels.common.padding_device import padding_kernel
+from tsa_compile.kernels.common.tiles import precision, strip_config
 from tsa_compile.kernels.score.probes import device as probes
 from tsa_compile.kernels.score.probes.host import probe_config
 
@@ -44,12 +43,9 @@ def others(dtype, dim, cap):
     d, m, n, warps, stages = probe_config(dim, dtype, 128, cap)
     for f in (probes.probe_lse_kernel, probes.probe_mean_kernel):
         yield f.__name__, f, dict(same, BLOCK_M=m, BLOCK_N=n, PADDED=True), warps, stages
-    c = prefill_config(dim, dtype, cap)
-    m, n = min(c.block_m, 128), min(c.block_n, 128)
-    tile = dict(BLOCK=128, BLOCK_M=m, BLOCK_N=n, STRIP=True)
-    yield "blocks", blocks.block_prefill_kernel, dict(attend, **tile), 4 if m < 128 else c.num_warps, c.num_stages
-    tile = dict(POOL=8, PER=16, COLS=mass_columns(dim, dtype, cap))
-    yield "masses", blocks.block_mass_kernel, dict(same, **tile), 4, 2
+    c = strip_config(dim, dtype, cap)
+    tile = dict(BLOCK_M=c.block_m, BLOCK_N=c.block_n, lse=None)
+    yield "padding", padding_kernel, dict(attend, **tile), c.num_warps, c.num_stages
 
 capability, dtype, dim, only = tuple(map(int, sys.argv[1].split("."))), getattr(torch, sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 found = {}
@@ -73,7 +69,8 @@ def fits(tmp_path, capability, dtype, dim, only=""):
     assert done.stdout.strip() == "fits", done.stdout + done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("kernel", ["prefill", "strip"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", ["prefill", "strip", "padding"])
 def test_float32_with_head_dim_128_where_shared_memory_is_small(kernel, tmp_path):
     fits(tmp_path, "8.6", "float32", 128, kernel)
 

@@ -136,7 +136,12 @@ def test_the_verifier_catches(how, message):
         by_dynamo(attention, *operands(), pad, policy=Broken(how))
 
 
-def test_sites_with_the_same_mask_share_its_view():
+@pytest.mark.parametrize(
+    ("policy", "view", "users"),
+    [(KEEP_ALL, torch.ops.tsa.key_view, [2, 2]), (tsa.BlockSparse(alpha=0.0), torch.ops.tsa.padding_range, [2, 2])],
+    ids=["tokens", "blocks"],
+)
+def test_sites_with_the_same_mask_share_its_view(policy, view, users):
     def two(q, k, v, pad, other):
         x = attention(q, k, v, pad)
         y = attention(x, k, v, pad)
@@ -147,15 +152,15 @@ def test_sites_with_the_same_mask_share_its_view():
     args = (*operands(), pad, other)
 
     def keep(gm, inputs):
-        pipeline.run_pipeline(gm, lambda site: KEEP_ALL)
+        pipeline.run_pipeline(gm, lambda site: policy)
         graphs.append(gm)
         return gm.forward
 
     with torch.no_grad():
         got = torch.compile(two, backend=keep)(*args)
         want = two(*args)
-    views = graphs[0].graph.find_nodes(op="call_function", target=torch.ops.tsa.key_view.default)
+    views = graphs[0].graph.find_nodes(op="call_function", target=view.default)
     assert len(views) == 2
-    assert [len(list(views[0].users)), len(list(views[1].users))] == [2, 2]
+    assert [len(list(views[0].users)), len(list(views[1].users))] == users
     real = (pad & other)[:, None, :, None]
     torch.testing.assert_close(got * real, want.nan_to_num() * real, rtol=1e-5, atol=1e-5)

@@ -35,6 +35,8 @@ class BlockSparse(Policy):
         window: own and preceding tokens that every row reads, in tokens.
         sinks: first tokens, whose blocks every row reads.
         last_dense: last rows, whose blocks read every key.
+        lookahead: whether a row block's own rows choose its keys. False: the rows of the block before it do, so that no row
+            depends on a later token (`last_dense` must be 0); the first row block of a chunk then reads every key.
         share: "head": each query head reads blocks of its own; "group": the heads of a KV head read what any of them keeps.
 
     Raises:
@@ -49,6 +51,7 @@ class BlockSparse(Policy):
     sinks: int = 4
     last_dense: int = 128
     share: str = "head"
+    lookahead: bool = True
 
     def __post_init__(self) -> None:
         if isinstance(self.alpha, list):
@@ -62,6 +65,10 @@ class BlockSparse(Policy):
         check_int(self, "window", 1)
         check_int(self, "sinks", 0)
         check_int(self, "last_dense", 0)
+        if not isinstance(self.lookahead, bool):
+            raise ValueError(f"BlockSparse.lookahead must be a bool, got {self.lookahead!r}")
+        if not self.lookahead and self.last_dense:
+            raise ValueError(f"BlockSparse.last_dense must be 0 without lookahead, got {self.last_dense}")
         if self.share not in SHARES:
             raise ValueError(f"BlockSparse.share must be one of {SHARES}, got {self.share!r}")
 
@@ -72,8 +79,12 @@ class BlockSparse(Policy):
 
     def guaranteed(self, site: AttentionSite) -> Edges:
         """The key blocks that the window before a row block touches, and from there up to the row itself."""
-        before = -(-(self.window - 1) // KEYS) * KEYS
-        return Edges.every() if self.alpha == 0 else Edges.bridges(ROWS, ROWS, before)
+        return Edges.every() if self.alpha == 0 else Edges.bridges(ROWS, ROWS, self.before)
+
+    @property
+    def before(self) -> int:
+        """Tokens before a row block, in whole key blocks, that all of its rows read."""
+        return -(-(self.window - 1) // KEYS) * KEYS
 
     def select(self, emit: Emit, site: AttentionSite, state: Any) -> PageBitmap:
         x, real = site.operands, padding(emit, site)
@@ -82,7 +93,9 @@ class BlockSparse(Policy):
         alphas = [float(a) for a in (self.alpha if isinstance(self.alpha, tuple) else (self.alpha,))]
         rule = (site.scale, alphas, self.pool, self.window, self.sinks, self.last_dense)
         choose = torch.ops.tsa.select_key_blocks.default
-        return PageBitmap(emit(choose, x.q, x.k, means, counts, *real, *rule, share=self.share, **length))
+        return PageBitmap(
+            emit(choose, x.q, x.k, means, counts, *real, *rule, share=self.share, lookahead=self.lookahead, **length)
+        )
 
     def attend(self, emit: Emit, site: AttentionSite, selection: Selection | None) -> Any:
         assert isinstance(selection, PageBitmap)

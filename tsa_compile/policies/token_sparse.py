@@ -16,7 +16,7 @@ from tsa_compile.kernels.checks import SHARES
 from tsa_compile.kernels.types import ALL_KEYS, Edges, Selection, Strip, TokenRule, Tokens
 from tsa_compile.passes.site import VERIFY_ROWS, AttentionSite
 from tsa_compile.policies.base import Emit, Policy, build, check_int, check_share
-from tsa_compile.policies.inner_blocks import InnerBlocks
+from tsa_compile.policies.block_sparse import BlockSparse
 
 ENGINES = ("auto", "fused", "packed", "reference")
 
@@ -56,7 +56,8 @@ class TokenSparse(Policy):
             lists at most `min_tokens` heaviest tokens.
         share: "head": each query head keeps tokens of its own, as in the paper; "group": the query heads of a KV head keep the
             same ones, by the sum of their scores.
-        inner: attention among the kept tokens: None for all of them, or `InnerBlocks`.
+        inner: attention among the kept tokens: None for all of them; or a `BlockSparse`, whose blocks, window, sinks and last
+            rows are then counted in kept tokens, so that token and block sparsity multiply.
         min_queries: up to so many query rows over a cache are left to the model. 2 to 16 are always: speculative decoding checks
             tokens by them.
         engine: who computes the attention: "auto", "fused" (Triton), "packed" (vendor library) or "reference".
@@ -71,7 +72,7 @@ class TokenSparse(Policy):
     min_tokens: int = 1024
     completion: Completion | None = Completion()
     share: str = "head"
-    inner: InnerBlocks | None = None
+    inner: BlockSparse | None = None
     engine: str = "auto"
     min_queries: int = 128
     by_rows: ClassVar[bool] = True
@@ -94,8 +95,12 @@ class TokenSparse(Policy):
     def _check_inner(self) -> None:
         if self.inner is None:
             return
-        if not isinstance(self.inner, InnerBlocks):
-            raise ValueError(f"TokenSparse.inner must be an InnerBlocks or None, got {self.inner!r}")
+        if not isinstance(self.inner, BlockSparse):
+            raise ValueError(f"TokenSparse.inner must be a BlockSparse or None, got {self.inner!r}")
+        if isinstance(self.inner.alpha, tuple):
+            raise ValueError(f"TokenSparse.inner takes one alpha for all heads, got {self.inner.alpha!r}")
+        if not self.inner.lookahead:
+            raise ValueError("TokenSparse.inner must look ahead: its tokens are chosen by the last queries of all")
         if self.engine == "packed":
             raise ValueError("TokenSparse.engine 'packed' runs dense attention among the kept tokens; with inner use 'auto'")
 
@@ -123,21 +128,20 @@ class TokenSparse(Policy):
         if isinstance(fields.get("completion"), dict):
             fields["completion"] = build(Completion, fields["completion"])
         if isinstance(fields.get("inner"), dict):
-            fields["inner"] = build(InnerBlocks, fields["inner"])
+            fields["inner"] = build(BlockSparse, fields["inner"])
         return super()._from_fields(fields)
 
     def refuse(self, site: AttentionSite) -> str | None:
         return None
 
     def guaranteed(self, site: AttentionSite) -> Edges:
-        """The window of the strip; with blocks of kept tokens, as much of it as lies in the last blocks that a kept row reads."""
-        if isinstance(site.k_len, int) and site.k_len <= self._dense_below:
-            return Edges.every()
-        blocks = self.inner if self.inner is not None and self.inner.mass < 1 else None
-        local = ALL_KEYS if blocks is None else (blocks.local - 1) * blocks.block + 1
-        if self.coverage == 0:
-            return Edges.window(local)
-        return Edges.none() if self.completion is None else Edges.window(min(local, self.completion.window))
+        """The window of the strip; with blocks of kept tokens, as much of it as each kept row reads among these."""
+        if self.coverage == 0 or (isinstance(site.k_len, int) and site.k_len <= self._dense_below):
+            return Edges.every() if self.inner is None else self.inner.guaranteed(site)
+        if self.completion is None:
+            return Edges.none()
+        local = ALL_KEYS if self.inner is None or self.inner.alpha == 0 else self.inner.before + 1
+        return Edges.window(min(local, self.completion.window))
 
     @property
     def _dense_below(self) -> int:
@@ -165,9 +169,9 @@ class TokenSparse(Policy):
         numbers = (site.scale, *self._strip, self._dense_below, self.engine)
         return emit(torch.ops.tsa.sparse_attention.default, x.q, x.k, x.v, *selection, *x.view.order, *numbers)[0]
 
-    def _attend_blocks(self, emit: Emit, site: AttentionSite, kept: Tokens, inner: InnerBlocks) -> Any:
+    def _attend_blocks(self, emit: Emit, site: AttentionSite, kept: Tokens, inner: BlockSparse) -> Any:
         x, i = site.operands, inner
-        rule = (i.block, i.pool, float(i.mass), i.sinks, i.local, self._dense_below)
-        blocks = emit(torch.ops.tsa.select_blocks.default, x.q, x.k, kept.indices, kept.counts, site.scale, *rule)
-        numbers = (site.scale, *self._strip, i.block, self.engine)
-        return emit(torch.ops.tsa.block_sparse_attention.default, x.q, x.k, x.v, *kept, *blocks, *x.view.order, *numbers)[0]
+        assert not isinstance(i.alpha, tuple)
+        rule = (float(i.alpha), i.pool, i.window, i.sinks, i.last_dense, i.share)
+        numbers = (site.scale, *self._strip, *rule, self.engine)
+        return emit(torch.ops.tsa.token_block_attention.default, x.q, x.k, x.v, *kept, *x.view.order, *numbers)[0]

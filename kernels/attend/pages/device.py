@@ -7,8 +7,9 @@ not be started ahead. The list is read by the same program only, behind a barrie
 import triton
 import triton.language as tl
 
-from tsa_compile.kernels.attend.tokens.device import load_columns, load_rows, softmax_step, store_rows
 from tsa_compile.kernels.common.range_device import valid_keys, valid_range
+from tsa_compile.kernels.common.rows_device import load_columns, load_rows, store_rows
+from tsa_compile.kernels.common.softmax_device import softmax_step
 from tsa_compile.kernels.common.view_device import place_of_rows
 
 LENGTHS = (

@@ -10,9 +10,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from tsa_compile.kernels.attend.pages.hopper_info_device import read_info
-from tsa_compile.kernels.attend.tokens.hopper_attend_device import SCORES, row_maximum
-from tsa_compile.kernels.attend.tokens.hopper_ring_device import BLOCK, SUM_LIMIT, WARPS, advance
 from tsa_compile.kernels.common.gather_device import row_layout, row_pointers
+from tsa_compile.kernels.common.hopper_device import BLOCK, SCORES, SUM_LIMIT, WARPS, advance, row_maximum
 from tsa_compile.kernels.common.lanes_device import HALF, by_lane, sum_in_lane
 
 SHIFT = gl.constexpr(4.0)  # binary digits that float16 weights lie below 1

@@ -12,7 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from tsa_compile.kernels.attend.pages.hopper_attend_device import attend_tiles
 from tsa_compile.kernels.attend.pages.hopper_load_device import load_tiles
-from tsa_compile.kernels.attend.tokens.hopper_ring_device import BLOCK
+from tsa_compile.kernels.common.hopper_device import BLOCK
 
 LENGTHS = ("m_sb", "table_sb", "block", "heads", "kv_heads", "lists", "q_len", "k_len", "row_blocks", "words", "total", "section")
 LOAD_REGISTERS = gl.constexpr(48)

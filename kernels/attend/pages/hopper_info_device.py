@@ -4,7 +4,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from tsa_compile.kernels.attend.tokens.hopper_ring_device import WARPS
+from tsa_compile.kernels.common.hopper_device import WARPS
 
 
 @gluon.constexpr_function

@@ -9,9 +9,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from tsa_compile.kernels.attend.pages.hopper_info_device import announce
-from tsa_compile.kernels.attend.tokens.hopper_load_device import load_block
-from tsa_compile.kernels.attend.tokens.hopper_ring_device import BLOCK, advance
 from tsa_compile.kernels.common.gather_device import barrier
+from tsa_compile.kernels.common.hopper_device import BLOCK, advance, load_block
 
 KEYS = gl.constexpr(64)  # of a key block
 LANES = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))

@@ -27,15 +27,19 @@ def chunks(kv_heads: int, step: int, *tensors: Tensor) -> Iterator[tuple[Tensor,
 
 
 def pack(x: Tensor, packed_heads: int, indices: Tensor, counts: Tensor) -> Tensor:
-    """Kept rows of x [B, heads, Lk, D] by lists [B, G, Lk] -> [B, packed_heads, Lk, D], counts[b] rows used."""
+    """Kept rows of x [B, heads, L, D] by lists [B, G, Lk] -> [B, packed_heads, Lk, D], counts[b] rows used.
+
+    x holds the last L of the Lk positions; a kept row before them is zero.
+    """
     import triton
 
     from tsa_compile.kernels.attend.tokens.pack_device import pack_kernel
 
-    batch, heads, k_len, dim = x.shape
+    (batch, heads, length, dim), k_len = x.shape, indices.shape[2]
+    skipped = k_len - length
     packed = x.new_empty(batch, packed_heads, k_len, dim)
     pack_kernel[(batch * packed_heads, *tiles_in_yz(triton.cdiv(k_len, 64)))](
-        x, packed, indices, counts, *x.stride(), *indices.stride()[:2], heads, packed_heads, indices.shape[1], k_len,
+        x, packed, indices, counts, *x.stride(), *indices.stride()[:2], heads, packed_heads, indices.shape[1], k_len, skipped,
         D=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK=64, TAIL=TAIL,
     )  # fmt: skip
     return packed

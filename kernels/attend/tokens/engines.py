@@ -28,6 +28,7 @@ class InnerEngine(NamedTuple):
     name: str
     missing: Callable[[Tensor, Tensor], str | None]  # (q, v) -> why it cannot run, or None
     attend: Attend
+    chunks: bool = False  # does it run `Lq < Lk`? Rows of kept tokens without a query are zero then
 
 
 def flash4_missing(q: Tensor, v: Tensor) -> str | None:

@@ -10,17 +10,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from tsa_compile.kernels.attend.tokens.hopper_ring_device import BLOCK, SUM_LIMIT, WARPS, advance, read_info
+from tsa_compile.kernels.attend.tokens.hopper_ring_device import read_info
 from tsa_compile.kernels.common.gather_device import row_layout, row_pointers
+from tsa_compile.kernels.common.hopper_device import BLOCK, SCORES, SUM_LIMIT, WARPS, advance, row_maximum
 from tsa_compile.kernels.common.lanes_device import HALF, by_lane, sum_in_lane
-
-SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
-
-
-@gluon.jit
-def row_maximum(scores):
-    """By pairs first, which shortens the chain of maxima that wait for each other."""
-    return gl.convert_layout(gl.max(gl.max(gl.max(by_lane(scores), 3), 1), 1), gl.SliceLayout(1, SCORES))
 
 
 @gluon.jit

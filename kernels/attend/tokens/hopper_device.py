@@ -12,7 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from tsa_compile.kernels.attend.tokens.hopper_attend_device import attend_tiles
 from tsa_compile.kernels.attend.tokens.hopper_load_device import load_tiles
-from tsa_compile.kernels.attend.tokens.hopper_ring_device import BLOCK, WARPS
+from tsa_compile.kernels.common.hopper_device import BLOCK, WARPS
 
 LENGTHS = ("heads", "kv_heads", "lists", "q_len", "k_len", "total", "tiles", "section", "i_sb", "i_sg", "queued")
 LOAD_REGISTERS = gl.constexpr(40)

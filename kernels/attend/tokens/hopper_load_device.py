@@ -6,12 +6,11 @@ Gathered rows come by cp.async, 16 bytes a thread, and packed ones by the tensor
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier
 
-from tsa_compile.kernels.attend.tokens.hopper_ring_device import BLOCK, WARPS, advance, announce
+from tsa_compile.kernels.attend.tokens.hopper_ring_device import announce
 from tsa_compile.kernels.common.gather_device import gather_rows, row_layout, row_pointers
-
-load_block = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # renamed in Triton 3.9
+from tsa_compile.kernels.common.hopper_device import BLOCK, WARPS, advance, load_block
 
 
 @gluon.jit

@@ -1,21 +1,10 @@
-"""What both sides of the Hopper prefill share: sizes, the ring's turns, and what is told of a tile. In Gluon."""
+"""What one side of the Hopper prefill tells the other of a tile. In Gluon."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-WARPS = gl.constexpr(4)  # of each of the three parts
-BLOCK = gl.constexpr(128)  # queries of a tile, keys of a block
-#: What a row's sum of exponentials must stay below (hopper_attend_device.py): far enough from the end of float32 for any values.
-SUM_LIMIT = gl.constexpr(2.0**80)
 INFO = gl.constexpr(gl.BlockedLayout([4], [32], [4], [0]))
-
-
-@gluon.jit
-def advance(stage, parity, STAGES: gl.constexpr):
-    """The ring's next stage, and the parity of its barriers there."""
-    last = stage == STAGES - 1
-    return gl.where(last, 0, stage + 1), gl.where(last, parity ^ 1, parity)
 
 
 @gluon.jit

@@ -17,14 +17,15 @@ def invert_kernel(indices, counts, slots, i_sb, i_sg, s_sb, s_sg, lists, BLOCK: 
     tl.store(slots + b * s_sb + g * s_sg + at, c, mask=ok)
 
 
-@triton.jit(do_not_specialize=["capacity", "i_sb", "i_sg", "heads", "packed_heads", "lists"])
+@triton.jit(do_not_specialize=["capacity", "skipped", "i_sb", "i_sg", "heads", "packed_heads", "lists"])
 def pack_kernel(
-    x, packed, indices, counts, x_sb, x_sh, x_sl, x_sd, i_sb, i_sg, heads, packed_heads, lists, capacity,
+    x, packed, indices, counts, x_sb, x_sh, x_sl, x_sd, i_sb, i_sg, heads, packed_heads, lists, capacity, skipped,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """Kept rows of x [B, heads, capacity, D] to packed [B, packed_heads, capacity, D]; both heads and lists divide packed_heads.
+    """Kept rows of x [B, heads, L, D] to packed [B, packed_heads, capacity, D]; both heads and lists divide packed_heads.
 
-    TAIL rows after the last are zeroed: an engine that reads whole key tiles must find finite numbers there.
+    x holds the last L of the capacity's positions, from `skipped` on; a kept row before them is zero. TAIL rows after the last
+    are zeroed: an engine that reads whole key tiles must find finite numbers there.
     Programs of neighbouring heads run side by side, as their rows of one token are neighbours in memory.
     """
     b, h = (tl.program_id(0) // packed_heads).to(tl.int64), (tl.program_id(0) % packed_heads).to(tl.int64)
@@ -34,10 +35,10 @@ def pack_kernel(
         return
     slots = first + tl.arange(0, BLOCK)
     kept = indices + b * i_sb + h * lists // packed_heads * i_sg
-    at = tl.load(kept + slots, mask=slots < n, other=0).to(tl.int64)
+    at = tl.load(kept + slots, mask=slots < n, other=0).to(tl.int64) - skipped
     x += b * x_sb + h * heads // packed_heads * x_sh
     to = packed + (b * packed_heads + h) * capacity * D
-    copy_rows(x, to, at, x_sl, x_sd, slots, slots < n, slots < capacity, D, BLOCK_D)
+    copy_rows(x, to, at, x_sl, x_sd, slots, (slots < n) & (at >= 0), slots < capacity, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["q_len", "s_sb", "s_sg", "heads", "lists"])

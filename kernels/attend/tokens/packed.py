@@ -30,7 +30,7 @@ def packed_attention(
     q, k, v = x.q, x.k, x.v
     q_len, (kv_heads, k_len), lists = q.shape[2], k.shape[1:3], kept.indices.shape[1]
     own = inner is None and hopper.takes(q, k, v)
-    if not own and q_len != k_len:
+    if not own and q_len != k_len and not (inner is not None and inner.chunks):
         raise ValueError(f"engine 'packed' needs as many queries as keys, not {q_len} and {k_len}; use 'fused'")
     inner = None if own else inner or find_inner(q, v)
     has_strip = strip.reads(kept.heavy_indices)
@@ -52,8 +52,9 @@ def packed_attention(
         if has_strip:
             part_lse = add_strip(part_x, out_c, part, slots_c, heavy_c, strip, scale, need_lse)
         elif inner is not None:
-            scatter(part.out, out_c, slots_c)
-            part_lse = lse_by_row(part.lse, slots_c) if need_lse else None
+            of_rows = slots_c[..., k_len - q_len :]
+            scatter(part.out, out_c, of_rows)
+            part_lse = lse_by_row(part.lse, of_rows) if need_lse else None
         if need_lse and part_lse is not None:
             lse_c.copy_(part_lse)
         del part, part_lse  # before the next chunk allocates
@@ -61,7 +62,7 @@ def packed_attention(
 
 
 def lse_by_row(lse: Tensor, slots: Tensor) -> Tensor:
-    """Log-sum-exps `[B, H, Lk]` by slot -> by row; -inf where slots `[B, G, Lk]` is -1."""
+    """Log-sum-exps `[B, H, Lk]` by slot -> by row; -inf where slots `[B, G, Lq]` is -1."""
     slots = slots.repeat_interleave(lse.shape[1] // slots.shape[1], 1).long()
     return torch.where(slots >= 0, lse.gather(2, slots.clamp(min=0)), -torch.inf)
 

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from tsa_compile.kernels.common.grid_device import tile_and_row
 from tsa_compile.kernels.common.range_device import valid_keys
 from tsa_compile.kernels.common.view_device import place_of_rows
 
@@ -16,8 +17,9 @@ def key_block_means_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, START: tl.constexpr, LENGTH: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     """One key block of one head, to means [B, Hk, key blocks, D]; the first head's programs store counts [B, key blocks]."""
-    head = tl.program_id(1).to(tl.int64)
-    b, h, block = head // kv_heads, head % kv_heads, tl.program_id(0)
+    block, head = tile_and_row(key_blocks)
+    head = head.to(tl.int64)
+    b, h = head // kv_heads, head % kv_heads
     at, d = block * KEYS + tl.arange(0, KEYS), tl.arange(0, BLOCK_D)
     ok = valid_keys(at, starts, lengths, key_mask, b, k_len, m_sb, START, LENGTH, MASK)
     if blocks is None:

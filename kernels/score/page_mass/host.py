@@ -31,7 +31,7 @@ def key_block_means(
     if means.numel() == 0:
         return means, counts.zero_()
     view = (k if x is None else x for x in (start, lengths, key_mask))
-    key_block_means_kernel[(key_blocks, batch * kv_heads)](
+    key_block_means_kernel[(key_blocks * batch * kv_heads,)](
         k, means, counts, *view, blocks, *k.stride(), 0 if key_mask is None else key_mask.stride(0), kv_heads, k_len, key_blocks,
         0 if blocks is None else blocks.stride(0), block, max(1, rows // block),
         D=dim, BLOCK_D=triton.next_power_of_2(dim), KEYS=KEYS,

@@ -8,6 +8,7 @@ heaviest block, the bits.
 import triton
 import triton.language as tl
 
+from tsa_compile.kernels.common.grid_device import tile_and_row
 from tsa_compile.kernels.common.range_device import valid_keys, valid_range
 
 LENGTHS = (
@@ -21,6 +22,7 @@ LENGTHS = (
     "window",
     "sinks",
     "last_dense",
+    "behind",
     "m_sb",
 )
 ROWS = tl.constexpr(128)  # as in common/row_blocks.py
@@ -109,25 +111,28 @@ def forced_blocks(c, counts, key_blocks, begin, own, first, end, window, sinks, 
 @triton.jit(do_not_specialize=LENGTHS)
 def select_key_blocks_kernel(
     q, means, counts, bits, starts, lengths, key_mask, alphas, q_sb, q_sh, q_sl, q_sd, m_sb,
-    heads, kv_heads, q_len, k_len, row_blocks, key_blocks, words, scale_log2, alpha_log2, window, sinks, last_dense,
+    heads, kv_heads, q_len, k_len, row_blocks, key_blocks, words, scale_log2, alpha_log2, window, sinks, last_dense, behind,
     D: tl.constexpr, BLOCK_D: tl.constexpr, POOL: tl.constexpr, PER: tl.constexpr, ROW_BLOCKS: tl.constexpr, START: tl.constexpr,
     LENGTH: tl.constexpr, MASK: tl.constexpr, BY_HEAD: tl.constexpr, POOLING: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """ROW_BLOCKS row blocks of one head, to bits [B, H, row blocks, words]. BY_HEAD: alphas [H] in place of alpha_log2.
 
+    behind: how many rows before its own a row block's scoring rows begin. If any, the call's first row block reads everything.
+
     PER: score rows of a row block. POOLING, PRECISION: how queries are summed, and how float32 means are multiplied.
     """
-    head = tl.program_id(1).to(tl.int64)
+    tile, head = tile_and_row(tl.cdiv(row_blocks, ROW_BLOCKS))
+    head = head.to(tl.int64)
     b, h = head // heads, head % heads
     first, end = valid_range(starts, lengths, b, k_len, START, LENGTH)
     skipped = k_len - q_len
-    block0 = tl.program_id(0) * ROW_BLOCKS
+    block0 = tile * ROW_BLOCKS
     first_position = (skipped // ROWS + block0) * ROWS
     last_own = tl.maximum(end - 1, 0) // ROWS * ROWS
 
     own_m = tl.minimum(first_position + tl.arange(0, ROW_BLOCKS * PER) // PER * ROWS, last_own)
     mean_q, weight = pool_queries(
-        q + b * q_sb + h * q_sh, q_sl, q_sd, first_position, skipped, starts, lengths, key_mask, b, k_len, m_sb,
+        q + b * q_sb + h * q_sh, q_sl, q_sd, first_position - behind, skipped, starts, lengths, key_mask, b, k_len, m_sb,
         D, BLOCK_D, POOL, PER, ROW_BLOCKS, START, LENGTH, MASK, POOLING,
     )  # fmt: skip
     mean_q *= (scale_log2 / tl.maximum(weight, 1.0))[:, None]
@@ -158,7 +163,7 @@ def select_key_blocks_kernel(
     for step in tl.range(0, words):
         c = tl.arange(0, WORD) + step * WORD
         visible, forced = forced_blocks(c, counts, key_blocks, begin, own, first, end, window, sinks, last_dense)
-        kept = forced
+        kept = forced | ((behind > 0) & (block == 0))[:, None]
         if step < steps:
             scores = page_scores(mean_q, means, counts, step * WORD, n_scored, own_m, D, BLOCK_D, PRECISION)
             kept |= block_mass(scores, shift, ROW_BLOCKS, PER) >= least[:, None]

@@ -30,6 +30,7 @@ def select_key_blocks(
     sinks: int,
     last_dense: int,
     share: str = "head",
+    lookahead: bool = True,
 ) -> Tensor:
     """`tsa::select_key_blocks` by Triton: int64 `[B, H or Hk, row blocks, words]`. Nothing waits for the device."""
     import triton
@@ -42,11 +43,11 @@ def select_key_blocks(
     together, warps = tile(pool)
     by_head = len(set(alpha)) > 1
     if bits.numel() > 0:
-        select_key_blocks_kernel[(triton.cdiv(row_blocks, together), batch * heads)](
+        select_key_blocks_kernel[(triton.cdiv(row_blocks, together) * batch * heads,)](
             q, means, counts, bits, *(q if x is None else x for x in (start, lengths, key_mask)),
             logs_on(tuple(alpha), q.device) if by_head else q, *q.stride(), 0 if key_mask is None else key_mask.stride(0),
             heads, kv_heads, q_len, k_len, row_blocks, means.shape[2], words, scale * LOG2_E, log2(alpha[0]),
-            window, sinks, last_dense,
+            window, sinks, last_dense, 0 if lookahead else ROWS,
             D=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)), POOL=pool, PER=ROWS // pool, ROW_BLOCKS=together,
             START=start is not None, LENGTH=lengths is not None, MASK=key_mask is not None,
             BY_HEAD=by_head,

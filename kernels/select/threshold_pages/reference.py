@@ -32,12 +32,15 @@ def select_key_blocks_reference(
     sinks: int,
     last_dense: int,
     share: str = "head",
+    lookahead: bool = True,
 ) -> Tensor:
     """`tsa::select_key_blocks`: int64 `[B, H or Hk, row blocks, words]`. Shapes and meaning: docs/operators.md."""
     heads, kv_heads = q.shape[1], means.shape[1]
     first, end = valid_range(q.shape[0], k_len, start, lengths, q.device)
     visible, forced = forced_blocks(q.shape[2], k_len, first, end, counts, window, sinks, last_dense)
-    masses = block_masses(q, means, counts, first, end, key_mask, k_len, scale, pool)
+    masses = block_masses(q, means, counts, first, end, key_mask, k_len, scale, pool, lookahead)
+    if not lookahead:  # the first row block has no rows before it that could choose
+        forced[:, :1] = True
     eligible = (visible & ~forced)[:, None]
     largest = torch.where(eligible, masses, 0).amax(-1, keepdim=True)
     alphas = torch.tensor(list(alpha), dtype=masses.dtype, device=q.device).view(1, -1, 1, 1)
@@ -58,13 +61,17 @@ def block_masses(
     k_len: int,
     scale: float,
     pool: int,
+    lookahead: bool = True,
 ) -> Tensor:
     """Estimated mass of each key block for each row block, `[B, H, row blocks, key blocks]`.
 
     Each `pool` query rows give one score row, a softmax over the key blocks wholly before the row block; a row block's mass is
-    the mean over its rows. A score that is not finite counts as no mass.
+    the mean over its rows, or without `lookahead` over those of the row block before it. A score that is not finite counts as no
+    mass.
     """
     mean_q, rows = pooled_queries(q.to(means.dtype), valid_keys(k_len, first, end, key_mask), pool)
+    if not lookahead:
+        mean_q, rows = F.pad(mean_q, (0, 0, 0, 0, 1, 0))[:, :, :-1], F.pad(rows, (0, 0, 1, 0))[:, :-1]
     keys = means.repeat_interleave(q.shape[1] // means.shape[1], 1)
     scores = scale * torch.einsum("bhrud,bhcd->bhruc", mean_q, keys)
     own = own_keys(q.shape[2], k_len, end)[1]
