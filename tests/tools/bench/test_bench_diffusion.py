@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tsa_compile.tools.bench import diffusion
-from tsa_compile.tools.bench.diffusion import CASES, DiffusionCase, DiffusionRow
+from tsa_compile.tools.bench.diffusion_cases import CASES, DiffusionCase, DiffusionRow, told
 from tsa_compile.tools.diffusion.model import BlockLM
 
 SMALL = DiffusionCase(2, 96, 8, 16, 4, heads=4, kv_heads=2, dim=16, layers=3, dense_layers=1, mlp=32, vocabulary=50)
@@ -33,7 +33,7 @@ def test_every_form_runs_and_is_right(monkeypatch):
     assert phases == ["denoise_first"] * 3 + ["denoise"]
     assert row.error < 1e-5
     assert row.held == pytest.approx(1)
-    assert any("model, ms a call" in line for line in diffusion.told(row))
+    assert any("model, ms a call" in line for line in told(row))
     assert diffusion.bench_diffusion(SMALL, None, device="cpu").model == {}
 
 

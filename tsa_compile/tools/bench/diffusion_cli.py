@@ -17,7 +17,7 @@ def bench_diffusion(
     """Denoising steps over a prefix of 16K to 128K, dense and with remembered keys; each result is checked before it is timed."""
     import torch
 
-    from tsa_compile.tools.bench import diffusion, output, timing
+    from tsa_compile.tools.bench import diffusion, diffusion_cases, output, timing
     from tsa_compile.tools.diffusion.model import BlockLM
 
     if not torch.cuda.is_available():
@@ -26,12 +26,12 @@ def bench_diffusion(
     model = None
     if not attention:
         with torch.device("cuda"):
-            model = BlockLM(diffusion.CASES[0].sizes).bfloat16().eval()
-    rows = list[diffusion.DiffusionRow]()
-    for case in diffusion.CASES:
+            model = BlockLM(diffusion_cases.CASES[0].sizes).bfloat16().eval()
+    rows = list[diffusion_cases.DiffusionRow]()
+    for case in diffusion_cases.CASES:
         if only is not None and not any(part.strip() in case.name for part in only.split(",")):
             continue
         rows.append(diffusion.bench_diffusion(case, model, repeats))
-        console.print("\n".join(diffusion.told(rows[-1])), markup=False, highlight=False)
+        console.print("\n".join(diffusion_cases.told(rows[-1])), markup=False, highlight=False)
         if json:  # after each, so that a cut run leaves what it has
             output.write_json(json, rows, environment=versions, ceilings=gpu)
