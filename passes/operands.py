@@ -30,7 +30,7 @@ def operands_of(graph: fx.Graph, at: GraphSite) -> Operands:
     if used is not None:
         k, v = (graph.call_function(aten.slice.Tensor, (x, 2, 0, used)) for x in (k, v))
     key_mask = _key_mask(graph, at, used)
-    return Operands(q, k, v, key_mask, _view(graph, key_mask))
+    return Operands(q, k, v, key_mask, _view(graph, key_mask), at.mask.data)
 
 
 def _operand(graph: fx.Graph, dtype: torch.dtype, x: fx.Node, layout: str) -> fx.Node:

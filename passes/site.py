@@ -12,7 +12,7 @@ from tsa_compile.kernels.types import Operands
 Size: TypeAlias = int | torch.SymInt
 
 PHASES = ("prefill", "decode", "verify", "draft", "denoise_first", "denoise")
-MASKS = ("causal", "sliding window", "bidirectional")
+MASKS = ("causal", "sliding window", "bidirectional", "data")
 VERIFY_ROWS = 16  # so many query rows after keys of their own past check tokens that were proposed: speculative decoding
 NOT_EMITTED = Operands(None, None, None)  # in a graph, while policies are asked whether they take a site
 
@@ -25,15 +25,19 @@ class MaskFacts:
         causal: only keys up to the query's own position, the queries being the last `Lq` of the `K` keys: `j <= i + K - Lq`.
         window: with `causal`, only the last `window` of these keys, the own position included.
         padded: some keys may be hidden from all queries and heads of a batch row alike: `Operands.key_mask` says which.
+        unproven: nothing was proven, for this reason; a policy for masks of kind "data" may take `Operands.mask` for it.
     """
 
     causal: bool = False
     window: int | None = None
     padded: bool = False
+    unproven: str | None = None
 
     @property
     def kind(self) -> str:
-        """One of `MASKS`; a key mask may come with each."""
+        """One of `MASKS`; a key mask may come with each but "data"."""
+        if self.unproven is not None:
+            return "data"
         if not self.causal:
             return "bidirectional"
         return "causal" if self.window is None else "sliding window"

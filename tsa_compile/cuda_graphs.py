@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from tsa_compile.cache.pinned import PinnableRows
 from tsa_compile.cache.storage import Storage
 
-MAX_KINDS = 4  # of calls that are recorded over one storage; more are run as they are
+MAX_KINDS = 24  # of calls that are recorded over one storage, such as numbers of rows; more are run as they are
 _CACHE = object()  # stands for the cache in what is kept of a result
 _CONSTANTS = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
@@ -39,9 +39,9 @@ class CudaReplay(Again):
 
     def __init__(self, call: Callable[[], Any], cache: Any) -> None:
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):  # other threads may go on
             result = call()
-        self._result = pytree.tree_map(lambda x: _CACHE if x is cache else x, result)
+        self._result = pytree.tree_map(lambda x: _CACHE if x is cache else x, result, is_leaf=lambda x: x is cache)
 
     def __call__(self, call: Callable[[], Any], cache: Any) -> Any:
         self._graph.replay()

@@ -18,6 +18,8 @@ from tsa_compile.cache.kv_state import KvState
 from tsa_compile.cache.pinned import PinnableRows
 from tsa_compile.cache.storage import Pool
 from tsa_compile.cuda_graphs import Recording, Recordings
+from tsa_compile.passes.site import VERIFY_ROWS
+from tsa_compile.policies.dense import Dense
 
 if TYPE_CHECKING:
     from tsa_compile.backend import Backend
@@ -32,7 +34,7 @@ _SILENT = ("the call has no transformers cache", "gradients are enabled")  # not
 
 
 class Steps:
-    """What is done around each call of a session whose plan has a policy for decode steps.
+    """What is done around each call of a session whose plan has a policy for decode steps. Verify steps count as such.
 
     Args:
         backend: the session's.
@@ -46,7 +48,7 @@ class Steps:
         self._backend = backend
         self._model_state = model_state
         self._recordings = Recordings()
-        self._last: Callable[[], Any] = lambda: None  # the cache of the last step
+        self._known: weakref.WeakSet[Any] = weakref.WeakSet()  # caches of the requests for which the model was looked over
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
         self._told: set[str] = set()
@@ -64,17 +66,18 @@ class Steps:
         kinds = states_of(plan)
         prepared = prepare(args, kwargs, self.pool, lambda layer: kinds)
         self._tell(prepared)
-        if not is_decode_step(kwargs) and not (args and _is_one_row(args[0])):
+        rows = _rows(_tokens(kwargs) if not args else args[0])
+        if rows != 1 and not (1 < rows <= VERIFY_ROWS and _verifies(plan) and _has_rows(prepared)):
             return call(*args, **kwargs)
         why = self._not_fixed(prepared, args, kwargs)
         if why is not None:
             self._count(why)
             return call(*args, **kwargs)
         layers = [layer for layer in prepared.cache.layers if isinstance(layer, PinnableRows)]
-        with pinned(layers, {**self._named(args), **kwargs}) as given:
-            result = self._step(call, given, prepared.cache)
+        with pinned(layers, {**self._named(args), **kwargs}, rows) as given:
+            result = self._step(call, given, prepared.cache, rows)
         for layer in layers:
-            layer.advance(1)
+            layer.advance(rows)
         return result
 
     def _named(self, args: Sequence[Any]) -> dict[str, Any]:
@@ -83,9 +86,11 @@ class Steps:
         assert model is not None
         return {next(iter(inspect.signature(model.forward).parameters)): args[0]} if args else {}
 
-    def _step(self, call: Callable[..., Any], kwargs: Mapping[str, Any], cache: Any) -> Any:
+    def _step(self, call: Callable[..., Any], kwargs: Mapping[str, Any], cache: Any, rows: int) -> Any:
         """One step on fixed buffers: a replay, or the call, after which the next one may be recorded."""
         recording = self._recording(kwargs, cache)
+        for tensor in (kwargs if recording is None else recording.inputs).values():
+            _fix_rows(tensor, rows)
         if recording is None:
             self._count(FIXED)
             return call(**kwargs)
@@ -117,8 +122,8 @@ class Steps:
             return None
         if cache.layers[0].settled().keys.device.type not in self.recorded_on:
             return None
-        if self._last() is not cache:
-            self._last = weakref.ref(cache)
+        if cache not in self._known:
+            self._known.add(cache)
             assert self._backend.model is not None
             self._model_state.look(self._backend.model)
         if self._model_state.is_hooked():
@@ -162,10 +167,10 @@ class Steps:
 
 
 @contextlib.contextmanager
-def pinned(layers: Sequence[PinnableRows], kwargs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Inside, one new row of each batch row goes where the layers' place says; yields the call's arguments, of fixed sizes."""
+def pinned(layers: Sequence[PinnableRows], kwargs: Mapping[str, Any], new: int) -> Iterator[dict[str, Any]]:
+    """Inside, `new` rows of each batch row go where the layers' place says; yields the call's arguments, of fixed sizes."""
     mask = kwargs.get("attention_mask")
-    place = make_place(layers, mask)
+    place = make_place(layers, mask, new)
     place.move(layers[0].length, layers[0].lengths, mask)
     try:
         for layer in layers:
@@ -176,10 +181,10 @@ def pinned(layers: Sequence[PinnableRows], kwargs: Mapping[str, Any]) -> Iterato
             layer.unpin()
 
 
-def make_place(layers: Sequence[PinnableRows], mask: torch.Tensor | None) -> Place:
-    """The place of the layers' storage, once there is room in it for one more row, and for the mask."""
+def make_place(layers: Sequence[PinnableRows], mask: torch.Tensor | None, new: int) -> Place:
+    """The place of the layers' storage, once there is room in it for `new` more rows, and for the mask."""
     first = layers[0]
-    rows = max(1, 0 if mask is None else mask.shape[1] - first.length)
+    rows = max(new, 0 if mask is None else mask.shape[1] - first.length)
     if not first.has_room(rows):
         for layer in layers:
             layer.grow(rows)
@@ -197,8 +202,31 @@ def states_of(plan: Plan) -> tuple[KvState, ...]:
 
 def is_decode_step(kwargs: Mapping[str, Any]) -> bool:
     """Is it a call with one token, by the names that transformers has for them?"""
-    return _is_one_row(next((kwargs[name] for name in _TOKENS if kwargs.get(name) is not None), None))
+    return _rows(_tokens(kwargs)) == 1
 
 
-def _is_one_row(tokens: Any) -> bool:
-    return isinstance(tokens, torch.Tensor) and tokens.dim() >= 2 and tokens.shape[1] == 1
+def _tokens(kwargs: Mapping[str, Any]) -> Any:
+    return next((kwargs[name] for name in _TOKENS if kwargs.get(name) is not None), None)
+
+
+def _rows(tokens: Any) -> int:
+    """Tokens of each batch row; 0: unknown."""
+    return tokens.shape[1] if isinstance(tokens, torch.Tensor) and tokens.dim() >= 2 else 0
+
+
+def _fix_rows(tensor: Any, rows: int) -> None:
+    """A graph for just so many tokens: policies take a fixed number of query rows."""
+    if isinstance(tensor, torch.Tensor) and rows > 1:
+        for dim in range(1, tensor.dim()):
+            if tensor.shape[dim] == rows:
+                torch._dynamo.mark_static(tensor, dim)
+
+
+def _has_rows(prepared: Prepared) -> bool:
+    return any(prepared.cache.layers[n].count() for n in prepared.ours)
+
+
+def _verifies(plan: Plan) -> bool:
+    """Does the plan name a policy for verify steps?"""
+    named = [plan.verify, *(rule.policy for rule in plan.rules if rule.phase == "verify")]
+    return any(policy is not None and not isinstance(policy, Dense) for policy in named)

@@ -12,6 +12,7 @@ from tsa_compile.passes.facts.mutation import writes_to
 from tsa_compile.passes.facts.names import Unreadable, module_path, op_name, tensor
 from tsa_compile.passes.find.flex import match_flex
 from tsa_compile.passes.find.manual import match_manual
+from tsa_compile.passes.find.mask_data import mask_as_data
 from tsa_compile.passes.find.match import Match
 from tsa_compile.passes.find.missed import missed_attention
 from tsa_compile.passes.find.obstacles import obstacle_of
@@ -79,13 +80,16 @@ class _Finder:
         mask = self._masks.prove(match.sources, (batch, heads, q_len, lengths), "h" in match.layouts.q)
         k_len = lengths if mask.keys_used is None else mask.keys_used
         past = not self._facts.sizes.same(q_len, k_len)
+        if mask.unproven is not None and past:
+            mask = dataclasses.replace(mask, data=mask_as_data(match, k_len, self._facts))
+        unproven = mask.unproven if mask.data is None else None
         module = module_path(match.node)
         number = re.search(r"(?:^|\.)(\d+)(?=\.|$)", module)
         site = AttentionSite(
             module=module,
             index=index,
             layer=int(number.group(1)) if number else index,
-            phase=phase_of(q_len, past, mask.causal),
+            phase=phase_of(q_len, past, mask.causal or mask.data is not None),
             form=match.form,
             batch=batch,
             heads=heads,
@@ -99,7 +103,7 @@ class _Finder:
             scale=1.0 if match.scale is None else match.scale,
             past=past,
             mask=mask.facts,
-            obstacle=obstacle or mask.unproven,
+            obstacle=obstacle or unproven,
         )
         return GraphSite(match, mask, site)
 

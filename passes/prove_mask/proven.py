@@ -35,6 +35,8 @@ class ProvenMask:
         keys_used: how many leading keys any query sees, where fewer than `Lk` (a mask aligned to the top left, such as
             `is_causal` with `Lq < Lk`); None: all.
         unproven: why the mask is none of this; the other fields then say nothing.
+        data: what to add to the scores, or what is visible (bool), for policies that take masks as they are. Of a mask that is
+            unproven alone.
     """
 
     causal: bool = False
@@ -42,7 +44,8 @@ class ProvenMask:
     key_mask: tuple[KeyTerm, ...] = ()
     keys_used: Size | None = None
     unproven: str | None = None
+    data: fx.Node | None = None
 
     @property
     def facts(self) -> MaskFacts:
-        return MaskFacts(self.causal, self.window, bool(self.key_mask))
+        return MaskFacts(self.causal, self.window, bool(self.key_mask), None if self.data is None else self.unproven)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 
 import pytest
@@ -11,12 +12,13 @@ from torch import nn
 import tsa_compile as tsa
 from tests.cache.models import cache_name, tiny, token_ids
 from tests.cache.test_generate import LEFT, generate
+from tsa_compile.cuda_graphs import CudaReplay
 from tsa_compile.session import attached
 from tsa_compile.steps import FIXED, REPLAYED
 
 transformers = pytest.importorskip("transformers")
 
-PLAN = tsa.Plan(prefill=tsa.Dense(), decode=tsa.Exact())
+PLAN = tsa.Plan(prefill=tsa.Dense(), decode=tsa.Exact(), verify=tsa.Exact())
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
@@ -71,6 +73,20 @@ def test_requests_in_turn(models):
     one, other = Request(models, 1), Request(models, 2)
     how = [x for _ in range(4) for r in (one, other) for x in r.step()]
     assert how[2:] == [REPLAYED] * 6
+
+
+def test_steps_of_several_tokens(models):
+    """Proposed tokens, to verify: a graph and a recording for each number of them."""
+    request = Request(models)
+    assert [request.step(3) for _ in range(3)] == [[FIXED], [REPLAYED], [REPLAYED]]
+    with torch.no_grad():
+        for cache in request.caches:
+            cache.crop(-2)
+    request.seen -= 2
+    assert request.step(3) == [REPLAYED]
+    sites = [s for s in tsa.report(models[1]).sites if s.q_len == "3"]
+    assert sites
+    assert all(s.replaced and s.policy == "Exact" for s in sites)
 
 
 def test_logits_are_the_callers_own(models):
@@ -131,6 +147,26 @@ def test_rows_behind_the_length_may_hold_anything(models):
     for buffer in layer.buffers[:2]:
         buffer[:, :, layer.length :] = float("nan")
     assert request.step() == [REPLAYED]
+
+
+def test_what_a_replay_gives(monkeypatch):
+    """A result like the recorded one, with copies of its tensors and the cache of the call."""
+
+    class Graph:
+        def replay(self):
+            logits.add_(1)
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **options: contextlib.nullcontext())
+    output, logits = transformers.modeling_outputs.CausalLMOutputWithPast, torch.zeros(1, 1, 5)
+    first, second = transformers.DynamicCache(), transformers.DynamicCache()
+    name = cache_name(tiny("llama", layers=1))
+    replay = CudaReplay(lambda: output(logits=logits, hidden_states=(logits,), **{name: first}), first)
+    one, two = replay(None, first), replay(None, second)
+    assert type(two) is output
+    assert (one[name], two[name]) == (first, second)
+    assert [x.logits.max().item() for x in (one, two)] == [1, 2]
+    assert two.hidden_states[0].max() == 2
 
 
 @pytest.mark.slow

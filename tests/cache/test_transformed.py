@@ -63,8 +63,8 @@ def test_modes(models, family, mode):
     prompt = token_ids(20).repeat(1, 2) if mode == "prompt lookup" else token_ids(40, 3)
     before = steps(ours)
     assert torch.equal(generate(ours, input_ids=prompt, **MODES[mode]), generate(plain, input_ids=prompt, **MODES[mode]))
-    if family in ("llama", "gemma3") and mode != "prompt lookup":
-        assert steps(ours) >= before + 23
+    if family in ("llama", "gemma3"):
+        assert steps(ours) >= before + (4 if mode == "prompt lookup" else 23)
     assert not tsa.report(ours).untraced
 
 

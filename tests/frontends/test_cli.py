@@ -101,3 +101,4 @@ def test_the_demo_finds_the_needle():
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count(": found") == 2
     assert "30 of 30 attention sites replaced" in done.stdout
+    assert "decode  32 of 32 tokens equal; steps: 31 in one graph, on fixed buffers" in done.stdout

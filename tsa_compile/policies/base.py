@@ -97,6 +97,8 @@ def why_dense(policy: Policy, site: AttentionSite) -> str | None:
     if site.obstacle is not None:
         return site.obstacle
     mask = site.mask
+    if mask.unproven is not None and mask.kind not in policy.masks:
+        return mask.unproven
     if mask.kind not in policy.masks:
         return _KINDS[mask.kind].format(policy=policy.name, masks=" or ".join(sorted(policy.masks)), window=mask.window)
     return policy.refuse(site) or cannot_run(site) or _too_few_rows(policy, site)
@@ -111,7 +113,7 @@ def own_edges(site: AttentionSite) -> Edges:
     """What the model's own attention reads; nothing is certain of a mask that was not proven."""
     if site.mask.causal:
         return Edges.every() if site.mask.window is None else Edges.window(site.mask.window)
-    return Edges.every() if site.obstacle is None else Edges.none()
+    return Edges.every() if site.obstacle is None and site.mask.unproven is None else Edges.none()
 
 
 def step(site: AttentionSite) -> str:

@@ -22,7 +22,7 @@ from tsa_compile.policies.base import Emit, Policy, own_edges
 class Exact(Policy):
     """Attention of 1 to 16 query rows to every key that they see, whatever the mask."""
 
-    masks: ClassVar[frozenset[str]] = frozenset({"causal", "sliding window", "bidirectional"})
+    masks: ClassVar[frozenset[str]] = frozenset({"causal", "sliding window", "bidirectional", "data"})
     phases: ClassVar[frozenset[str]] = frozenset({"decode", "verify"})
 
     def refuse(self, site: AttentionSite) -> str | None:

@@ -1,8 +1,9 @@
-"""The main job on a real model: SmolLM2-135M-Instruct finds a number in a long text, dense and then token-sparse."""
+"""The main job on a real model: SmolLM2-135M-Instruct finds a number in a long text, dense and then token-sparse; and decodes."""
 
 from __future__ import annotations
 
 import dataclasses
+import time
 from typing import Any
 
 import torch
@@ -10,12 +11,31 @@ from rich.console import Console
 
 from tsa_compile import api
 from tsa_compile.check import Measurement, compare
+from tsa_compile.plan import Plan
 from tsa_compile.policies.base import Policy
+from tsa_compile.policies.dense import Dense
+from tsa_compile.policies.exact import Exact
 from tsa_compile.progress import step
 from tsa_compile.tools.bench.prompts import needle_ids
 from tsa_compile.tools.load_models import load_packaged
 
 LAST = 128  # predictions that are compared
+NEW = 32  # tokens that are decoded
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeResult:
+    """The model's own decode steps and those of `Exact` after one dense prefill.
+
+    Args:
+        equal: tokens that are the same, up to the first that is not.
+        steps: how the steps ran, `report(model).steps`.
+        ms: of one token, before and after; None on a CPU.
+    """
+
+    equal: int
+    steps: dict[str, int]
+    ms: tuple[float, float] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +46,7 @@ class DemoResult:
     dense_answer: str
     sparse_answer: str
     measured: Measurement
+    decoded: DecodeResult
 
     @property
     def both_found(self) -> bool:
@@ -51,7 +72,23 @@ def run_demo(tokens: int, policy: Policy | None, console: Console, repeats: int 
         api.transform(model, policy)
         sparse = _answer(model, tokenizer, ids)
         api.restore(model)
-    return DemoResult(expected, dense, sparse, measured)
+    with step(f"decode: {NEW} tokens, the model's own steps and Exact", console):
+        decoded = decode(model, ids)
+    return DemoResult(expected, dense, sparse, measured, decoded)
+
+
+def decode(model: Any, ids: torch.Tensor) -> DecodeResult:
+    """`NEW` greedy tokens before and after `transform(model, Plan(prefill=Dense(), decode=Exact()))`; the model is restored."""
+    own = _tokens(model, ids, NEW)
+    before = _ms_a_token(model, ids)
+    api.transform(model, Plan(prefill=Dense(), decode=Exact()))
+    exact = _tokens(model, ids, NEW)
+    after = _ms_a_token(model, ids)
+    steps = api.report(model).steps
+    api.restore(model)
+    differs = (own != exact).nonzero()
+    equal = int(differs[0]) if len(differs) else len(own)
+    return DecodeResult(equal, steps, None if before is None or after is None else (before, after))
 
 
 def print_result(result: DemoResult, console: Console) -> None:
@@ -61,9 +98,34 @@ def print_result(result: DemoResult, console: Console) -> None:
         verdict = "found" if result.expected in answer else "NOT FOUND"
         console.print(f"{name}  needle {result.expected}: {verdict}, said {answer!r}", markup=False, highlight=False)
     console.print(result.measured.summary(), markup=False, highlight=False)
+    decoded = result.decoded
+    how = ", ".join(f"{n} {name}" for name, n in decoded.steps.items())
+    ms = "" if decoded.ms is None else f"; {decoded.ms[0]:.2f} ms a token before, {decoded.ms[1]:.2f} after"
+    console.print(f"decode  {decoded.equal} of {NEW} tokens equal; steps: {how}{ms}", markup=False, highlight=False)
 
 
 def _answer(model: Any, tokenizer: Any, ids: torch.Tensor) -> str:
     """Up to 8 greedy tokens."""
-    generated = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
-    return str(tokenizer.decode(generated[0, ids.shape[1] :], skip_special_tokens=True)).strip()
+    return str(tokenizer.decode(_tokens(model, ids, 8, 1), skip_special_tokens=True)).strip()
+
+
+def _tokens(model: Any, ids: torch.Tensor, most: int, least: int | None = None) -> torch.Tensor:
+    """Greedy tokens: `most` of them, or at least `least`."""
+    options = {"max_new_tokens": most, "min_new_tokens": most if least is None else least, "do_sample": False}
+    generated: torch.Tensor = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    return generated[0, ids.shape[1] :]
+
+
+def _ms_a_token(model: Any, ids: torch.Tensor) -> float | None:
+    """Wall time of a decode step of `generate()`: that of many tokens less that of one. None without a GPU."""
+    if ids.device.type != "cuda":
+        return None
+    _tokens(model, ids, NEW)
+    seconds = []
+    for new in (1, 1 + 4 * NEW):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        _tokens(model, ids, new)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return (seconds[1] - seconds[0]) / (4 * NEW) * 1e3
