@@ -6,18 +6,23 @@ from typing import Any
 
 import torch
 
+from tsa_compile.export.torch_tensorrt_lowering.graph_passes import count_from_the_front, drop_empty_operands
+
 
 def register_converters() -> None:
-    """Two converters, for the process: a number read as a size, and running sums of integers.
+    """For the process: converters of a number read as a size and of running sums of integers, and `graph_passes`.
 
     Torch-TensorRT's own running sum is a loop of one step an element that adds in float32; sums of floats stay its own.
     """
     from torch_tensorrt.dynamo.conversion import ConverterPriority, dynamo_tensorrt_converter
+    from torch_tensorrt.dynamo.lowering.passes import ATEN_POST_LOWERING_PASSES
 
     aten, dynamic = torch.ops.aten, {"supports_dynamic_shapes": True}
     dynamo_tensorrt_converter(aten._local_scalar_dense.default, **dynamic)(_size)
     own = {"capability_validator": _is_integer, "priority": ConverterPriority.HIGH}
     dynamo_tensorrt_converter(aten.cumsum.default, **dynamic, **own)(_running_sum)
+    for change in (drop_empty_operands, count_from_the_front):
+        ATEN_POST_LOWERING_PASSES.add_pass_with_index(change)
 
 
 def _size(context: Any, target: Any, args: tuple[Any, ...], kwargs: Any, name: str) -> Any:

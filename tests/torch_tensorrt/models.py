@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import tsa_compile as tsa
+from tsa_compile.export.language_model import language_graph
 
 MAX_LENGTH = 8192
 PAPER = tsa.TokenSparse.paper(coverage=0.3, window=16, min_tokens=32)
@@ -46,13 +47,13 @@ class Case(NamedTuple):
 
 
 def llama() -> Case:
-    """The paper's form in layer 0, the completed one in layer 1."""
+    """A prefill that returns the cache: the paper's form in layer 0, the completed one in layer 1."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    model = Logits(LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **SIZES)))
+    graph = language_graph(LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **SIZES)).eval(), "prefill", tokens=100)
     plan = tsa.Plan(PAPER, rules=[("*.layers.1.*", "prefill", COMPLETED)])
-    args, shapes = (torch.randint(0, 128, (2, 100)),), ({0: BATCH, 1: LENGTH},)
-    return Case(model, args, shapes, [(((1, 2), (1, 512), (2, MAX_LENGTH)), torch.int64)], plan)
+    ranges = [(((1, 2), (1, 512), (2, MAX_LENGTH)), torch.int64)]
+    return Case(graph.module, graph.args, ({0: BATCH, 1: LENGTH},), ranges, plan)
 
 
 def qwen3() -> Case:

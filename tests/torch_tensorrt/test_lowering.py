@@ -10,6 +10,7 @@ import torch
 import tsa_compile as tsa
 from tests.export.test_aoti import Block, Encoder
 from tsa_compile import export
+from tsa_compile.export.torch_tensorrt_lowering.graph_passes import count_from_the_front, drop_empty_operands
 from tsa_compile.export.torch_tensorrt_lowering.rank import dropped, largest
 from tsa_compile.export.torch_tensorrt_lowering.table import LOWERINGS
 from tsa_compile.kernels.common.coverage_reference import count_dropped
@@ -134,6 +135,43 @@ def test_a_missing_package_and_an_old_one_name_the_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_tensorrt", old)
     with pytest.raises(ImportError, match=f"torch_tensorrt 2.13.0 is too old: {command}"):
         export.register_torch_tensorrt()
+
+
+def test_a_cache_that_begins_empty_is_no_obstacle():
+    """Torch-TensorRT takes no `cat` of operands of different rank: the empty one goes, others stay."""
+
+    class Append(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("empty", torch.empty(0))
+
+        def forward(self, x):
+            return torch.cat([self.empty, x], -2), torch.cat([x, self.empty, x], 1), torch.cat([x, x], 0)
+
+    x = torch.randn(2, 3, 4)
+    module = torch.export.export(Append(), (x,)).module()
+    expected = module(x)
+    drop_empty_operands(module)
+    assert [len(n.args[0]) for n in module.graph.find_nodes(op="call_function", target=torch.ops.aten.cat.default)] == [2, 2]
+    assert all(map(torch.equal, module(x), expected))
+
+
+def test_slices_from_the_end_count_from_the_front():
+    """Torch-TensorRT starts them wrongly where two dimensions are dynamic. Fixed sizes and other starts stay."""
+
+    class Last(torch.nn.Module):
+        def forward(self, x):
+            return x[:, -2:], x[:, 1:], x[..., -3:]
+
+    x = torch.randn(2, 9, 4)
+    module = torch.export.export(Last(), (x,), dynamic_shapes=({0: DIM, 1: DIM},)).module()
+    count_from_the_front(module)
+    nodes = list(module.graph.find_nodes(op="call_function", target=torch.ops.aten.slice.Tensor))
+    starts = {n.args[1]: n.args[2] for n in nodes if isinstance(n.args[2], torch.fx.Node)}
+    assert list(starts) == [1]
+    assert -3 in [n.args[2] for n in nodes]
+    for y in (x, torch.randn(3, 5, 4)):
+        assert all(map(torch.equal, module(y), Last()(y)))
 
 
 def test_encoders_take_probes():
