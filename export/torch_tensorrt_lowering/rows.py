@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 Tensor = torch.Tensor
-Size: TypeAlias = int | torch.SymInt
+Size: TypeAlias = int  # or a torch.SymInt, which PyTorch takes wherever it says int
 HIDDEN = -1e30  # a score that takes no part; finite, so that a row without keys gives no NaN
 
 

@@ -18,14 +18,14 @@ Tensor = torch.Tensor
 
 
 class _Blocks(NamedTuple):
-    """Query rows in `count` blocks of `block` rows; row t is the query of rank first_query + t.
+    """Query rows in `number` blocks of `block` rows; row t is the query of rank first_query + t.
 
-    rank: int64 `[b, count, block]`; q: `[B, H, count, block, D]`; selected: bool `[B, H, count, block, 1]`; row: `[B, H, count,
+    rank: int64 `[b, blocks, block]`; q: `[B, H, blocks, block, D]`; selected: bool `[B, H, blocks, block, 1]`; row: `[B, H, blocks,
     block]`, its row in Attended.
     """
 
     block: int
-    count: Size
+    number: Size
     rank: Tensor
     q: Tensor
     selected: Tensor
@@ -33,7 +33,7 @@ class _Blocks(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """Scores float32 `[B, H, count, block, n]`, HIDDEN where a key is not read, and the values that their weights multiply."""
+    """Scores float32 `[B, H, blocks, block, n]`, HIDDEN where a key is not read, and the values that their weights multiply."""
 
     scores: Tensor
     values: Tensor
@@ -61,19 +61,19 @@ def complete(
 
 
 def _in_blocks(rows: Rows, kept: Kept, attended: Attended, q: Tensor, block: int) -> _Blocks:
-    count = (rows.q_len + block - 1) // block + 1  # two at least: a size that may be 1 would be asked for its value
-    step = torch.arange(count, device=q.device)[:, None] * block + torch.arange(block, device=q.device)
+    number = (rows.q_len + block - 1) // block + 1  # two at least: a size that may be 1 would be asked for its value
+    step = torch.arange(number, device=q.device)[:, None] * block + torch.arange(block, device=q.device)
     rank = rows.first_query[..., None] + step
     selected, row = attended.row_of(rows, kept, rank)
-    return _Blocks(block, count, rank, rows.query_rows(q, rank[:, None]), selected, row)
+    return _Blocks(block, number, rank, rows.query_rows(q, rank[:, None]), selected, row)
 
 
 def _near(rows: Rows, kept: Kept, blocks: _Blocks, k: Tensor, v: Tensor, strip: Strip, scale: float) -> _Part:
-    """The local window; values `[B, Hk, 1, count, 2 * block, Dv]`."""
+    """The local window; values `[B, Hk, 1, blocks, 2 * block, Dv]`."""
     block = blocks.block
     step = torch.arange(2 * block, device=k.device) - block
-    rank = rows.first_query[..., None] + torch.arange(blocks.count, device=k.device)[:, None] * block + step
-    at = rows.position(rank[:, None])  # [b, 1, count, 2 * block]
+    rank = rows.first_query[..., None] + torch.arange(blocks.number, device=k.device)[:, None] * block + step
+    at = rows.position(rank[:, None])  # [b, 1, blocks, 2 * block]
     keys, values = (take(x, at, rows.kv_heads)[:, :, None] for x in (k, v))
     q = blocks.q.unflatten(1, (rows.kv_heads, -1))
     scores = ((q @ keys.transpose(4, 5)).float() * scale).flatten(1, 2)
@@ -100,7 +100,7 @@ def _far(rows: Rows, kept: Kept, blocks: _Blocks, k: Tensor, v: Tensor, heavy: T
 
 
 def _merge(rows: Rows, blocks: _Blocks, attended: Attended, top: Tensor, total: Tensor, strip_out: Tensor) -> Tensor:
-    """One softmax over both parts; float32 `[B, H, count, block, Dv]`. A row without any key is zero."""
+    """One softmax over both parts; float32 `[B, H, blocks, block, Dv]`. A row without any key is zero."""
     assert attended.lse is not None
     out, lse = (take(x, blocks.row, rows.heads).float() for x in (attended.out, attended.lse))
     lse = torch.where(blocks.selected, lse, HIDDEN)
