@@ -20,8 +20,8 @@ Tensor = torch.Tensor
 class _Blocks(NamedTuple):
     """Query rows in `number` blocks of `block` rows; row t is the query of rank first_query + t.
 
-    rank: int64 `[b, blocks, block]`; q: `[B, H, blocks, block, D]`; selected: bool `[B, H, blocks, block, 1]`; row: `[B, H, blocks,
-    block]`, its row in Attended.
+    rank: int64 `[b, blocks, block]`; q: `[B, H, blocks, block, D]`; selected: bool `[B, H, blocks, block, 1]`; row: its row in
+    Attended, `[B, H, blocks, block]`.
     """
 
     block: int
