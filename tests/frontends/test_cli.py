@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import re
 import subprocess
@@ -21,6 +23,21 @@ def command(*args: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def in_process(*args: str) -> subprocess.CompletedProcess[str]:
+    """`command` without a process of its own, which takes seconds to import everything."""
+    from tsa_compile.frontends import cli
+
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(sys, "argv", ["tsa-compile", *args])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+    return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("model")
@@ -29,7 +46,7 @@ def folder(tmp_path_factory):
 
 
 def test_explain_prints_json(folder):
-    done = command("explain", folder, "--tokens", "100", "--json")
+    done = in_process("explain", folder, "--tokens", "100", "--json")
     assert done.returncode == 0, done.stderr
     sites = json.loads(done.stdout)["sites"]
     assert [s["replaced"] for s in sites] == [True] * LAYERS
@@ -51,7 +68,7 @@ def test_explain_prints_a_table(folder):
     ],
 )
 def test_a_failure_is_one_line(args, message):
-    done = command(*args)
+    done = in_process(*args)
     assert done.returncode != 0
     assert message in done.stderr
     assert "Traceback" not in done.stderr

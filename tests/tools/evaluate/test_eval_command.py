@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.frontends.test_cli import command
+from tests.frontends.test_cli import in_process
 from tsa_compile.tools import load_models
 
 
@@ -16,7 +16,7 @@ from tsa_compile.tools import load_models
     ],
 )
 def test_a_wrong_argument_is_one_line(args, message, tmp_path):
-    done = command("eval", "smollm2", "--out", str(tmp_path), *args)
+    done = in_process("eval", "smollm2", "--out", str(tmp_path), *args)
     assert done.returncode == 1
     assert message in done.stderr
     assert "Traceback" not in done.stderr
