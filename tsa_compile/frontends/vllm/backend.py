@@ -7,6 +7,7 @@ above all, is the parent's from end to end, CUDA graphs included.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -42,6 +43,10 @@ class Builder:
             for attention in attentions if wants.decode else ():
                 attention.impl.make_index(attention.kv_cache)
         return metadata
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> Any:
+        """Of a batch made up for a recording: each row is a decode step, whatever it is said to be."""
+        return super().build_for_cudagraph_capture(dataclasses.replace(common_attn_metadata, is_prefilling=None))
 
 
 class Impl:

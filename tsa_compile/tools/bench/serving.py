@@ -1,6 +1,6 @@
 """vLLM with its own attention and with ours, same weights and requests: agreement, time to the first token, decode, mixed load.
 
-python -m tsa_compile.tools.bench.serving --out FOLDER [--model FOLDER] [--cases agree,ttft,sync,mixed,parallel] [--smoke]
+python -m tsa_compile.tools.bench.serving --out FOLDER [--model FOLDER] [--cases agree,ttft,decode,sync,...] [--smoke]
 
 Without `--model` a Llama-3.1-8B of random weights, from its numbers alone. Each engine is a process of its own, so that memory
 and graphs of one cannot reach the other; a case's results are a JSON line in `serving.jsonl`, with the versions and the GPU.
@@ -34,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", default=None)
-    parser.add_argument("--cases", default="agree,ttft,sync,mixed")
+    parser.add_argument("--cases", default="agree,ttft,decode,sync,mixed", help="also: parallel, on two GPUs")
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--child", default=None, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -130,6 +130,16 @@ class Bench:
                 ratios = {"ttft_ratio": row["ttft"] / sparse["ttft"], "tpot_ratio": row["tpot"] / sparse["tpot"]}
                 self.write("ttft", length=length, chunk=chunk, own=row, tsa=sparse, **ratios, runs=[a, b], counts=ours["counts"],
                            graphs=[own["graphs"], ours["graphs"]], versions=ours["versions"])  # fmt: skip
+
+    def decode(self) -> None:
+        """Four requests of the longest length: seconds between their tokens, with 5 % of the pages read."""
+        asked = dict(task="decode", length=self.lengths[-1] - 64, requests=2 if self.smoke else 4, new=16 if self.smoke else 128)
+        plan = {"phases": {"prefill": {"policy": "Dense"}, "decode": {"policy": "PageSparse", "keep": 0.05}}}
+        own, ours = (
+            self.child(tsa, **asked, engine=dict(gpu_memory_utilization=0.88, enable_prefix_caching=True)) for tsa in (None, plan)
+        )
+        ratio = own["tpot"] / ours["tpot"]
+        self.write("decode", own=own, tsa=ours, ratio=ratio, counts=ours["counts"], versions=ours["versions"])
 
     def sync(self) -> None:
         """A wait for the device in sparse rows is an error."""

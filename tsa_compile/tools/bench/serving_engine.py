@@ -18,7 +18,8 @@ def run(engine: dict[str, Any], task: str, **asked: Any) -> dict[str, Any]:
     import vllm
 
     llm = vllm.LLM(**engine)
-    result = {"tokens": tokens, "times": times, "together": together, "alpha": alpha}[task](llm, **asked)
+    tasks: dict[str, Any] = {"tokens": tokens, "times": times, "together": together, "decode": decode, "alpha": alpha}
+    result = tasks[task](llm, **asked)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     versions = dict(vllm=vllm.__version__, torch=torch.__version__, gpu=gpu)
     return {**result, "counts": counts(), "versions": versions}
@@ -36,11 +37,11 @@ def prompt(length: int, vocabulary: int, seed: int) -> dict[str, list[int]]:
     return {"prompt_token_ids": torch.randint(3, vocabulary, (length,), generator=g).tolist()}
 
 
-def _ask(llm: Any, lengths: list[int], new: int, **sampling: Any) -> list[Any]:
+def _ask(llm: Any, lengths: list[int], new: int, same: bool = False, **sampling: Any) -> list[Any]:
     from vllm import SamplingParams
 
     vocabulary = llm.llm_engine.vllm_config.model_config.get_vocab_size()
-    given = [prompt(n, vocabulary, seed) for seed, n in enumerate(lengths)]
+    given = [prompt(n, vocabulary, 0 if same else seed) for seed, n in enumerate(lengths)]
     wanted = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False, **sampling)
     return llm.generate(given, wanted, use_tqdm=False)
 
@@ -58,7 +59,7 @@ def _forbid_waiting() -> None:
     """From now on a wait for the device while sparse rows are computed raises; the first row warms up what is compiled once."""
     from tsa_compile.frontends.vllm import backend
 
-    original, calls = backend.sparse_prefill, []
+    original, calls = backend.sparse_prefill, list[None]()
 
     def guarded(*args: Any) -> None:
         calls.append(None)
@@ -80,6 +81,14 @@ def times(llm: Any, lengths: list[int], new: int, repeats: int) -> dict[str, Any
         between = [(x.last_token_ts - x.first_token_ts) / (new - 1) for x in told]
         found.append([{"ttft": x.first_token_latency, "tpot": y} for x, y in zip(told, between, strict=True)])
     return {"times": found, "graphs": str(llm.llm_engine.vllm_config.compilation_config.cudagraph_mode)}
+
+
+def decode(llm: Any, length: int, requests: int, new: int) -> dict[str, Any]:
+    """Seconds between tokens of requests that decode together: all have one prompt, from the prefix cache, and start at once."""
+    _ask(llm, [length], 2, same=True)
+    told = [x.metrics for x in _ask(llm, [length] * requests, new, same=True)]
+    begin, end = max(x.first_token_ts for x in told), min(x.last_token_ts for x in told)
+    return {"tpot": (end - begin) / (new - 1), "requests": requests, "length": length}
 
 
 def together(llm: Any, lengths: list[int], new: int) -> dict[str, Any]:
