@@ -163,7 +163,7 @@ class Backend:
         """Let go of all graphs."""
         for graph in self.graphs:
             graph.close()
-        self.graphs = []
+        self.graphs, self._thread = [], threading.local()  # a thread holds the form that it ran last
 
     def compile(
         self, gm: fx.GraphModule, inputs: Sequence[Any], context: torch._guards.TracingContext | None
