@@ -51,10 +51,13 @@ def sparse_attention(
 
         engine = choose(q, k, v)
     if engine == "packed":
-        from tsa_compile.kernels.attend.tokens.packed import packed_attention as attend
+        from tsa_compile.kernels.attend.tokens.packed import packed_attention
+
+        result = packed_attention(x, kept, scale, strip, need_lse)
     else:
-        from tsa_compile.kernels.attend.tokens.fused import fused_attention as attend
-    result = attend(x, kept, scale, strip, need_lse)
+        from tsa_compile.kernels.attend.tokens.fused import fused_attention
+
+        result = fused_attention(x, kept, scale, strip, need_lse)
     attend_padding(x, result, scale)
     return result
 
