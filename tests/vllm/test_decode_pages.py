@@ -32,6 +32,7 @@ def counted():
     return rows.pop()
 
 
+@pytest.mark.slow
 def test_every_page_gives_the_engines_own_tokens(model):
     with engine(model, custom=False) as llm:
         want = tokens(llm, given(), 40)

@@ -112,6 +112,7 @@ def test_a_wrong_option_is_an_error_before_the_engine(model, options, message):
         EngineArgs(model, skip_tokenizer_init=True, **options).create_engine_config()
 
 
+@pytest.mark.slow
 def test_mla_is_an_error_before_the_engine(tmp_path):
     from transformers import DeepseekV2Config
     from vllm import EngineArgs

@@ -47,6 +47,10 @@ def gpt_oss():
     ],
 )
 def test_other_layers_are_dense_with_the_reason(make, sparse, reasons, tmp_path):
+    import vllm
+
+    if make is gpt_oss and vllm.__version__ < "0.32":
+        pytest.skip(f"the CPU engine of vLLM {vllm.__version__} refuses these experts by itself")
     torch.manual_seed(0)
     make().save_pretrained(tmp_path)
     given = prompts([500, 333, 20])
