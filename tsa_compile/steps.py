@@ -74,7 +74,8 @@ class Steps:
             self._count(why)
             return call(*args, **kwargs)
         layers = [layer for layer in prepared.cache.layers if isinstance(layer, PinnableRows)]
-        with pinned(layers, {**self._named(args), **kwargs}, rows) as given:
+        ours = [prepared.cache.layers[n] for n in prepared.ours]
+        with masked_in_full(ours), pinned(layers, {**self._named(args), **kwargs}, rows) as given:
             result = self._step(call, given, prepared.cache, rows)
         for layer in layers:
             layer.advance(rows)
@@ -147,6 +148,8 @@ class Steps:
         layers = [layer for layer in prepared.cache.layers if isinstance(layer, PinnableRows)]
         if not layers or not layers[0].length:
             return "no layer that keeps all rows, or no row"
+        if not all(x.is_compileable for n, x in enumerate(prepared.cache.layers) if n not in prepared.ours):
+            return "a layer of the cache that is not ours"
         first = layers[0].settled().keys
         if any(x.length != layers[0].length or x.buffers is None or x.buffers.keys.device != first.device for x in layers):
             return "layers of several lengths or devices"
@@ -164,6 +167,19 @@ class Steps:
             self._told |= new
         for reason in sorted(new):
             self._backend.warn(f"the cache, or a layer of it, stays as it is: {reason}")
+
+
+@contextlib.contextmanager
+def masked_in_full(layers: Sequence[Any]) -> Iterator[None]:
+    """Inside, a cache of such layers is a static one to transformers, which leaves the mask of one query out for others: there
+    every row of the keys counts, and here those behind the new one do not."""
+    for layer in layers:
+        layer.is_compileable = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.is_compileable  # the class says no
 
 
 @contextlib.contextmanager
