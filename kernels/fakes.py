@@ -99,7 +99,8 @@ def key_block_means(
 def select_key_blocks(
     q: Tensor, means: Tensor, counts: Tensor, start: Any, lengths: Any, key_mask: Any, k_len: int, *rule: Any
 ) -> Tensor:
-    lists = q.shape[1] if rule[-1] == "head" else means.shape[1]
+    share = rule[-2]  # then `lookahead`
+    lists = q.shape[1] if share == "head" else means.shape[1]
     return q.new_empty(q.shape[0], lists, row_block_count(q.shape[2], k_len), word_count(k_len), dtype=torch.int64)
 
 
