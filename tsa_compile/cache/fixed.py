@@ -1,0 +1,52 @@
+"""Around a decode step on fixed buffers: the layers write where a place says, and the call's arguments have fixed sizes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from tsa_compile.cache.pinned import PinnableRows
+from tsa_compile.cache.place import Place
+
+
+@contextlib.contextmanager
+def masked_in_full(layers: Sequence[Any]) -> Iterator[None]:
+    """Inside, a cache of such layers is a static one to transformers, which leaves the mask of one query out for others: there
+    every row of the keys counts, and here those behind the new one do not."""
+    for layer in layers:
+        layer.is_compileable = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.is_compileable  # the class says no
+
+
+@contextlib.contextmanager
+def pinned(layers: Sequence[PinnableRows], kwargs: Mapping[str, Any], new: int) -> Iterator[dict[str, Any]]:
+    """Inside, `new` rows of each batch row go where the layers' place says; yields the call's arguments, of fixed sizes."""
+    mask = kwargs.get("attention_mask")
+    place = make_place(layers, mask, new)
+    place.move(layers[0].length, layers[0].lengths, mask)
+    try:
+        for layer in layers:
+            layer.pin(place)
+        yield {**kwargs, **({} if mask is None else {"attention_mask": place.mask})}
+    finally:
+        for layer in layers:
+            layer.unpin()
+
+
+def make_place(layers: Sequence[PinnableRows], mask: torch.Tensor | None, new: int) -> Place:
+    """The place of the layers' storage, once there is room in it for `new` more rows, and for the mask."""
+    first = layers[0]
+    rows = max(new, 0 if mask is None else mask.shape[1] - first.length)
+    if not first.has_room(rows):
+        for layer in layers:
+            layer.grow(rows)
+    storage, device = first.storage, first.settled().keys.device
+    assert storage is not None
+    return storage.place(device, torch.int64 if mask is None else mask.dtype)
