@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from tsa_compile.kernels.attend.decode import device
 from tsa_compile.kernels.attend.decode.config import decode_config
+from tsa_compile.kernels.common.splits_device import merge_kernel
 from tsa_compile.kernels.score.page_index import device as scores
 from tsa_compile.kernels.select.top_pages import device as select
 from tsa_compile.kernels.state.append_pages import device as append
@@ -74,7 +75,7 @@ if capability == 90:
         compile_kernel(select.top_pages_kernel, 90, "bf16", 8, 3, none, **numbers)
     decode(90, "bf16", 256, 256, 64, given=("lengths", "bias", "key_mask"), bias="*i1")
 none = {"sinks": None, "DV": 128, "BLOCK_DV": 128, "BLOCK_S": 64}
-compile_kernel(device.merge_kernel, capability, "bf16", 4, 2, none)
+compile_kernel(merge_kernel, capability, "bf16", 4, 2, none)
 print("compiled")
 """
 

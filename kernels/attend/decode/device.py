@@ -11,92 +11,24 @@ which keys fill and a few query rows do not.
 import triton
 import triton.language as tl
 
-PAGE = tl.constexpr(16)  # rows of a page
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
+from tsa_compile.kernels.common.cache_device import (
+    LOG2_E,
+    PAGE,
+    add_bias,
+    by_key,
+    by_query,
+    capped,
+    key_range,
+    keys_of_tile,
+    load_tile,
+    rows_of_keys,
+)
+from tsa_compile.kernels.common.splits_device import LN_2, log_sum
+
 LENGTHS = (
     "group", "rows", "capacity", "window", "block", "per_row", "blocks_sb", "splits", "mask_sb", "mask_sl",
     "bias_sb", "bias_sh", "bias_sr", "bias_sl", "pages_sb", "pages_sh", "score_length", "tiles_m", "kv_heads",
 )  # fmt: skip
-
-
-@triton.jit
-def by_query(x, SWAP: tl.constexpr):
-    """A vector over the tile's query rows, to be combined with a tile of scores."""
-    return x[None, :] if SWAP else x[:, None]
-
-
-@triton.jit
-def by_key(x, SWAP: tl.constexpr):
-    """A vector over the tile's keys, to be combined with a tile of scores."""
-    return x[:, None] if SWAP else x[None, :]
-
-
-@triton.jit
-def key_range(start, lengths, b, capacity, rows, window):
-    """First position that some query row sees, and the first behind the last that is a key."""
-    begin = 0
-    if start is not None:
-        begin = tl.maximum(tl.load(start + b), 0)
-    end = capacity
-    if lengths is not None:
-        end = tl.minimum(begin + tl.load(lengths + b), capacity)
-    first = tl.where(window > 0, tl.maximum(begin, end - rows + 1 - window), begin)
-    return first, end
-
-
-@triton.jit
-def keys_of_tile(tile, pages, count, blocks, key_mask, mask_sl, block, first, end, BLOCK_N: tl.constexpr):
-    """Of a tile's keys: their positions, entries of the table of blocks (unless None), and which are there to be seen."""
-    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    j = n
-    if pages is not None:
-        page = tl.load(pages + n // PAGE, mask=n < count * PAGE, other=-1)
-        j = page * PAGE + n % PAGE  # below 0 behind the list's end
-    there = (j >= first) & (j < end)
-    entry = j
-    if blocks is not None:
-        entry = tl.load(blocks + j // block, mask=there, other=0)
-    if key_mask is not None:
-        there = there & tl.load(key_mask + j.to(tl.int64) * mask_sl, mask=there, other=0).to(tl.int1)
-    return j, entry, there
-
-
-@triton.jit
-def rows_of_keys(x, x_sb, x_sl, j, entry, blocks, block, per_row, b):
-    """Addresses [keys] of the rows of x [N, Hk, L, D] that hold the keys at positions j."""
-    if blocks is not None:  # of the table, whose entries count the blocks of all N
-        owner, inside = entry // per_row, entry % per_row * block + j % block
-        return x + owner.to(tl.int64) * x_sb + inside.to(tl.int64) * x_sl
-    return x + b * x_sb + tl.maximum(j, 0).to(tl.int64) * x_sl
-
-
-@triton.jit
-def load_tile(at, x_sd, there, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The rows at addresses `at`, as a tile [keys, BLOCK_D]: zero where no key is there, which is not read, and beyond D."""
-    d = tl.arange(0, BLOCK_D)
-    ok = there[:, None] if D == BLOCK_D else there[:, None] & (d < D)[None, :]
-    return tl.load(at[:, None] + d[None, :] * x_sd, mask=ok, other=0.0)
-
-
-@triton.jit
-def capped(logits, softcap):
-    """softcap * tanh(logits / softcap)."""
-    return softcap * (1.0 - 2.0 / (tl.exp2(logits * (2.0 * LOG2_E / softcap)) + 1.0))
-
-
-@triton.jit
-def add_bias(logits, bias, bias_sl, at_query, query_ok, j, there, SWAP: tl.constexpr):
-    """Scores plus a mask of numbers, or hidden by a bool mask; (scores, visible). Numbers at or below -1e38 hide."""
-    at = bias + by_query(at_query, SWAP) + by_key(tl.maximum(j, 0).to(tl.int64) * bias_sl, SWAP)
-    ok = by_query(query_ok, SWAP) & by_key(there, SWAP)
-    if bias.dtype.element_ty == tl.int1:
-        visible = tl.load(at, mask=ok, other=0).to(tl.int1)
-    else:
-        value = tl.load(at, mask=ok, other=float("-inf")).to(tl.float32)
-        visible = value > -1e38
-        logits += tl.where(visible, value, 0.0)
-    return logits, visible
 
 
 @triton.jit
@@ -122,13 +54,6 @@ def with_sink(acc, row_max, row_sum, sink, SWAP: tl.constexpr):
     new_max = tl.maximum(row_max, sink)
     shrink = tl.exp2(row_max - new_max)
     return acc * by_query(shrink, SWAP), new_max, row_sum * shrink + tl.exp2(sink - new_max)
-
-
-@triton.jit
-def log_sum(row_max, row_sum):
-    """log2 of the sum of exponentials, -inf where there was no key; and what to divide by."""
-    total = tl.where(row_sum > 0, row_sum, 1.0)
-    return tl.where(row_sum > 0, row_max + tl.log2(total), float("-inf")), total
 
 
 @triton.jit
@@ -234,35 +159,3 @@ def decode_kernel(
         p_at = part + by_query((number * splits + split) * DV, SWAP) + by_key(dv, SWAP)
         tl.store(p_at, acc / by_query(total, SWAP), mask=ok)
         tl.store(part_lse + number * splits + split, logs, mask=query_ok)
-
-
-@triton.jit(do_not_specialize=("heads", "rows", "splits"))
-def merge_kernel(
-    part, part_lse, out, lse, sinks, o_sb, o_sh, o_sl, heads, rows, splits,
-    DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
-    """Grid (B * H * rows): joins the parts of one query row, BLOCK_S at a time. Of a part without keys only the lse is read."""
-    number = tl.program_id(0).to(tl.int64)
-    b, h, r = number // (heads * rows), number // rows % heads, number % rows
-    dv = tl.arange(0, BLOCK_DV)
-    acc, total = tl.zeros([BLOCK_DV], tl.float32), 0.0
-    best = float("-inf")
-    if sinks is not None:
-        best = tl.load(sinks + h).to(tl.float32) * LOG2_E
-        total = 1.0
-    for first in tl.range(0, splits, BLOCK_S):
-        s = first + tl.arange(0, BLOCK_S)
-        logs = tl.load(part_lse + number * splits + s, mask=s < splits, other=float("-inf"))
-        there = logs > float("-inf")
-        values = tl.load(
-            part + (number * splits + s)[:, None] * DV + dv[None, :], mask=there[:, None] & (dv < DV)[None, :], other=0.0
-        )
-        new = tl.maximum(best, tl.max(logs, 0))
-        finite = tl.where(new == float("-inf"), 0.0, new)
-        weights, shrink = tl.exp2(logs - finite), tl.exp2(best - finite)
-        total = total * shrink + tl.sum(weights, 0)
-        acc = acc * shrink + tl.sum(weights[:, None] * values, 0)
-        best = new
-    logs, total = log_sum(best, total)
-    tl.store(out + b * o_sb + h * o_sh + r * o_sl + dv, (acc / total).to(out.dtype.element_ty), mask=dv < DV)
-    tl.store(lse + number, logs * LN_2)

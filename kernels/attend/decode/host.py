@@ -90,7 +90,8 @@ def launch(
     """
     import triton
 
-    from tsa_compile.kernels.attend.decode.device import decode_kernel, merge_kernel
+    from tsa_compile.kernels.attend.decode.device import decode_kernel
+    from tsa_compile.kernels.common.splits_device import merge_kernel
 
     (batch, heads, rows, dim), kv_heads, v_dim = q.shape, k.shape[1], v.shape[3]
     mask, sinks, softcap, window, causal = masks
