@@ -15,6 +15,11 @@ KEYS = 64  # keys of a key block
 WORD = 64  # key blocks of one int64 of a bitmap
 
 
+def finest_pool(head_dim: int) -> int:
+    """The fewest queries of a pooled score row with which a row block's score rows fit every GPU's shared memory."""
+    return 1 if head_dim <= 64 else 2 if head_dim <= 128 else 8
+
+
 def row_block_count(q_len: int, k_len: int) -> int:
     """Row blocks that hold the last `q_len` of `k_len` positions."""
     return -(-k_len // ROWS) - (k_len - q_len) // ROWS

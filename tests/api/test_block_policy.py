@@ -36,6 +36,19 @@ def test_alpha_zero_is_the_dense_model(padded):
     assert not torch.allclose(sparse, want, atol=1e-5)
 
 
+@pytest.mark.parametrize(("dim", "finest"), [(64, 1), (128, 2), (256, 8)])
+def test_a_pool_too_fine_for_a_gpu_is_refused_with_the_reason(dim, finest):
+    q = torch.empty(1, 2, 300, dim, device="meta", dtype=torch.bfloat16)
+    site = AttentionSite.of(Operands(q, q, q), MaskFacts(True))
+    site = dataclasses.replace(site, device=torch.device("cuda"))
+    for policy in (tsa.BlockSparse(0.1, pool=finest), tsa.TokenSparse(inner=tsa.BlockSparse(0.1, pool=finest))):
+        assert policy.refuse(site) is None
+    if finest > 1:
+        too_fine = tsa.BlockSparse(0.1, pool=finest // 2)
+        wanted = f"pool {finest // 2}; from {finest} on with head dim {dim} on a GPU"
+        assert too_fine.refuse(site) == tsa.TokenSparse(inner=too_fine).refuse(site) == wanted
+
+
 def test_later_tokens_do_not_reach_back_beyond_their_row_block():
     """Rows before the block that holds the first changed token are equal; so is everything with `last_dense=0`."""
     ids = token_ids(400)

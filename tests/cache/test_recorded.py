@@ -179,6 +179,7 @@ def test_a_site_that_stays_is_not_recorded():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("models", ["cuda"], indirect=True)
 def test_nothing_waits_for_the_device(models):
     request = Request(models)
     request.step()
@@ -194,6 +195,7 @@ def test_nothing_waits_for_the_device(models):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("models", ["cuda"], indirect=True)
 def test_a_replay_after_other_work(models):
     """On the stream that it is called on, behind what was there."""
     request = Request(models)

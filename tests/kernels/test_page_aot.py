@@ -18,14 +18,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from tsa_compile.kernels.attend.pages.device import key_block_attention_kernel
 from tsa_compile.kernels.attend.pages.host import tile_config
+from tsa_compile.kernels.common.row_blocks import finest_pool
 from tsa_compile.kernels.score.page_mass.device import key_block_means_kernel
 from tsa_compile.kernels.select.threshold_pages.device import select_key_blocks_kernel
-from tsa_compile.kernels.select.threshold_pages.host import tile
+from tsa_compile.kernels.select.threshold_pages.host import step, tile
 
 TYPES = {"means": "*fp32", "counts": "*i32", "key_mask": "*i1",
          "lse": "*fp32", "bits": "*i64", "starts": "*i32", "lengths": "*i32", "alphas": "*fp32",
          "scratch": "*i32", "blocks": "*i32", "scale_log2": "fp32", "alpha_log2": "fp32"}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 capability = int(sys.argv[1])
 
 def compile_kernel(kernel, dtype, constants, **options):
@@ -33,24 +35,31 @@ def compile_kernel(kernel, dtype, constants, **options):
     pointers = ("q", "k", "v", "out")
     signature = {n: "constexpr" if n in constants else TYPES.get(n, "*" + dtype if n in pointers else "i32") for n in names}
     wide = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] == "*" or n[1:3] == "_s"}
-    assert triton.compile(ASTSource(kernel, signature, constants, wide), target=GPUTarget("cuda", capability, 32),
-                          options=options).asm["cubin"]
+    made = triton.compile(ASTSource(kernel, signature, constants, wide), target=GPUTarget("cuda", capability, 32),
+                          options=options)
+    assert made.asm["cubin"]
+    if made.metadata.shared > SHARED[capability]:
+        large.append((kernel.__name__, dtype, dim, options, made.metadata.shared))
 
-for padded, (dtype, dim) in ((False, ("bf16", 128)), (True, ("fp32", 64))) if sys.argv[2] == "order" else ():
+FORMS = {"order": ((False, ("bf16", 128)), (True, ("fp32", 64))), "blocks": (),
+         "shared": tuple((True, (dtype, dim)) for dtype in DTYPES for dim in (64, 128, 256))}
+large = []
+for padded, (dtype, dim) in FORMS[sys.argv[2]]:
     view = dict(START=padded, LENGTH=padded, MASK=padded)
     table = {} if padded else {"blocks": None}
     compile_kernel(key_block_means_kernel, dtype, dict(D=dim, BLOCK_D=dim, KEYS=64, **view, **table), num_warps=4)
-    for pool in (16,) if padded else (128, 16):
-        together, warps = tile(pool)
+    for pool in (16, finest_pool(dim)) if sys.argv[2] == "shared" else (16,) if padded else (128, 16):
+        together, warps = tile(pool, dim)
         precise = "tf32x3" if dtype == "fp32" else "ieee"
-        shape = dict(D=dim, BLOCK_D=dim, POOL=pool, PER=128 // pool, ROW_BLOCKS=together, BY_HEAD=padded, POOLING=precise,
-                     PRECISION="tf32x3" if dtype == "fp32" else "tf32", **view)
+        shape = dict(D=dim, BLOCK_D=dim, POOL=pool, PER=128 // pool, ROW_BLOCKS=together, STEP=step(dim, DTYPES[dtype]),
+                     BY_HEAD=padded, POOLING=precise, PRECISION="tf32x3" if dtype == "fp32" else "tf32", **view)
         compile_kernel(select_key_blocks_kernel, dtype, shape, num_warps=warps, num_stages=2 if dim <= 128 else 1)
-    config = tile_config(dim, DTYPES[dtype])
+    config = tile_config(dim, DTYPES[dtype], (capability // 10, capability % 10))
     shape = dict(D=dim, DV=dim, BLOCK_D=dim, BLOCK_DV=dim, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
                  PER=64 // config.block_n, CHUNK=16, LSE=padded, PRECISION=precise, **view, **table)
     compile_kernel(key_block_attention_kernel, dtype, shape, **config.options)
-if capability == 90:
+assert not large, large
+if capability == 90 and sys.argv[2] != "shared":
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
     from tsa_compile.kernels.attend.pages.hopper_device import key_block_attention_hopper_kernel as hopper
@@ -77,8 +86,12 @@ print("compiled")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("capability", "keys"), [(80, "order"), (90, "order"), (90, "blocks")])
+@pytest.mark.parametrize(
+    ("capability", "keys"),
+    [(80, "order"), (90, "order"), (90, "blocks"), *((n, "shared") for n in (80, 86, 89, 90, 100, 120))],
+)
 def test_compiles_ahead_of_time(capability, keys, tmp_path):
+    """In the keys' order, or in blocks; `shared`: every dtype and head dim within the GPU's shared memory."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(capability), keys], cwd=ROOT, env=environment, capture_output=True, text=True

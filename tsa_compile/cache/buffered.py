@@ -156,7 +156,7 @@ class Buffered:
     def _rows(self, which: str) -> torch.Tensor | None:
         if which in self._assigned:
             return self._assigned[which]
-        late = None if self._late is None else self._late[which == "values"]
+        late = None if self._late is None else self._late[0 if which == "keys" else 1]
         if self.buffers is None:
             return late
         rows = getattr(self.buffers, which)[:, :, self.first : self.first + self.length]

@@ -13,7 +13,7 @@ import torch
 
 from tsa_compile.kernels import ops  # noqa: F401 - registers torch.ops.tsa
 from tsa_compile.kernels.checks import SHARES
-from tsa_compile.kernels.common.row_blocks import KEYS, ROWS
+from tsa_compile.kernels.common.row_blocks import KEYS, ROWS, finest_pool
 from tsa_compile.kernels.types import Edges, PageBitmap, Selection
 from tsa_compile.passes.site import AttentionSite
 from tsa_compile.policies.base import Emit, Policy, check_int
@@ -75,6 +75,9 @@ class BlockSparse(Policy):
     def refuse(self, site: AttentionSite) -> str | None:
         if isinstance(self.alpha, tuple) and len(self.alpha) != site.heads:
             return f"alpha has {len(self.alpha)} numbers for {site.heads} query heads"
+        dim = site.head_dim
+        if site.device.type == "cuda" and isinstance(dim, int) and self.pool < finest_pool(dim):
+            return f"pool {self.pool}; from {finest_pool(dim)} on with head dim {dim} on a GPU"
         return None
 
     def guaranteed(self, site: AttentionSite) -> Edges:

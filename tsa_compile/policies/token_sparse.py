@@ -132,7 +132,7 @@ class TokenSparse(Policy):
         return super()._from_fields(fields)
 
     def refuse(self, site: AttentionSite) -> str | None:
-        return None
+        return None if self.inner is None else self.inner.refuse(site)
 
     def guaranteed(self, site: AttentionSite) -> Edges:
         """The window of the strip; with blocks of kept tokens, as much of it as each kept row reads among these."""

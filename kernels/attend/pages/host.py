@@ -9,7 +9,7 @@ import torch
 from tsa_compile.kernels.attend.pages import hopper
 from tsa_compile.kernels.common.results import empty_result, no_lse
 from tsa_compile.kernels.common.row_blocks import KEYS, ROWS, key_block_count, row_block_count, word_count
-from tsa_compile.kernels.common.tiles import LOG2_E, Config, precision, section_heads
+from tsa_compile.kernels.common.tiles import LOG2_E, Config, capability_of, precision, section_heads, small_shared
 from tsa_compile.kernels.common.view import length_of
 from tsa_compile.kernels.types import KvView
 
@@ -59,7 +59,7 @@ def launch_any(
 
     (batch, heads, q_len, dim), kv_heads, v_dim, blocks = q.shape, k.shape[1], v.shape[-1], view.blocks
     block_d, block_dv = (max(16, triton.next_power_of_2(d)) for d in (dim, v_dim))
-    config = tile_config(max(block_d, block_dv), q.dtype)
+    config = tile_config(max(block_d, block_dv), q.dtype, capability_of(q.device))
     row_blocks = row_block_count(q_len, k_len)
     tiles = row_blocks * (ROWS // config.block_m)
     section = section_heads(heads, kv_heads, k_len, (dim + v_dim) * q.element_size())
@@ -80,8 +80,12 @@ def launch_any(
     )  # fmt: skip
 
 
-def tile_config(block_d: int, dtype: torch.dtype) -> Config:
+def tile_config(block_d: int, dtype: torch.dtype, capability: tuple[int, int]) -> Config:
     """Rows and keys of a step; block_d: the larger head dim, rounded up to a power of two."""
+    if dtype == torch.float32 and block_d > 64 and small_shared(capability):
+        return Config(64, 16, 4, 2) if block_d <= 128 else Config(16, 16, 4, 2)
+    if block_d > 64 and small_shared(capability):
+        return Config(128, 32, 8, 3) if block_d <= 128 else Config(64, 16, 4, 3)
     if dtype == torch.float32:
         return Config(64, 32, 4, 2) if block_d <= 128 else Config(32, 16, 4, 2)
     if block_d <= 128:

@@ -34,21 +34,21 @@ WORD = tl.constexpr(64)
 def pool_queries(
     q, q_sl, q_sd, first_position, skipped, starts, lengths, key_mask, b, k_len, m_sb,
     D: tl.constexpr, BLOCK_D: tl.constexpr, POOL: tl.constexpr, PER: tl.constexpr, ROW_BLOCKS: tl.constexpr,
-    START: tl.constexpr, LENGTH: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
+    STEP: tl.constexpr, START: tl.constexpr, LENGTH: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Sums [M, BLOCK_D] of every POOL queries from `first_position` on, by products with zeros and ones, and how many each is of
     [M]. Padding does not count."""
-    d, row = tl.arange(0, BLOCK_D), tl.arange(0, ROWS)
+    d, row = tl.arange(0, BLOCK_D), tl.arange(0, STEP)
     m = tl.arange(0, ROW_BLOCKS * PER)
     total = tl.zeros([ROW_BLOCKS * PER, BLOCK_D], tl.float32)
     number = tl.zeros([ROW_BLOCKS * PER], tl.float32)
-    for i in tl.range(0, ROW_BLOCKS):
-        at = first_position + i * ROWS + row
+    for i in tl.range(0, ROW_BLOCKS * (ROWS // STEP)):
+        at = first_position + i * STEP + row
         ok = (at >= skipped) & valid_keys(at, starts, lengths, key_mask, b, k_len, m_sb, START, LENGTH, MASK)
         x = tl.load(
             q + (at - skipped).to(tl.int64)[:, None] * q_sl + d[None, :] * q_sd, mask=ok[:, None] & (d < D)[None, :], other=0.0
         )
-        member = m[:, None] == i * PER + row[None, :] // POOL
+        member = m[:, None] == (i * STEP + row[None, :]) // POOL
         total = tl.dot(member.to(x.dtype), x, total, input_precision=PRECISION)
         number += tl.sum((member & ok[None, :]).to(tl.float32), 1)
     return total, number
@@ -112,14 +112,16 @@ def forced_blocks(c, counts, key_blocks, begin, own, first, end, window, sinks, 
 def select_key_blocks_kernel(
     q, means, counts, bits, starts, lengths, key_mask, alphas, q_sb, q_sh, q_sl, q_sd, m_sb,
     heads, kv_heads, q_len, k_len, row_blocks, key_blocks, words, scale_log2, alpha_log2, window, sinks, last_dense, behind,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, POOL: tl.constexpr, PER: tl.constexpr, ROW_BLOCKS: tl.constexpr, START: tl.constexpr,
-    LENGTH: tl.constexpr, MASK: tl.constexpr, BY_HEAD: tl.constexpr, POOLING: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, POOL: tl.constexpr, PER: tl.constexpr, ROW_BLOCKS: tl.constexpr, STEP: tl.constexpr,
+    START: tl.constexpr, LENGTH: tl.constexpr, MASK: tl.constexpr, BY_HEAD: tl.constexpr, POOLING: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """ROW_BLOCKS row blocks of one head, to bits [B, H, row blocks, words]. BY_HEAD: alphas [H] in place of alpha_log2.
 
     behind: how many rows before its own a row block's scoring rows begin. If any, the call's first row block reads everything.
 
-    PER: score rows of a row block. POOLING, PRECISION: how queries are summed, and how float32 means are multiplied.
+    PER: score rows of a row block. STEP: queries that are summed at a time. POOLING, PRECISION: how queries are summed, and how
+    float32 means are multiplied.
     """
     tile, head = tile_and_row(tl.cdiv(row_blocks, ROW_BLOCKS))
     head = head.to(tl.int64)
@@ -133,7 +135,7 @@ def select_key_blocks_kernel(
     own_m = tl.minimum(first_position + tl.arange(0, ROW_BLOCKS * PER) // PER * ROWS, last_own)
     mean_q, weight = pool_queries(
         q + b * q_sb + h * q_sh, q_sl, q_sd, first_position - behind, skipped, starts, lengths, key_mask, b, k_len, m_sb,
-        D, BLOCK_D, POOL, PER, ROW_BLOCKS, START, LENGTH, MASK, POOLING,
+        D, BLOCK_D, POOL, PER, ROW_BLOCKS, STEP, START, LENGTH, MASK, POOLING,
     )  # fmt: skip
     mean_q *= (scale_log2 / tl.maximum(weight, 1.0))[:, None]
     means += (b * kv_heads + h * kv_heads // heads) * key_blocks * D

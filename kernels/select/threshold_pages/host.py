@@ -8,11 +8,10 @@ from collections.abc import Sequence
 
 import torch
 
-from tsa_compile.kernels.common.row_blocks import ROWS, row_block_count, word_count
+from tsa_compile.kernels.common.row_blocks import ROWS, finest_pool, row_block_count, word_count
 from tsa_compile.kernels.common.tiles import LOG2_E, precision
 
 Tensor = torch.Tensor
-_SCORE_ROWS = 64  # of a program
 
 
 def select_key_blocks(
@@ -32,15 +31,22 @@ def select_key_blocks(
     share: str = "head",
     lookahead: bool = True,
 ) -> Tensor:
-    """`tsa::select_key_blocks` by Triton: int64 `[B, H or Hk, row blocks, words]`. Nothing waits for the device."""
+    """`tsa::select_key_blocks` by Triton: int64 `[B, H or Hk, row blocks, words]`. Nothing waits for the device.
+
+    Raises:
+        ValueError: too many score rows for the head dim: `pool` is below `finest_pool`.
+    """
     import triton
 
     from tsa_compile.kernels.select.threshold_pages.device import select_key_blocks_kernel
 
     (batch, heads, q_len, dim), kv_heads = q.shape, means.shape[1]
+    if pool < finest_pool(dim):
+        raise ValueError(f"pool: {pool}; allowed on a GPU with head dim {dim}: from {finest_pool(dim)} on")
     row_blocks, words = row_block_count(q_len, k_len), word_count(k_len)
     bits = torch.empty(batch, heads, row_blocks, words, dtype=torch.int64, device=q.device)
-    together, warps = tile(pool)
+    together, warps = tile(pool, dim)
+    block_d = max(16, triton.next_power_of_2(dim))
     by_head = len(set(alpha)) > 1
     if bits.numel() > 0:
         select_key_blocks_kernel[(triton.cdiv(row_blocks, together) * batch * heads,)](
@@ -48,7 +54,7 @@ def select_key_blocks(
             logs_on(tuple(alpha), q.device) if by_head else q, *q.stride(), 0 if key_mask is None else key_mask.stride(0),
             heads, kv_heads, q_len, k_len, row_blocks, means.shape[2], words, scale * LOG2_E, log2(alpha[0]),
             window, sinks, last_dense, 0 if lookahead else ROWS,
-            D=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)), POOL=pool, PER=ROWS // pool, ROW_BLOCKS=together,
+            D=dim, BLOCK_D=block_d, POOL=pool, PER=ROWS // pool, ROW_BLOCKS=together, STEP=step(block_d, q.dtype),
             START=start is not None, LENGTH=lengths is not None, MASK=key_mask is not None,
             BY_HEAD=by_head,
             POOLING=precision(q.dtype), PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
@@ -57,10 +63,15 @@ def select_key_blocks(
     return bits if share == "head" else union_by_group(bits, kv_heads)
 
 
-def tile(pool: int) -> tuple[int, int]:
-    """(row blocks of a program, its warps): some 64 score rows, at least 16."""
-    per = ROWS // pool
-    return max(1, min(16, _SCORE_ROWS // per)), 4 if per <= _SCORE_ROWS else 8
+def step(block_d: int, dtype: torch.dtype) -> int:
+    """Queries that are summed at a time: 32 KiB of them."""
+    return min(ROWS, max(16, (32 << 10) // (block_d * dtype.itemsize)))
+
+
+def tile(pool: int, dim: int) -> tuple[int, int]:
+    """(row blocks of a program, its warps): 64 score rows or those of a row block; 16 above head dim 128."""
+    per, rows = ROWS // pool, 64 if dim <= 128 else 16
+    return max(1, min(16, rows // per)), 4 if per <= 64 else 8
 
 
 def union_by_group(bits: Tensor, kv_heads: int) -> Tensor:
