@@ -38,13 +38,13 @@ class CudaReplay(Again):
     """The replay of a CUDA graph."""
 
     def __init__(self, call: Callable[[], Any], cache: Any) -> None:
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):  # other threads may go on
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # other threads may go on
             result = call()
         self._result = pytree.tree_map(lambda x: _CACHE if x is cache else x, result, is_leaf=lambda x: x is cache)
 
     def __call__(self, call: Callable[[], Any], cache: Any) -> Any:
-        self._graph.replay()
+        self.graph.replay()
         return pytree.tree_map(lambda x: cache if x is _CACHE else x.clone() if isinstance(x, torch.Tensor) else x, self._result)
 
 
@@ -124,6 +124,11 @@ class Recordings:
                 inputs = {n: torch.empty_like(x) for n, x in tensors.items()}
             kinds[key] = Recording(inputs, buffers, state)
             return kinds[key]
+
+    def of(self, storage: Storage) -> list[Recording]:
+        """Those over one storage, the oldest first."""
+        with self._lock:
+            return list(self._kinds.get(storage, {}).values())
 
     def clear(self) -> None:
         with self._lock:

@@ -46,7 +46,7 @@ class Steps:
         self.pool = Pool()
         self._backend = backend
         self._model_state = model_state
-        self._recordings = Recordings()
+        self.recordings = Recordings()
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()  # caches of the requests for which the model was looked over
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
@@ -129,7 +129,7 @@ class Steps:
         if self._model_state.is_hooked():
             return None
         fixed = {n: x for n, x in kwargs.items() if x is not cache.layers[0].pinned.mask}
-        return self._recordings.find(cache.layers, fixed, cache, self._backend.plan, self._model_state.read())
+        return self.recordings.find(cache.layers, fixed, cache, self._backend.plan, self._model_state.read())
 
     def _count(self, how: str) -> None:
         with self._lock:

@@ -73,6 +73,30 @@ def bench_decode_step(
             output.write_json(json, rows, environment=versions, ceilings=gpu)
 
 
+@bench.command("steps")
+def bench_whole_steps(
+    cases: Annotated[str, typer.Option(help="batch x length, comma separated")] = "1x131072,4x32768,8x16384,1x1024",
+    keep: Annotated[str, typer.Option(help="shares of the pages, comma separated; 'all': every key")] = "all,0.05",
+    layers: Annotated[int, typer.Option(help="layers of the random Llama-3.1-8B", min=1)] = 32,
+    compiler: Annotated[str, typer.Option(help="inductor or eager; both: 'eager,inductor'")] = "eager",
+    json: JsonFile = None,
+) -> None:
+    """Decode steps of a random-weight Llama-3.1-8B over a filled cache: replay, call and `generate()` beside the bytes' time."""
+    from tsa_compile.tools.bench import output, prefill, steps
+
+    gpu, versions = _gpu()
+    model, rows = prefill.build_llama(layers), list[steps.StepRow]()
+    for kind in compiler.split(","):
+        for share in keep.split(","):
+            for size in cases.split(","):
+                batch, _, length = size.partition("x")
+                case = steps.StepCase(int(batch), int(length), None if share == "all" else float(share))
+                rows.append(steps.bench_steps(model, case, gpu["copy_tbps"], kind))
+                console.print(steps.told(rows[-1]), markup=False, highlight=False)
+                if json:
+                    output.write_json(json, rows, environment=versions, ceilings=gpu, layers=layers)
+
+
 @bench.command("prefill")
 def bench_prefill(
     lengths: Annotated[str, typer.Option(help="prompt lengths, comma separated")] = "8192,32768,131072",
