@@ -1,7 +1,7 @@
 """`tsa-compile bench steps`: whole decode steps of a random Llama-3.1-8B over a filled cache, beside what their bytes take.
 
-A case's cache is filled with random rows, without a prefill. Its floor is the bytes that a step must read, weights and cache, over
-the copy rate measured in the same run. Steps are checked before they are timed: they are replayed, with every attention replaced.
+A case's cache is filled with random rows, without a prefill. Its floor is the bytes that a step must read, weights and cache,
+over the copy rate measured in the same run. Steps are timed only if they are replayed, with every attention replaced.
 """
 
 from __future__ import annotations
