@@ -13,6 +13,8 @@ Tensor = torch.Tensor
 MAX_ROWS = 16  # query rows of a step
 MAX_HEAD_DIM = 256
 PAGE = 16  # rows of a page
+MAX_SAMPLES = 4096  # of a query row, in `sampled_value_attention`
+FORMS = ("prop", "flash")
 
 
 def check_view(name: str, q: Tensor, k: Tensor, view: KvView) -> int:
@@ -91,6 +93,30 @@ def page_attention(
         raise ValueError(f"{name}: indices must be int32 {(*lists, 'N')}, rows contiguous, got {_told(indices)}")
     if counts.dtype != torch.int32 or tuple(counts.shape) != lists or not _plain(counts, q):
         raise ValueError(f"{name}: counts must be contiguous int32 {lists}, got {_told(counts)}")
+
+
+def sampled_value_attention(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor | None, block: int, start: Tensor | None, lengths: Tensor | None,
+    key_mask: Tensor | None, scale: float, seed: Tensor, samples: int, form: str, mask: Tensor | None = None,
+    sinks: Tensor | None = None, softcap: float = 0.0,
+) -> None:  # fmt: skip
+    name = "tsa::sampled_value_attention"
+    capacity = check_cache(name, q, k, v, KvView(blocks, block, start, lengths), key_mask)
+    check_masks(name, q, capacity, mask, sinks, softcap, 0, causal=True)
+    if q.shape[2] != 1:
+        raise ValueError(f"{name}: q must have 1 row, got {q.shape[2]}")
+    if seed.dtype != torch.int64 or tuple(seed.shape) not in ((1,), (q.shape[0],)) or seed.device != q.device:
+        raise ValueError(f"{name}: seed must be int64 [1] or [{q.shape[0]}] on {q.device}, got {_told(seed)}")
+    if not 1 <= samples <= MAX_SAMPLES:
+        raise ValueError(f"{name}: samples must be 1 to {MAX_SAMPLES}, got {samples}")
+    if form not in FORMS:
+        raise ValueError(f"{name}: form must be one of {FORMS}, got {form!r}")
+
+
+def attach_state(state: Tensor, k: Tensor) -> None:
+    if k.dim() != 4 or k.shape[0] != state.shape[0]:
+        shapes = f"{tuple(state.shape)} and {tuple(k.shape)}"
+        raise ValueError(f"tsa::attach_state: state must have the batch rows of k [B, Hk, L, D], got {shapes}")
 
 
 def _plain(x: Tensor, q: Tensor) -> bool:

@@ -62,6 +62,14 @@ def page_attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **masks: Any) ->
     return empty_result(q, v), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
+def sampled_value_attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **masks: Any) -> tuple[Tensor, Tensor]:
+    return page_attention(q, k, v)
+
+
+def attach_state(state: Tensor, k: Tensor) -> None:
+    """It does nothing, on any device: it tells the passes, in a traced graph, that `state` is kept beside the buffer `k`."""
+
+
 def append_pages(*args: Any) -> None:
     """It writes in place."""
 

@@ -122,6 +122,21 @@ OPERATORS = (
         host="attend.decode.host:page_attention",
     ),
     Operator(
+        f"sampled_value_attention(Tensor q, Tensor k, Tensor v, {_CACHE}, Tensor seed, int samples, str form, {_MASKS})"
+        f" -> {_ATTENDED}",
+        check=decode_checks.sampled_value_attention,
+        fake=fakes.sampled_value_attention,
+        reference="attend.sampled.reference:sampled_value_attention_reference",
+        host="attend.sampled.host:sampled_value_attention",
+    ),
+    Operator(
+        "attach_state(Tensor(a!) state, Tensor k) -> ()",
+        check=decode_checks.attach_state,
+        fake=fakes.attach_state,
+        reference="fakes:attach_state",
+        host="fakes:attach_state",
+    ),
+    Operator(
         "append_pages(Tensor(a!) sums, Tensor(b!) counts, Tensor k, Tensor? blocks, int block, Tensor? start, Tensor begin,"
         " Tensor end, Tensor? key_mask, int new) -> ()",
         check=page_checks.append_pages,

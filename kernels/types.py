@@ -121,19 +121,17 @@ class PageBitmap(NamedTuple):
     bits: T
 
 
-class Samples(NamedTuple):
-    """Keys whose values are read, drawn from the attention's own distribution, and how often each was drawn.
+class Draws(NamedTuple):
+    """No list: the keys are drawn as they are attended, at random.
 
     Args:
-        indices: int32 `[B, Hk, S]`, -1 behind the last.
-        weights: float32 `[B, H, S]`.
+        seed: int64 `[1]` or `[B]`, another one for each layer.
     """
 
-    indices: T
-    weights: T
+    seed: T
 
 
-Selection: TypeAlias = Tokens | Keys | Pages | PageBitmap | Samples
+Selection: TypeAlias = Tokens | Keys | Pages | PageBitmap | Draws
 
 
 class Strip(NamedTuple):

@@ -21,6 +21,7 @@ from tsa_compile.policies.exact import Exact
 from tsa_compile.policies.page_sparse import PageSparse
 from tsa_compile.policies.probe_sparse import ProbeSparse
 from tsa_compile.policies.remembered import Remembered
+from tsa_compile.policies.sampled_values import SampledValues
 from tsa_compile.policies.token_sparse import Completion, TokenSparse
 from tsa_compile.reach import reach
 from tsa_compile.report import Report
@@ -38,6 +39,7 @@ __all__ = [
     "ProbeSparse",
     "Remembered",
     "Report",
+    "SampledValues",
     "TokenSparse",
     "calibrate",
     "compare",

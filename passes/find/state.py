@@ -8,8 +8,10 @@ import torch.fx as fx
 from tsa_compile.passes.context import GraphSite
 from tsa_compile.passes.operands import LAYOUT
 
-_KEPT = {torch.ops.tsa.append_pages.default: ("sums", "counts")}  # operator -> the names of what it writes, its first arguments
-_KEYS = 2  # the argument that holds the keys
+_KEPT = {  # operator -> the names of its first arguments, the state; the keys are the next one
+    torch.ops.tsa.append_pages.default: ("sums", "counts"),
+    torch.ops.tsa.attach_state.default: ("seed",),
+}
 
 
 def state_of(graph: fx.Graph, at: GraphSite) -> dict[str, fx.Node] | None:
@@ -25,6 +27,6 @@ def state_of(graph: fx.Graph, at: GraphSite) -> dict[str, fx.Node] | None:
         if node is at.node:
             break
         names = _KEPT.get(node.target)
-        if names is not None and node.args[_KEYS] is match.k:
+        if names is not None and node.args[len(names)] is match.k:
             found.update(zip(names, node.args, strict=False))
     return found or None

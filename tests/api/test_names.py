@@ -44,7 +44,7 @@ NAMES = {
     "ProbeSparse": "coverage=0.05, probes=64, min_keys=256",
     "PageSparse": "keep=None, kind='mean', completion=False, pages=None, mass=None, schedule=None, ...",
     "HeadSplit": "...",
-    "SampledValues": "samples, ...",
+    "SampledValues": "samples, form='prop'",
     "Remembered": "source, keys=512, share=None, dense_layers=2, queries=None",
     "Resident": "...",
     "Routed": "...",
@@ -83,7 +83,6 @@ NAMES = {
 }
 COMING = {
     "HeadSplit": "decode by head roles",
-    "SampledValues": "decode by sampled values",
     "Resident": "decode with keys on the host",
     "Routed": "decode over a process group",
     "generate": "speculation",

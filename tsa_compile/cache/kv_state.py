@@ -75,6 +75,9 @@ class KvState:
         """The tensors for buffers of this size."""
         return ()
 
+    def begin(self, tensors: Tensors) -> None:
+        """The next rows are the first ones: what the tensors hold is of another request."""
+
     def append(
         self,
         tensors: Tensors,
@@ -146,6 +149,11 @@ class KvStates:
     def settle(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """The states belong to the buffers as they are now."""
         self._versions = (keys._version, values._version)
+
+    def begin(self) -> None:
+        """The next rows are the first ones."""
+        for kind in self.kinds:
+            kind.begin(self.tensors[kind.name])
 
     def append(
         self,

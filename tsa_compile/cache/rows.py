@@ -38,6 +38,8 @@ class Rows(Buffered):
         end = begin + keys.shape[-2]
         self.key_mask = self.lease.key_mask if begin == 0 or self.lease.key_mask is not None else self.key_mask
         buffers = self.reserve(keys, values, end)
+        if begin == 0:
+            self.states.begin()
         for buffer, rows in ((buffers.keys, keys), (buffers.values, values)):
             if at is None:
                 buffer[:, :, begin:end] = rows
@@ -105,6 +107,7 @@ class Rows(Buffered):
             keys, values, _ = self.settled()
             ends = self.row_lengths()
             self.states.forget()
+            self.states.begin()
             self.states.append(keys, values, torch.zeros_like(ends), ends, self.key_mask, self.length)
             self.states.settle(keys, values)
             self.states.rebuilt += 1

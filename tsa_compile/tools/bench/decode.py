@@ -15,9 +15,22 @@ import torch
 from tsa_compile.kernels.attend.decode import host
 from tsa_compile.kernels.attend.decode.config import DecodeConfig
 from tsa_compile.kernels.attend.decode.reference import decode_attention_reference, page_attention_reference
+from tsa_compile.kernels.attend.sampled.reference import sampled_value_attention_reference
 from tsa_compile.kernels.types import IDENTITY
 from tsa_compile.tools.bench.decode_cases import Buffers, DecodeCase
-from tsa_compile.tools.bench.decode_forms import Form, Lists, attend, exact, exact_forms, page_forms, score, select
+from tsa_compile.tools.bench.decode_forms import (
+    SAMPLES,
+    Form,
+    Lists,
+    attend,
+    exact,
+    exact_forms,
+    page_forms,
+    sampled,
+    sampled_forms,
+    score,
+    select,
+)
 from tsa_compile.tools.bench.timing import graph_ms
 
 TOLERANCE = 1e-2  # relative error in bf16
@@ -56,7 +69,7 @@ def bench_decode(case: DecodeCase, copy_tbps: float, sweep: bool = False, repeat
     """
     buffers = [Buffers.random(case, device) for _ in range(case.sets)]
     errors = check(case, buffers[0])
-    forms = exact_forms(case, buffers[0].k.device) | (page_forms(case, buffers) if case.rows == 1 else {})
+    forms = exact_forms(case, buffers[0].k.device) | (page_forms(case, buffers) | sampled_forms(case) if case.rows == 1 else {})
     times = {name: round_ms(form, buffers, repeats) for name, form in forms.items()}
     swept = ("exact", *(["attend"] if case.rows == 1 else [])) if sweep else ()
     found = {name: run_sweep(case, buffers, name, repeats) for name in swept}
@@ -78,29 +91,38 @@ def check(case: DecodeCase, x: Buffers) -> dict[str, float]:
         RuntimeError: one is above TOLERANCE.
     """
     ragged = [case.length - 1 - (case.length // 9) * b for b in range(case.batch)]
-    errors = {}
+    errors: dict[str, float] = {}
     for name, lengths in (("full", x.lengths), ("ragged", torch.tensor(ragged, dtype=torch.int32, device=x.k.device))):
         given = dataclasses.replace(x, lengths=lengths)
-        errors[f"exact, {name}"] = _error(case, given, None)
+        forms: dict[str, Lists | str | None] = {"exact": None}
         if case.rows == 1:
-            errors[f"pages, {name}"] = _error(case, given, select(case, given, score(case, given)))
+            forms |= {"pages": select(case, given, score(case, given))} | {f"sampled, {form}": form for form in SAMPLES}
+        errors |= {f"{form}, {name}": _error(case, given, rule) for form, rule in forms.items()}
     wrong = {name: error for name, error in errors.items() if not error < TOLERANCE}
     if wrong:
         raise RuntimeError(f"{case.name}: relative error above {TOLERANCE}: {wrong}; nothing is timed")
     return errors
 
 
-def _error(case: DecodeCase, x: Buffers, pages: Lists | None) -> float:
-    """Of one call; the reference goes row of the batch by row, as float64 takes four times the memory."""
-    got = exact(case, x)[0] if pages is None else attend(case, x, pages)[0]
+def _error(case: DecodeCase, x: Buffers, rule: Lists | str | None) -> float:
+    """Of one call of a form: pages, the name of a form of sampled values, or every key. Samples are compared draw by draw.
+
+    The reference goes row of the batch by row, as float64 takes four times the memory; not that of samples, which counts rows.
+    """
+    if isinstance(rule, str):
+        got, operands = sampled(case, x, rule)[0], (x.q.double(), x.k.double(), x.v.double())
+        row = (None, 1, None, x.lengths, None, case.scale)
+        want = sampled_value_attention_reference(*operands, *row, x.seed, SAMPLES[rule], rule)[0]
+        return float((got.double() - want).norm() / want.norm())
+    got = exact(case, x)[0] if rule is None else attend(case, x, rule)[0]
     difference = total = 0.0
     for b in range(case.batch):
         one = [t[b : b + 1].double() for t in (x.q, x.k, x.v)]
         row = (None, 1, None, x.lengths[b : b + 1], None, case.scale)
-        if pages is None:
+        if rule is None:
             want = decode_attention_reference(*one, *row)[0]
         else:
-            want = page_attention_reference(*one, *(t[b : b + 1] for t in pages), *row)[0]
+            want = page_attention_reference(*one, *(t[b : b + 1] for t in rule), *row)[0]
         difference += float((got[b : b + 1].double() - want).square().sum())
         total += float(want.square().sum())
     return (difference / total) ** 0.5

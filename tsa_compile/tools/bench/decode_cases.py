@@ -65,6 +65,7 @@ class DecodeCase:
         read = {"exact": self.kv_bytes}
         if self.rows == 1:
             read |= {"pages": self.index_bytes + self.kept_bytes, "score": self.index_bytes, "attend": self.kept_bytes}
+            read |= {"sampled, prop": self.kv_bytes // 2, "sampled, flash": self.kv_bytes // 2}  # all keys, and few values
         return {name: n / copy_tbps / 1e9 for name, n in read.items()}
 
 
@@ -89,6 +90,7 @@ class Buffers:
     counts: Tensor
     lengths: Tensor
     before: Tensor
+    seed: Tensor
 
     @staticmethod
     def random(case: DecodeCase, device: str = "cuda") -> Buffers:
@@ -101,5 +103,6 @@ class Buffers:
         sums, counts = torch.ops.tsa.page_sums(k, None, 1, None, None, None)
         lengths = torch.full((case.batch,), case.length, dtype=torch.int32, device=device)
         return Buffers(
-            normal(case.heads, case.rows), k, normal(case.kv_heads, case.length), sums, counts, lengths, lengths - case.rows
-        )
+            normal(case.heads, case.rows), k, normal(case.kv_heads, case.length), sums, counts, lengths, lengths - case.rows,
+            torch.zeros(1, dtype=torch.int64, device=device),
+        )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ Tensor = torch.Tensor
 Form = Callable[[Buffers], Any]
 Lists = tuple[Tensor, Tensor]
 PADDING = 5  # rows before the first key
+SAMPLES = {"prop": 128, "flash": 2048}  # as published
 
 
 def exact(case: DecodeCase, x: Buffers, key_mask: Tensor | None = None, **more: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -37,6 +39,12 @@ def attend(case: DecodeCase, x: Buffers, pages: Lists) -> tuple[Tensor, Tensor]:
     return torch.ops.tsa.page_attention(x.q, x.k, x.v, *pages, None, 1, None, x.lengths, None, case.scale)
 
 
+def sampled(case: DecodeCase, x: Buffers, form: str) -> tuple[Tensor, Tensor]:
+    """Every key, and so many values."""
+    rule = (x.seed, SAMPLES[form], form)
+    return torch.ops.tsa.sampled_value_attention(x.q, x.k, x.v, None, 1, None, x.lengths, None, case.scale, *rule)
+
+
 def exact_forms(case: DecodeCase, device: torch.device) -> dict[str, Form]:
     """Dense attention as a user has it, and `tsa::decode_attention` without and with masks."""
     causal = torch.ones(case.rows, case.rows, dtype=torch.bool).tril()
@@ -55,6 +63,11 @@ def exact_forms(case: DecodeCase, device: torch.device) -> dict[str, Form]:
         "exact, key mask": lambda x: exact(case, x, key_mask),
         "exact, scores": lambda x: exact(case, x, scores=True),
     }
+
+
+def sampled_forms(case: DecodeCase) -> dict[str, Form]:
+    """A step by sampled values, in both forms."""
+    return {f"sampled, {form}": functools.partial(sampled, case, form=form) for form in SAMPLES}
 
 
 def page_forms(case: DecodeCase, buffers: Sequence[Buffers]) -> dict[str, Form]:
