@@ -74,6 +74,7 @@ class Context:
     gm: fx.GraphModule
     policy_for: Callable[[AttentionSite], Policy]
     constants: Mapping[str, torch.Tensor]
+    drafting: bool = False
     sites: list[GraphSite] = dataclasses.field(default_factory=list)
     patterns: dict[str, Pattern] = dataclasses.field(default_factory=dict)
     decisions: list[Decision] = dataclasses.field(default_factory=list)

@@ -46,6 +46,7 @@ def run_pipeline(
     *,
     example_inputs: Sequence[Any] | None = None,
     constants: Mapping[str, torch.Tensor] | None = None,
+    drafting: bool = False,
 ) -> PipelineResult:
     """Rewrite `gm` in place.
 
@@ -55,11 +56,12 @@ def run_pipeline(
         example_inputs: inputs of the graph; written to the dumps.
         constants: tensors whose values are known, by placeholder name. Where a run may change them, as in a live module, the
             caller must see to it that the result's `patterns` still hold.
+        drafting: decode steps are drafts, which a verify step will judge.
 
     Raises:
         VerificationError: the result is not what the passes promise (a bug of ours).
     """
-    context = Context(gm, policy_for, constants or {})
+    context = Context(gm, policy_for, constants or {}, drafting)
     dump = _Dump(example_inputs)
     dump.write(gm, "before")
     counts: dict[str, int] = {}

@@ -131,8 +131,8 @@ class AttentionSite:
         )
 
 
-def phase_of(rows: Size, past: bool, causal: bool) -> str:
+def phase_of(rows: Size, past: bool, causal: bool, drafting: bool = False) -> str:
     """The phase of an attention that nobody told: by its number of query rows. Rows that vary between runs are prefill's."""
     if isinstance(rows, int) and rows == 1:
-        return "decode"
+        return "draft" if drafting else "decode"
     return "verify" if isinstance(rows, int) and rows <= VERIFY_ROWS and past and causal else "prefill"

@@ -12,6 +12,7 @@ from tsa_compile.api import explain, report, restore, transform
 from tsa_compile.cache import Cache
 from tsa_compile.check import compare
 from tsa_compile.entry_point import register as _register
+from tsa_compile.generate.speculative import generate, speculative
 from tsa_compile.learn import calibrate
 from tsa_compile.plan import Plan
 from tsa_compile.policies.block_sparse import BlockSparse
@@ -44,9 +45,11 @@ __all__ = [
     "calibrate",
     "compare",
     "explain",
+    "generate",
     "reach",
     "report",
     "restore",
+    "speculative",
     "transform",
 ]
 _register()

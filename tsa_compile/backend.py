@@ -5,6 +5,7 @@ One `Backend` serves all: `transform`, `torch.compile(model, backend="tsa", opti
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import weakref
@@ -57,7 +58,7 @@ class Backend:
             raise ValueError(f"compiler must be one of {COMPILERS}, got {compiler!r}")
         if compiler == "eager" and inductor_options:
             raise ValueError(f"compiler='eager' takes no Inductor options, got {sorted(inductor_options)}")
-        self.plan = plan
+        self._plan = plan
         self.compiler = compiler
         self.inductor_options = dict(inductor_options or {})
         self.graphs: list[TracedGraph] = []
@@ -71,11 +72,37 @@ class Backend:
     def model(self) -> nn.Module | None:
         return self._model()
 
+    @property
+    def plan(self) -> Plan:
+        """What runs, in this thread."""
+        return self.running[0]
+
+    @plan.setter
+    def plan(self, plan: Plan) -> None:
+        self._plan = plan
+
+    @property
+    def running(self) -> tuple[Plan, bool]:
+        """What this thread's calls run: a plan, and whether one token over a cache is a draft."""
+        running: tuple[Plan, bool] | None = getattr(self._thread, "running", None)
+        return (self._plan, False) if running is None else running
+
+    @contextlib.contextmanager
+    def under(self, plan: Plan, drafting: bool = False) -> Iterator[None]:
+        """Inside, this thread's calls run under another plan; `drafting`: those of one token by its policies for drafts."""
+        thread = self._thread
+        before = getattr(thread, "running", None)
+        thread.running = plan, drafting
+        try:
+            yield
+        finally:
+            thread.running = before
+
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         name_modules(gm, self.model)
         graph = TracedGraph(self, gm, example_inputs)
         self.graphs.append(graph)
-        form = graph.form(self.plan)
+        form = graph.form(*self.running)
         for warning in form.warnings:
             self.warn(warning)
         reasons = {d.reason or "" for d in form.decisions}
@@ -136,7 +163,7 @@ class Backend:
         for number, graph in enumerate(self.graphs):
             owners: list[Owner | None] = [*graph.owners] if graph.owners else [None]
             for owner in owners:
-                form = graph.form(self.plan, owner)
+                form = graph.form(self.plan, owner=owner)
                 for decision, module in zip(form.decisions, owner or graph.traced_in, strict=True):
                     yield number, form, decision, module or decision.site.module
 

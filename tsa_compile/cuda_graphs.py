@@ -93,7 +93,12 @@ class Recordings:
         self._lock = threading.Lock()
 
     def find(
-        self, layers: Sequence[PinnableRows], kwargs: Mapping[str, Any], cache: Any, plan: Any, state: tuple[Any, ...]
+        self,
+        layers: Sequence[PinnableRows],
+        kwargs: Mapping[str, Any],
+        cache: Any,
+        running: tuple[Any, bool],
+        state: tuple[Any, ...],
     ) -> Recording | None:
         """The recording for this kind of call, a new one, or None: such a call is not recorded.
 
@@ -101,7 +106,7 @@ class Recordings:
             layers: of the cache.
             kwargs: the call's arguments; tensors may have other values the next time, all else counts as fixed.
             cache: among them.
-            plan: that the session runs; held, as plans are told by identity.
+            running: the plan of the call, held, as plans are told by identity; and whether it is a draft.
             state: of the model.
         """
         storage = layers[0].storage
@@ -111,7 +116,7 @@ class Recordings:
         if not all(isinstance(x, _CONSTANTS) for x in others.values()):
             return None
         shapes = tuple((n, x.shape, x.dtype, x.device) for n, x in tensors.items())
-        key = (shapes, tuple(others.items()), Same(plan))
+        key = (shapes, tuple(others.items()), Same(running[0]), running[1])
         buffers = [layer.buffers for layer in layers]
         with self._lock:
             kinds = self._kinds.setdefault(storage, {})

@@ -7,6 +7,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from tsa_compile.rules import layer_number
+from tsa_compile.speculation import Speculation
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -70,6 +71,7 @@ class Report:
         untraced: those of them in which no compiled graph ran.
         passes: how often each pass found or changed something, and its seconds, over all graphs and plans.
         steps: how decode steps ran, and how many; of a transformed model whose plan has a policy for them.
+        speculation: what speculative generation came to; None: there was none.
     """
 
     sites: list[SiteReport] = dataclasses.field(default_factory=list)
@@ -79,6 +81,7 @@ class Report:
     untraced: int = 0
     passes: dict[str, PassReport] = dataclasses.field(default_factory=dict)
     steps: dict[str, int] = dataclasses.field(default_factory=dict)
+    speculation: Speculation | None = None
 
     @property
     def replaced(self) -> list[SiteReport]:
@@ -152,4 +155,6 @@ class Report:
             if self.passes:
                 ran = ", ".join(f"{name} {p.count} in {p.seconds:.2f} s" for name, p in self.passes.items())
                 console.print(f"passes: {ran}", markup=False, highlight=False)
+            if self.speculation is not None:
+                console.print(f"speculation: {self.speculation}", markup=False, highlight=False)
         return capture.get()

@@ -18,6 +18,7 @@ from tsa_compile.dynamo import called, isolated, room, settings, skips, traced_b
 from tsa_compile.model_state import ModelState
 from tsa_compile.plan import Plan
 from tsa_compile.report import Report
+from tsa_compile.speculation import Speculation
 from tsa_compile.steps import Steps, is_decode_step
 
 log = logging.getLogger("tsa_compile")
@@ -54,6 +55,7 @@ class Session:
         self._lock = threading.Lock()
         self.steps = Steps(self.backend, ModelState(model, RefuseTraces))
         self.calls = self.untraced = 0
+        self.speculation: Speculation | None = None
         weakref.finalize(self, self.backend.close)
 
     @property
@@ -87,7 +89,13 @@ class Session:
         """What the plan does with what was traced so far."""
         report = self.backend.report
         report.calls, report.untraced, report.steps = self.calls, self.untraced, self.steps.counts()
+        report.speculation = self.speculation
         return report
+
+    def speculated(self, seen: Speculation) -> None:
+        """A speculative generation came to an end."""
+        with self._lock:
+            self.speculation = seen if self.speculation is None else self.speculation.plus(seen)
 
     def _skipped(self, message: str) -> None:
         self.backend.warn(f"{message}: further calls of that function run dense")

@@ -89,7 +89,7 @@ class Steps:
     def _step(self, call: Callable[..., Any], kwargs: Mapping[str, Any], cache: Any, rows: int) -> Any:
         """One step on fixed buffers: a replay, or the call, after which the next one may be recorded."""
         recording = self._recording(kwargs, cache)
-        for tensor in (kwargs if recording is None else recording.inputs).values():
+        for tensor in {**kwargs, **({} if recording is None else recording.inputs)}.values():
             _fix_rows(tensor, rows)
         if recording is None:
             self._count(FIXED)
@@ -128,8 +128,8 @@ class Steps:
             self._model_state.look(self._backend.model)
         if self._model_state.is_hooked():
             return None
-        fixed = {n: x for n, x in kwargs.items() if x is not cache.layers[0].pinned.mask}
-        return self.recordings.find(cache.layers, fixed, cache, self._backend.plan, self._model_state.read())
+        fixed = {n: x for n, x in kwargs.items() if not cache.layers[0].pinned.holds(x)}
+        return self.recordings.find(cache.layers, fixed, cache, self._backend.running, self._model_state.read())
 
     def _count(self, how: str) -> None:
         with self._lock:
@@ -155,6 +155,8 @@ class Steps:
         if len(args) > 1 or (mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 2)):
             return "a mask that is not [batch, tokens], or arguments without names"
         config = getattr(model, "config", None)
+        if layers[0].lengths is not None and getattr(config, "_attn_implementation", None) != "sdpa":
+            return "batch rows of different lengths, in an attention implementation that is not sdpa"
         if kwargs.get("output_attentions", getattr(config, "output_attentions", False)):
             return "attention weights are asked for"
         return None

@@ -82,30 +82,36 @@ class TracedGraph:
         self._tensors = weakref.WeakValueDictionary(module_tensors(gm, inputs))
         self._context = torch._guards.TracingContext.try_get() if backend.compiler != "eager" else None
         self._forms: collections.OrderedDict[tuple[str, ...], Form] = collections.OrderedDict()
-        self._chosen: dict[tuple[int, Owner | None], tuple[Plan, Form]] = {}
-        plan = backend.plan
-        first = self._rewrite(plan.policy_for)
+        self._chosen: dict[tuple[int, bool, Owner | None], tuple[Plan, Form]] = {}
+        plan, drafting = backend.running
+        first = self._rewrite(plan.policy_for, drafting)
         self.sites = [d.site for d in first.decisions]
         self.traced_in: Owner = tuple(site.module for site in self.sites)
         self.owners: dict[Owner, None] = {}
         self._witnesses = self._find_witnesses(inputs)
         self._compile(first, inputs)
-        self._forms[_key(self._policies(plan, self.traced_in))] = first
+        self._forms[_key(self._policies(plan, drafting, self.traced_in), drafting)] = first
 
     def run(self, *args: Any) -> Any:
         """What Dynamo calls. Not `__call__`: Dynamo wraps what it gets, and would copy all that an object holds."""
-        plan = self._backend.plan
+        plan, drafting = self._backend.running
         owner = self._owner(args) if self.shared else None
-        form = self.form(plan, owner)
+        form = self.form(plan, drafting, owner)
         run = form.run or self._compile(form, [value_of(node) for node in self._inputs], late=True)
         self._backend.on_run(self, form)
         with running(self._backend.model, self._modules(form, owner)):
             return run(*args)
 
-    def form(self, plan: Plan, owner: Owner | None = None) -> Form:
-        """The form that `plan` asks for; `owner`: None for the modules in which the graph was traced."""
-        known = self._chosen.get((id(plan), owner))
-        return known[1] if known is not None and known[0] is plan else self._choose(plan, owner)
+    def form(self, plan: Plan, drafting: bool = False, owner: Owner | None = None) -> Form:
+        """The form that `plan` asks for.
+
+        Args:
+            plan: says the policies.
+            drafting: decode steps are drafts.
+            owner: None for the modules in which the graph was traced.
+        """
+        known = self._chosen.get((id(plan), drafting, owner))
+        return known[1] if known is not None and known[0] is plan else self._choose(plan, drafting, owner)
 
     @property
     def is_whole(self) -> bool:
@@ -147,40 +153,40 @@ class TracedGraph:
         now = {site.module: module or site.module for site, module in zip(self.sites, owner, strict=True)}
         return [now.get(module, module) for module in form.selections]
 
-    def _policies(self, plan: Plan, owner: Owner) -> list[Policy | None]:
+    def _policies(self, plan: Plan, drafting: bool, owner: Owner) -> list[Policy | None]:
         """The policy of each site; None: it cannot be told."""
         given = zip(self.sites, owner, strict=True)
         told = [(site, m if plan.rules else site.module) for site, m in given]
-        return [None if m is None else plan.policy_at(m, site.phase, site.index) for site, m in told]
+        return [None if m is None else plan.policy_at(m, phase_in(site.phase, drafting), site.index) for site, m in told]
 
-    def _choose(self, plan: Plan, owner: Owner | None) -> Form:
+    def _choose(self, plan: Plan, drafting: bool, owner: Owner | None) -> Form:
         with self._lock:
-            policies = self._policies(plan, owner or self.traced_in)
-            key = _key(policies)
+            policies = self._policies(plan, drafting, owner or self.traced_in)
+            key = _key(policies, drafting)
             if key not in self._forms:
-                self._forms[key] = self._late_form({s.index: p for s, p in zip(self.sites, policies, strict=True)})
+                self._forms[key] = self._late_form({s.index: p for s, p in zip(self.sites, policies, strict=True)}, drafting)
             form = self._forms[key]
             self._forms.move_to_end(key)
-            self._chosen[id(plan), owner] = (plan, form)
+            self._chosen[id(plan), drafting, owner] = (plan, form)
             if len(self._forms) > MAX_FORMS:
                 old = self._forms.popitem(last=False)[1]
                 self._chosen = {k: v for k, v in self._chosen.items() if v[1] is not old}
             return form
 
-    def _late_form(self, policies: dict[int, Policy | None]) -> Form:
+    def _late_form(self, policies: dict[int, Policy | None], drafting: bool) -> Form:
         """A form made after Dynamo took its guards: where it needs more of them, the graph runs as it was."""
         guards = _guards(self._shapes)
-        form = self._rewrite(lambda site: policies[site.index] or Dense())
+        form = self._rewrite(lambda site: policies[site.index] or Dense(), drafting)
         form.decisions = [dataclasses.replace(d, reason=UNTOLD) if policies[d.site.index] is None else d for d in form.decisions]
         if _guards(self._shapes) != guards:
             self._fall(form, LATE)
         return form
 
-    def _rewrite(self, policy_for: Callable[[AttentionSite], Policy]) -> Form:
+    def _rewrite(self, policy_for: Callable[[AttentionSite], Policy], drafting: bool) -> Form:
         from tsa_compile.passes.pipeline import run_pipeline
 
         gm = fx.GraphModule(self.gm, copy.deepcopy(self.gm.graph))
-        result = run_pipeline(gm, policy_for, constants=dict(self._tensors))
+        result = run_pipeline(gm, policy_for, constants=dict(self._tensors), drafting=drafting)
         self._backend.passed(result)
         return Form(gm, result.decisions, result.warnings, result.patterns, selecting_modules(gm))
 
@@ -203,8 +209,13 @@ class TracedGraph:
         self._backend.warn(reason)
 
 
-def _key(policies: Sequence[Policy | None]) -> tuple[str, ...]:
-    return tuple(map(repr, policies))
+def phase_in(phase: str, drafting: bool) -> str:
+    """The phase of a traced site, which a session may have entered by a draft, in a call that is a draft or is not."""
+    return {"decode": "draft"}.get(phase, phase) if drafting else {"draft": "decode"}.get(phase, phase)
+
+
+def _key(policies: Sequence[Policy | None], drafting: bool) -> tuple[str, ...]:
+    return (str(drafting), *map(repr, policies))
 
 
 def _guards(shapes: ShapeEnv | None) -> int:

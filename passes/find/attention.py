@@ -62,7 +62,7 @@ class _Finder:
     def __init__(self, context: Context) -> None:
         placeholders = [n for n in context.gm.graph.nodes if n.op == "placeholder"]
         held = {n: context.constants[n.name] for n in placeholders if n.name in context.constants}
-        self._facts = context.facts
+        self._facts, self._drafting = context.facts, context.drafting
         self._masks = MaskProver(context.facts, held)
         self._heads = RepeatedHeads(context.facts.sizes)
 
@@ -89,7 +89,7 @@ class _Finder:
             module=module,
             index=index,
             layer=int(number.group(1)) if number else index,
-            phase=phase_of(q_len, past, mask.causal or mask.data is not None),
+            phase=phase_of(q_len, past, mask.causal or mask.data is not None, self._drafting),
             form=match.form,
             batch=batch,
             heads=heads,

@@ -32,6 +32,7 @@ PART_OF = {
     "owners": "backend",
     "traced": "backend",
     "entry_point": "backend",
+    "speculation": "report",
     "steps": "session",
     "model_state": "session",
     "cuda_graphs": "session",

@@ -58,8 +58,8 @@ NAMES = {
         "model, prompts, target='kl<=0.01', *, policy=None, coverages=(0.02, 0.1, 0.2), method='loss', last=128, "
         "state=None, progress=True"
     ),
-    "generate": "model, *args, draft=None, **kwargs",
-    "speculative": "draft, ...",
+    "generate": "model, *args, draft=None, gamma=6, costs=None, **kwargs",
+    "speculative": "draft, gamma=6, *, costs=None, streamer=None",  # for `generate(custom_generate=...)` of transformers
     "reach": "model, plan, length, *args, phase='prefill', **kwargs",
     "Cache": "model, batch, max_length, pool=None",  # for transformers' `generate()`: room from the start
     "Report": "...",
@@ -85,8 +85,6 @@ COMING = {
     "HeadSplit": "decode by head roles",
     "Resident": "decode with keys on the host",
     "Routed": "decode over a process group",
-    "generate": "speculation",
-    "speculative": "speculation",
 }
 PHASES = ("prefill", "decode", "verify", "draft", "denoise_first", "denoise")
 
@@ -94,7 +92,8 @@ PHASES = ("prefill", "decode", "verify", "draft", "denoise_first", "denoise")
 def find(name: str) -> Any:
     """The object called `name`: at top level, or `module.Class.method` below tsa_compile; None if there is none."""
     first, *rest = name.split(".")
-    if hasattr(tsa, first) and first in tsa.__all__:
+    is_module = bool(rest) and not first[0].isupper()
+    if not is_module and hasattr(tsa, first) and first in tsa.__all__:
         found: Any = getattr(tsa, first)
     else:
         parts = name.split(".")

@@ -34,10 +34,14 @@ def pinned(layers: Sequence[PinnableRows], kwargs: Mapping[str, Any], new: int) 
     try:
         for layer in layers:
             layer.pin(place)
-        yield {**kwargs, **({} if mask is None else {"attention_mask": place.mask})}
+        yield {**kwargs, **({} if mask is None else {"attention_mask": _fixed_mask(place, layers[0], new)})}
     finally:
         for layer in layers:
             layer.unpin()
+
+
+def _fixed_mask(place: Place, layer: PinnableRows, new: int) -> torch.Tensor:
+    return place.mask if new == 1 or layer.lengths is None else place.visible_to(new)
 
 
 def make_place(layers: Sequence[PinnableRows], mask: torch.Tensor | None, new: int) -> Place:

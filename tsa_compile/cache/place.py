@@ -25,6 +25,7 @@ class Place:
             self.offset = torch.zeros((), dtype=torch.int64, device=device)
             self.mask = torch.zeros(batch, capacity, dtype=dtype, device=device)
             self.key_mask = torch.zeros(batch, capacity, dtype=torch.bool, device=device)
+        self.visible: dict[int, torch.Tensor] = {}  # by the number of new rows
         self.padded = False
         self._known = 0  # columns of the mask that may not be 0
 
@@ -51,3 +52,17 @@ class Place:
             self.mask[:, known : self._known] = 0
         self._known = known
         torch.ne(self.mask, 0, out=self.key_mask)
+
+    def holds(self, x: object) -> bool:
+        """Is it one of the masks here, which need no copy to stay where they are?"""
+        return x is self.mask or any(x is mask for mask in self.visible.values())
+
+    def visible_to(self, new: int) -> torch.Tensor:
+        """bool `[B, 1, new, capacity]`: the keys that each of `new` rows sees where batch rows differ in length, which no mask of
+        keys alone can say. Made anew at each call, at a fixed address."""
+        if new not in self.visible:
+            with torch.inference_mode(False):
+                self.visible[new] = self.key_mask.new_empty(len(self.rows), 1, new, self.key_mask.shape[1])
+        column = torch.arange(self.key_mask.shape[1], device=self.rows.device)
+        own = self.rows[:, :, None, None] + torch.arange(new, device=self.rows.device)[:, None]
+        return torch.logical_and(self.key_mask[:, None, None], column <= own, out=self.visible[new])

@@ -1,0 +1,105 @@
+"""A model's steps over one request's cache, whose batch rows may hold different numbers of tokens."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from tsa_compile.cache.pinned import PinnableRows
+from tsa_compile.session import Session
+
+Tensor = torch.Tensor
+CACHES = ("cache", "past_key_values")  # transformers from 5.24, up to 5.23
+
+
+class CachedSteps:
+    """Calls the model on a few tokens of each row behind those that are cached.
+
+    Args:
+        model: a decoder of transformers.
+        session: its session.
+        cache: after the prefill; every row holds the same number of tokens.
+        given: the arguments of its calls, as `generate()` has them after the prefill: the padding mask `[B, L]`, and the position
+            ids `[..., B, L]` of the prompt.
+        new: tokens that may follow the prompt; positions stay below.
+    """
+
+    def __init__(self, model: Any, session: Session, cache: Any, given: Mapping[str, Any], new: int) -> None:
+        self.model, self.session, self.cache = model, session, cache
+        self._name = next(name for name in CACHES if name in inspect.signature(model.forward).parameters)
+        self._mask: Tensor | None = given.get("attention_mask")
+        positions = given.get("position_ids")
+        self._positions: Tensor | None = None if positions is None else positions[..., -1:]  # of the last token of the prompt
+        self._prompt, self._new = cache.get_seq_length(), new
+        self.apart: list[int] | None = None  # tokens of each row, where they may differ
+
+    @property
+    def length(self) -> int:
+        """Cached tokens of the longest row."""
+        return int(self.cache.get_seq_length())
+
+    def why_together(self) -> str | None:
+        """Why batch rows cannot hold different numbers of tokens; None: they can."""
+        if not all(isinstance(layer, PinnableRows) for layer in self.cache.layers):
+            return "a layer of the cache does not keep all rows, or is not ours"
+        if getattr(self.model.config, "_attn_implementation", None) != "sdpa":
+            return "the model's attention implementation is not sdpa"
+        if not getattr(self.model, "_can_compile_fullgraph", False):
+            return f"{type(self.model).__name__} does not say that it works with static caches"
+        return "the model takes no position ids" if self._positions is None else None
+
+    def part(self, batch: int) -> None:
+        """From now on rows may differ."""
+        self.apart = [self.length] * batch
+        self._set_lengths()
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Append `tokens` `[B, n]` to every row; the logits `[B, n, V]` behind each, float32."""
+        n = tokens.shape[1]
+        kwargs = {"input_ids": tokens, "use_cache": True, "return_dict": True, self._name: self.cache}
+        if self._positions is not None:
+            kwargs["position_ids"] = self._next_positions(n)
+        if self._mask is not None or self.apart is not None:
+            kwargs["attention_mask"] = self._mask_with(n, tokens)
+        logits: Tensor = self.model(**kwargs).logits
+        if self.apart is not None:
+            self.apart = [length + n for length in self.apart]
+        return logits[:, -n:].float()
+
+    def keep(self, new: Sequence[int]) -> None:
+        """Row `b` keeps the prompt and `new[b]` tokens behind it: the same number, unless rows may differ."""
+        if self.apart is None:
+            self.cache.crop(self._prompt + new[0] - self.length)  # 0, too: layers with a window go back to its size
+        else:
+            self.apart = [self._prompt + n for n in new]
+            self._set_lengths()
+
+    def _set_lengths(self) -> None:
+        assert self.apart is not None
+        device = self.cache.layers[0].settled().keys.device
+        lengths = torch.tensor(self.apart, dtype=torch.int32, device=device)
+        for layer in self.cache.layers:
+            layer.set_lengths(lengths, max(self.apart))
+
+    def _lengths(self, device: torch.device) -> Tensor:
+        """int64 `[B or 1, 1]`."""
+        return torch.tensor([self.length] if self.apart is None else self.apart, device=device)[:, None]
+
+    def _next_positions(self, n: int) -> Tensor:
+        """Those behind the last token of the prompt. What is proposed beyond the last token that may follow is never kept."""
+        assert self._positions is not None
+        behind = self._lengths(self._positions.device) - self._prompt + 1 + torch.arange(n, device=self._positions.device)
+        return self._positions + behind.clamp(max=self._new)
+
+    def _mask_with(self, n: int, tokens: Tensor) -> Tensor:
+        """`[B, length + n]`: the prompt's mask, and what stands behind it up to each row's own new tokens."""
+        longest = self.length + n
+        mask = tokens.new_ones(tokens.shape[0], longest) if self._mask is None else self._mask.new_ones(tokens.shape[0], longest)
+        if self._mask is not None:
+            mask[:, : self._mask.shape[1]] = self._mask
+        if self.apart is not None:
+            mask *= torch.arange(longest, device=mask.device) < self._lengths(mask.device) + n
+        return mask

@@ -1,0 +1,160 @@
+"""Where drafted tokens come from: the same weights by a sparse policy, or the tokens themselves."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from tsa_compile.generate.cached_steps import CachedSteps
+from tsa_compile.generate.token_rows import TokenRows, scores_behind
+from tsa_compile.plan import Plan
+from tsa_compile.policies.base import Policy
+from tsa_compile.policies.page_sparse import PageSparse
+
+Tensor = torch.Tensor
+
+
+class Proposed(NamedTuple):
+    """Drafted tokens.
+
+    Args:
+        tokens: int64 `[B, n]`.
+        chances: `[B, n, V]`, the distributions that they were sampled from; None: each was certain.
+    """
+
+    tokens: Tensor
+    chances: Tensor | None = None
+
+
+@dataclasses.dataclass
+class Request:
+    """What a draft may look at, and ask the model.
+
+    Args:
+        rows: the tokens so far.
+        steps: the model over its cache, which lacks each row's last token.
+        plan: the policies that run.
+        processors: of the scores; the draft's are those of the target.
+        sampled: or greedy.
+    """
+
+    rows: TokenRows
+    steps: CachedSteps
+    plan: Plan
+    processors: Any
+    sampled: bool
+
+    def scores(self, logits: Tensor, behind: int = 0) -> Tensor:
+        return scores_behind(self.processors, self.rows, logits, behind)
+
+    def keep_known(self) -> None:
+        """The cache keeps each row's tokens but the last."""
+        self.steps.keep([length - self.rows.prompt - 1 for length in self.rows.lengths])
+
+
+class Draft(Protocol):
+    """A source of drafted tokens. `policy`: what its steps of the model run under; None: it has none."""
+
+    @property
+    def policy(self) -> Policy | None: ...
+
+    def propose(self, request: Request, n: int) -> Proposed | None:
+        """`n` tokens for each row, which stand behind it in `request.rows` then; None: nothing comes to mind, in any row."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyDraft:
+    """The model itself, one token at a time, under a policy for drafts. (Vegas, arXiv 2602.07223; MagicDec, 2408.11049.)"""
+
+    policy: Policy
+
+    def propose(self, request: Request, n: int) -> Proposed:
+        rows, backend = request.rows, request.steps.session.backend
+        token, tokens, chances = rows.last(), [], []
+        with backend.under(request.plan, drafting=True):
+            for i in range(n):
+                scores = request.scores(request.steps.step(token), i)[:, 0]
+                if request.sampled:
+                    chances.append(scores.softmax(-1))
+                    token = torch.multinomial(chances[-1], 1)
+                else:
+                    token = scores.argmax(-1, keepdim=True)
+                rows.propose(token, i)
+                tokens.append(token)
+        request.keep_known()
+        return Proposed(torch.cat(tokens, 1), torch.stack(chances, 1) if chances else None)
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptLookup:
+    """What followed the last tokens where they stood before.
+
+    Args:
+        longest: as many of the last tokens are looked for, then one less, and so on; the latest place counts.
+
+    Raises:
+        ValueError: `longest` is no number of tokens.
+    """
+
+    longest: int = 3
+
+    def __post_init__(self) -> None:
+        if type(self.longest) is not int or self.longest < 1:
+            raise ValueError(f"PromptLookup.longest must be an int of at least 1, got {self.longest!r}")
+
+    @property
+    def policy(self) -> None:
+        return None
+
+    def propose(self, request: Request, n: int) -> Proposed | None:
+        """Rows in which nothing is found guess their last token again: a guess may be anything."""
+        rows = request.rows
+        found = [self._continued(rows.ids[b, :length]) for b, length in enumerate(rows.lengths)]
+        if all(f is None for f in found):
+            return None
+        guesses = rows.last().repeat(1, n)
+        for guess, known in zip(guesses, found, strict=True):
+            if known is not None:
+                guess[: len(known)] = known[:n]
+        rows.propose(guesses)
+        return Proposed(guesses)
+
+    def _continued(self, ids: Tensor) -> Tensor | None:
+        """What followed, up to the end."""
+        for size in range(min(self.longest, len(ids) - 1), 0, -1):
+            same = (ids.unfold(0, size, 1)[:-1] == ids[-size:]).all(1).nonzero()
+            if len(same):
+                return ids[int(same[-1]) + size :]
+        return None
+
+
+def sinks_and_window(tokens: int = 1024) -> PageSparse:
+    """The first page of 16 tokens and the last `tokens`, whatever the query: the draft of MagicDec and StreamingLLM."""
+    recent = -(-tokens // 16)
+    return PageSparse(pages=1 + recent, sinks=1, recent=recent)
+
+
+NAMED = {"lookup": PromptLookup, "window": lambda: PolicyDraft(sinks_and_window())}
+
+
+def as_draft(draft: Policy | Draft | str) -> Draft:
+    """The draft that users mean: a policy for drafts, a draft, or its name.
+
+    Raises:
+        ValueError: no such name, or a policy that is not for drafts.
+        TypeError: anything else.
+    """
+    if isinstance(draft, str):
+        if draft not in NAMED:
+            raise ValueError(f"draft must be a policy for drafts or one of {sorted(NAMED)}, got {draft!r}")
+        made: Draft = NAMED[draft]()
+        return made
+    if isinstance(draft, Policy):
+        if "draft" not in draft.phases:
+            raise ValueError(f"draft: {draft.name} is for {' and '.join(sorted(draft.phases))}, not for draft")
+        return PolicyDraft(draft)
+    if not hasattr(draft, "propose"):
+        raise TypeError(f"draft must be a policy for drafts or one of {sorted(NAMED)}, got {type(draft).__name__}")
+    return draft

@@ -1,0 +1,114 @@
+"""The loop of speculation: draft, verify, keep what is accepted; until every row has ended."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from tsa_compile.generate.accept import accept_greedy, accept_sampled
+from tsa_compile.generate.drafts import Draft, Proposed, Request
+from tsa_compile.generate.gate import Cost, Gate
+from tsa_compile.generate.settle import Ends
+from tsa_compile.speculation import Speculation
+
+Tensor = torch.Tensor
+log = logging.getLogger("tsa_compile")
+
+
+class Rounds:
+    """One call of `generate()`, from the prefill on.
+
+    Args:
+        draft: where drafted tokens come from.
+        gamma: how many.
+        costs: of the gate.
+        request: the tokens, and the model over its cache.
+        ends: when rows end.
+        streamer: gets each new token; None: there is none.
+
+    Attributes:
+        together: do all rows go on by the same number of tokens?
+        keeps_scores: fill `scores`.
+        scores: scores and logits `[B, V]` of each new token, of rows that go on together.
+        seen: what it came to.
+    """
+
+    def __init__(
+        self, draft: Draft, gamma: int, costs: tuple[Cost, ...], request: Request, ends: Ends, streamer: Any = None
+    ) -> None:
+        self.draft, self.gamma, self.request, self.ends, self.streamer = draft, gamma, request, ends, streamer
+        self.gate: Gate | None = Gate(costs, gamma)
+        self.seen = Speculation(requests=1)
+        self.keeps_scores = False
+        self.scores: list[tuple[Tensor, Tensor]] = []
+        self.together = request.rows.batch == 1
+
+    def note(self, text: str) -> None:
+        """To the log and the report."""
+        self.seen.notes[text] += 1
+        log.warning("speculation: %s", text)
+
+    def go_together(self, why: str) -> None:
+        """All rows go on by the same number of tokens."""
+        self.together = True
+        self.note(f"all rows of the batch go on by the fewest tokens that one of them accepts: {why}")
+
+    def run(self, logits: Tensor) -> None:
+        """All new tokens, of which `logits` `[B, 1, V]` is the first's. The cache then lacks the last of each row."""
+        rows = self.request.rows
+        self._part()
+        self._settle(logits, None)
+        while not all(rows.done):
+            self._round()
+
+    def _part(self) -> None:
+        if self.together:
+            return
+        why = self.request.steps.why_together() if self.streamer is None else "a streamer takes a token of each row at a time"
+        if why is None:
+            self.request.steps.part(self.request.rows.batch)
+        else:
+            self.go_together(why)
+
+    def _round(self) -> None:
+        """A draft and its verification, or one plain step."""
+        rows, steps = self.request.rows, self.request.steps
+        open_rows = [b for b, done in enumerate(rows.done) if not done]
+        last_one = self.ends.max_length - min(rows.lengths[b] for b in open_rows) == 1
+        self._ask_gate()
+        proposed = None if self.gate is None or last_one else self.draft.propose(self.request, self.gamma)
+        if proposed is None:
+            self.seen.plain_steps += 1
+            self._settle(steps.step(rows.last()), None)
+            return
+        self.seen.draft_steps += 0 if self.draft.policy is None else self.gamma
+        kept, new = self._settle(steps.step(torch.cat([rows.last(), proposed.tokens], 1)), proposed)
+        self.request.keep_known()
+        kept, new = [kept[b] for b in open_rows], [new[b] for b in open_rows]
+        self.seen.add_verify(kept, new, self.gamma)
+        if self.gate is not None:
+            self.gate.saw(new)
+
+    def _ask_gate(self) -> None:
+        why = None if self.gate is None else self.gate.why_off(self.request.rows.batch, self.request.steps.length)
+        if why is not None:
+            self.gate = None
+            self.note(f"switched off for the rest of the request: {why}")
+
+    def _settle(self, logits: Tensor, proposed: Proposed | None) -> tuple[list[int], list[int]]:
+        """Accept and append; see `Ends.settle`."""
+        request, rows = self.request, self.request.rows
+        scores, begin = request.scores(logits), max(rows.lengths)
+        drafted, chances = (rows.ids[:, :0], None) if proposed is None else proposed
+        sampled = request.sampled
+        accepted = accept_sampled(drafted, chances, scores.softmax(-1)) if sampled else accept_greedy(drafted, scores)
+        kept, new = self.ends.settle(rows, accepted, self.together)
+        self.seen.tokens += sum(new)
+        for n in range(max(rows.lengths) - begin):
+            if self.keeps_scores:
+                self.scores.append((scores[:, n], logits[:, n]))
+            if self.streamer is not None:
+                self.streamer.put(rows.ids[:, begin + n].cpu())
+        return kept, new
