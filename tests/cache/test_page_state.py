@@ -77,6 +77,22 @@ def test_a_state_that_someone_else_made_stale_is_rebuilt(models):
     assert all(layer.states.rebuilt == 1 for layer in caches[0].layers)
 
 
+def test_a_cache_that_another_plan_filled_keeps_them_from_the_switch_on(models):
+    found = []
+    for model in models:
+        session, cache = attached(model), transformers.DynamicCache(config=model.config)
+        own, session.plan = session.plan, tsa.Plan(prefill=tsa.Dense(), decode=tsa.Exact())
+        assert not session.plan.decode.states()
+        found.append(logits(model, cache, lambda cache, session=session, own=own: setattr(session, "plan", own)))
+        assert session.plan is own
+        found.append(cache.layers[0].states)
+    torch.testing.assert_close(found[0], found[2])
+    assert [x.name for x in found[1].kinds] == ["page_sums"]
+    assert found[1].rebuilt == 1
+    counted = found[1].tensors["page_sums"]["counts"]  # of full pages, by batch row; the first has 37 rows of padding
+    assert counted.sum(-1).tolist() == [[160 - 37], [160]]
+
+
 @pytest.mark.slow
 def test_a_cache_with_room_from_the_start_keeps_them_too(models):
     model = models[0]

@@ -60,6 +60,27 @@ class Buffered:
             return self._assigned["keys"].shape[-2]
         return self.length + (0 if self._late is None else self._late[0].shape[-2])
 
+    def keep(self, kinds: tuple[KvState, ...]) -> None:
+        """Let these kinds of state follow the rows too. A kind that is new to rows that are there is made at the next step.
+
+        With rows, the buffers are others afterwards.
+        """
+        held = self.states.kinds
+        new = tuple(kind for kind in kinds if kind.name not in {h.name for h in held})
+        if not new:
+            return
+        self.settle()
+        old, self.states = self.buffers, KvStates((*held, *new))
+        if old is None:
+            return
+        assert self.storage is not None
+        size = KvSize.of(old.keys, old.values, old.keys.shape[2])
+        self.buffers = self.storage.buffers(self.number, size, self.states)
+        self.states.tensors = self.buffers.states
+        for to, rows in zip(self.buffers[:2], old[:2], strict=True):
+            to.copy_(rows)
+        self.states.mark_stale()
+
     def clear(self) -> None:
         """No rows; the buffers stay."""
         self.first = self.length = 0

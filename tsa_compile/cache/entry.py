@@ -11,7 +11,7 @@ import torch
 
 from tsa_compile.cache.buffered import Buffered
 from tsa_compile.cache.hf_layers import layer_types
-from tsa_compile.cache.kv_state import KvState, KvStates
+from tsa_compile.cache.kv_state import KvState
 from tsa_compile.cache.lease import Lease
 from tsa_compile.cache.storage import Pool
 
@@ -61,6 +61,9 @@ def prepare(args: Sequence[Any], kwargs: Mapping[str, Any], pool: Pool, states_f
     if reason is None:
         take_over(cache, pool, states_for)
     ours = tuple(n for n, layer in enumerate(cache.layers) if isinstance(layer, Buffered))
+    for n in ours:
+        if isinstance(cache.layers[n], layer_types().full):
+            cache.layers[n].keep(states_for(n))  # made before anyone knew what is kept, or for another plan
     _settle([cache.layers[n] for n in ours], kwargs.get("decoder_attention_mask" if is_pair else "attention_mask"))
     reasons = {} if reason is None or ours else {-1: reason}
     reasons |= {
@@ -73,8 +76,6 @@ def take_over(cache: Any, pool: Pool, states_for: StatesFor = no_states) -> None
     """Turn the attention layers of an empty `DynamicCache` into ours, with these kinds of state; others stay."""
     lease, types = Lease(pool), layer_types()
     for n, layer in enumerate(cache.layers):
-        if isinstance(layer, types.full) and layer.buffers is None and layer.count() == 0:
-            layer.states = KvStates(states_for(n))  # ours, made before anyone knew what is kept
         if type(layer) is types.full.plain:
             cache.layers[n] = types.full(lease=lease, states=states_for(n))
         elif type(layer) is types.sliding.plain:
