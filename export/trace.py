@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 
 from tsa_compile.export.common import ExportError
 from tsa_compile.export.fuse import fuse_selection, refuse_other_operators
-from tsa_compile.plan import Plan, as_plan
+from tsa_compile.plan import Plan, as_plan, without_session
 from tsa_compile.policies.base import Policy
 from tsa_compile.policies.token_sparse import TokenSparse
 
@@ -65,7 +65,7 @@ def trace(
 
     if isinstance(model, nn.Module) and model._compiled_call_impl is not None and policy is None:
         raise ValueError("the model is transformed; an export starts from its forward, so pass the policy or plan again")
-    plan = as_plan(policy)
+    plan = without_session(as_plan(policy))
     program = _copy(model) if isinstance(model, ExportedProgram) else _export(model, args, kwargs, dynamic_shapes)
     bound = plan.bind_to(_modules(program))
     result = run_pipeline(program.graph_module, bound.policy_for, constants=_constants(program))

@@ -90,6 +90,21 @@ def select_pages(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return _int32(logits, logits.shape[0], kv_heads, size), _int32(logits, logits.shape[0], kv_heads)
 
 
+def routed_attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return page_attention(q, k, v)
+
+
+def routed_pages(
+    q: Tensor, sums: Tensor, counts: Tensor, start: Any, lengths: Any, capacity: int, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    lists = (q.shape[0], sums.shape[1])
+    return _int32(q, *lists, pages_of(capacity)), _int32(q, *lists)
+
+
+def gather_rows(rows: Tensor, length: int, group: str) -> Tensor:
+    return rows.new_empty(*rows.shape[:2], length, rows.shape[3])
+
+
 def padding_range(key_mask: Tensor) -> tuple[Tensor, Tensor]:
     return _int32(key_mask, key_mask.shape[0]), _int32(key_mask, key_mask.shape[0])
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from tsa_compile.kernels import arguments, checks, decode_checks, fakes, key_block_checks, page_checks
+from tsa_compile.kernels import arguments, checks, decode_checks, fakes, key_block_checks, page_checks, routed_checks
 from tsa_compile.kernels.registry import LIBRARY, Operator, add, observing, register
 
 _RULE = "float coverage, int window, int pool, int min_tokens"
@@ -167,6 +167,29 @@ OPERATORS = (
         host="select.top_pages.host:select_pages",
     ),
     Operator(
+        "routed_attention(Tensor q, Tensor k, Tensor v, Tensor? indices, Tensor? counts, Tensor? start, Tensor? lengths,"
+        f" Tensor? key_mask, float scale, bool travel, str group) -> {_ATTENDED}",
+        check=routed_checks.routed_attention,
+        fake=fakes.routed_attention,
+        reference="routed:routed_attention",
+        host="routed:routed_attention",
+    ),
+    Operator(
+        "routed_pages(Tensor q, Tensor sums, Tensor counts, Tensor? start, Tensor? lengths, int capacity, float scale,"
+        " float[] keep, int[] table, float mass, int sinks, int recent, str group) -> (Tensor indices, Tensor counts)",
+        check=routed_checks.routed_pages,
+        fake=fakes.routed_pages,
+        reference="routed_pages:routed_pages",
+        host="routed_pages:routed_pages",
+    ),
+    Operator(
+        "gather_rows(Tensor rows, SymInt length, str group) -> Tensor",
+        check=routed_checks.gather_rows,
+        fake=fakes.gather_rows,
+        reference="routed:gather_rows",
+        host="routed:gather_rows",
+    ),
+    Operator(
         "padding_range(Tensor key_mask) -> (Tensor start, Tensor lengths)",
         check=key_block_checks.padding_range,
         fake=fakes.padding_range,
@@ -214,7 +237,7 @@ for _operator in OPERATORS:
 def source_tag() -> str:
     """A hash of the table and of what it registers: compile caches see a schema, but neither its fake nor its gradient."""
     tables = ("ops", "registry", "arguments", "types", "fakes", "common/results")
-    names = (*tables, "checks", "decode_checks", "page_checks", "key_block_checks")
+    names = (*tables, "checks", "decode_checks", "page_checks", "key_block_checks", "routed_checks")
     files = (Path(__file__).parent / f"{name}.py" for name in names)
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:16]
 

@@ -84,6 +84,13 @@ def select_pages(
     _check_table(name, logits, view)
     if kv_heads < 1 or logits.shape[1] % kv_heads:
         raise ValueError(f"{name}: kv_heads must divide {logits.shape[1]} heads, got {kv_heads}")
+    check_budget(name, kv_heads, keep, table, mass, sinks, recent)
+
+
+def check_budget(
+    name: str, kv_heads: int, keep: Sequence[float], table: Sequence[int], mass: float, sinks: int, recent: int
+) -> None:
+    """Raise a ValueError that names operator `name`, unless the numbers of a budget of pages are within their ranges."""
     if len(keep) not in (1, kv_heads) or not all(0 <= x <= 1 for x in keep):
         raise ValueError(f"{name}: keep must be one share in [0, 1] or one for each of {kv_heads} KV heads, got {list(keep)}")
     if not table or min(table) < 0 or not 0 <= mass <= 1 or sinks < 0 or recent < 1:

@@ -22,6 +22,7 @@ from tsa_compile.policies.exact import Exact
 from tsa_compile.policies.page_sparse import PageSparse
 from tsa_compile.policies.probe_sparse import ProbeSparse
 from tsa_compile.policies.remembered import Remembered
+from tsa_compile.policies.routed import Routed
 from tsa_compile.policies.sampled_values import SampledValues
 from tsa_compile.policies.token_sparse import Completion, TokenSparse
 from tsa_compile.reach import reach
@@ -40,6 +41,7 @@ __all__ = [
     "ProbeSparse",
     "Remembered",
     "Report",
+    "Routed",
     "SampledValues",
     "TokenSparse",
     "calibrate",

@@ -121,13 +121,14 @@ class Backend:
         self._thread.runs = self.runs + 1
         self._thread.last = graph, form
 
-    def is_replaced(self, runs: int) -> bool:
-        """Since this thread had run `runs` graphs, did one alone run, for the whole call, with every attention replaced?"""
+    def replaced(self, runs: int) -> int:
+        """How many attentions were replaced, if since this thread had run `runs` graphs one alone ran, for the whole call, with
+        every attention replaced; 0 otherwise."""
         if self.runs != runs + 1:
-            return False
+            return 0
         graph, form = self._thread.last
-        replaced = bool(form.decisions) and all(d.reason is None for d in form.decisions)
-        return replaced and form.fallen is None and graph.is_whole
+        whole = all(d.reason is None for d in form.decisions) and form.fallen is None and graph.is_whole
+        return len(form.decisions) if whole else 0
 
     def replayed(self) -> None:
         """A recorded graph ran, which does not come by."""

@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from tsa_compile.backend import Backend
 from tsa_compile.dynamo import first_frame
-from tsa_compile.plan import Plan, as_plan
+from tsa_compile.plan import Plan, as_plan, without_session
 from tsa_compile.policies.token_sparse import TokenSparse
 from tsa_compile.report import Report
 from tsa_compile.traced import TracedGraph
@@ -84,7 +84,7 @@ def parse(options: dict[str, Any]) -> tuple[Plan, str, dict[str, Any]]:
     policy = options.pop("policy", None)
     if fields and policy is not None:
         raise ValueError(f"give either a policy or its fields, not both: {sorted(fields)}")
-    plan = as_plan(TokenSparse(**fields) if fields else policy)
+    plan = without_session(as_plan(TokenSparse(**fields) if fields else policy))
     unknown = sorted(set(options) - set(torch._inductor.list_options()))
     if unknown:
         raise ValueError(f"unknown option {unknown[0]!r} for backend 'tsa': neither tsa_compile nor Inductor has it")

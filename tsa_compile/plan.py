@@ -198,3 +198,16 @@ def _rule(field: str, given: Any) -> Rule:
         raise ValueError(f"{field}.phase must be one of {PHASES}, got {phase!r}")
     _check_policy(f"{field}.policy", phase, policy)
     return Rule(modules, phase, policy)
+
+
+def without_session(plan: Plan) -> Plan:
+    """The plan, for attention outside of a session.
+
+    Raises:
+        ValueError: a policy needs the cache that only a session keeps.
+    """
+    named = [*(getattr(plan, phase) for phase in PHASES), *(rule.policy for rule in plan.rules)]
+    for policy in named:
+        if policy is not None and policy.needs_session:
+            raise ValueError(f"{policy.name} needs the cache that tsa_compile.transform keeps around decode steps: use that")
+    return plan

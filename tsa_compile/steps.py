@@ -20,6 +20,7 @@ from tsa_compile.cache.storage import Pool
 from tsa_compile.cuda_graphs import Recording, Recordings
 from tsa_compile.passes.site import VERIFY_ROWS
 from tsa_compile.policies.dense import Dense
+from tsa_compile.spread_steps import begins, check_layers, check_replaced, settle, shard_of
 
 if TYPE_CHECKING:
     from tsa_compile.backend import Backend
@@ -62,20 +63,28 @@ class Steps:
         plan = self._backend.plan
         if not plan.decodes:
             return call(*args, **kwargs)
-        kinds = states_of(plan)
-        prepared = prepare(args, kwargs, self.pool, lambda layer: kinds)
+        kinds, shard = states_of(plan), shard_of(plan)
+        prepared = prepare(args, kwargs, self.pool, lambda layer: kinds, shard)
         self._tell(prepared)
         rows = _rows(_tokens(kwargs) if not args else args[0])
-        if rows != 1 and not (1 < rows <= VERIFY_ROWS and _verifies(plan) and _has_rows(prepared)):
-            return call(*args, **kwargs)
+        verifies = 1 < rows <= VERIFY_ROWS and _verifies(plan) and _has_rows(prepared) and shard is None
+        if (rows != 1 and not verifies) or (shard is not None and begins(prepared)):
+            result = call(*args, **kwargs)
+            if shard is not None:
+                settle(prepared)
+            return result
         why = self._not_fixed(prepared, args, kwargs)
+        check_layers(prepared, shard, why)
         if why is not None:
             self._count(why)
             return call(*args, **kwargs)
         layers = [layer for layer in prepared.cache.layers if isinstance(layer, PinnableRows)]
+        runs = self._backend.runs
         ours = [prepared.cache.layers[n] for n in prepared.ours]
         with masked_in_full(ours), pinned(layers, {**self._named(args), **kwargs}, rows) as given:
             result = self._step(call, given, prepared.cache, rows)
+        if shard is not None:
+            check_replaced(self._backend, runs, len(layers))
         for layer in layers:
             layer.advance(rows)
         return result
@@ -106,7 +115,7 @@ class Steps:
             self._count(FIXED)
             runs = self._backend.runs
             result = step()
-            recording.ready = not recording.refused and self._backend.is_replaced(runs)
+            recording.ready = not recording.refused and self._backend.replaced(runs) > 0
         return result
 
     def _record(self, recording: Recording, step: Callable[[], Any], cache: Any) -> None:
@@ -145,12 +154,12 @@ class Steps:
         if not getattr(model, "_can_compile_fullgraph", False):  # transformers: it works with static caches
             return f"{type(model).__name__} does not say that it works with static caches"
         layers = [layer for layer in prepared.cache.layers if isinstance(layer, PinnableRows)]
-        if not layers or not layers[0].length:
+        if not layers or not layers[0].count():
             return "no layer that keeps all rows, or no row"
         if not all(x.is_compileable for n, x in enumerate(prepared.cache.layers) if n not in prepared.ours):
             return "a layer of the cache that is not ours"
         first = layers[0].settled().keys
-        if any(x.length != layers[0].length or x.buffers is None or x.buffers.keys.device != first.device for x in layers):
+        if any(x.count() != layers[0].count() or x.buffers is None or x.buffers.keys.device != first.device for x in layers):
             return "layers of several lengths or devices"
         if len(args) > 1 or (mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 2)):
             return "a mask that is not [batch, tokens], or arguments without names"

@@ -34,6 +34,7 @@ PART_OF = {
     "entry_point": "backend",
     "speculation": "report",
     "steps": "session",
+    "spread_steps": "session",
     "model_state": "session",
     "cuda_graphs": "session",
 }

@@ -47,7 +47,7 @@ NAMES = {
     "SampledValues": "samples, form='prop'",
     "Remembered": "source, keys=512, share=None, dense_layers=2, queries=None",
     "Resident": "...",
-    "Routed": "...",
+    "Routed": "inner=Exact(), group=None",
     # What is done to a model.
     "transform": "model, policy_or_plan=None, *, compiler='eager', fullgraph=False, inductor_options=None",
     "restore": "model",
@@ -84,7 +84,6 @@ NAMES = {
 COMING = {
     "HeadSplit": "decode by head roles",
     "Resident": "decode with keys on the host",
-    "Routed": "decode over a process group",
 }
 PHASES = ("prefill", "decode", "verify", "draft", "denoise_first", "denoise")
 

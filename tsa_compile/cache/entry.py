@@ -13,6 +13,7 @@ from tsa_compile.cache.buffered import Buffered
 from tsa_compile.cache.hf_layers import layer_types
 from tsa_compile.cache.kv_state import KvState
 from tsa_compile.cache.lease import Lease
+from tsa_compile.cache.sharded import Shard, spread_as
 from tsa_compile.cache.storage import Pool
 
 StatesFor = Callable[[int], tuple[KvState, ...]]
@@ -41,7 +42,9 @@ def no_states(layer: int) -> tuple[KvState, ...]:
     return ()
 
 
-def prepare(args: Sequence[Any], kwargs: Mapping[str, Any], pool: Pool, states_for: StatesFor = no_states) -> Prepared:
+def prepare(
+    args: Sequence[Any], kwargs: Mapping[str, Any], pool: Pool, states_for: StatesFor = no_states, shard: Shard | None = None
+) -> Prepared:
     """Call this before each forward of a model, with its arguments; no method of the model is touched.
 
     Args:
@@ -49,6 +52,7 @@ def prepare(args: Sequence[Any], kwargs: Mapping[str, Any], pool: Pool, states_f
         kwargs: its keyword arguments; the cache is found by its type, as its name differs between versions.
         pool: where the cache's storage is leased.
         states_for: kinds of state for the layer of this number.
+        shard: which rows this process keeps; None: all.
     """
     cache = _cache_of([*args, *kwargs.values()])
     if cache is None:
@@ -59,7 +63,7 @@ def prepare(args: Sequence[Any], kwargs: Mapping[str, Any], pool: Pool, states_f
         _give_up(cache)
     reason = _left_alone(cache)
     if reason is None:
-        take_over(cache, pool, states_for)
+        take_over(cache, pool, states_for, shard)
     ours = tuple(n for n, layer in enumerate(cache.layers) if isinstance(layer, Buffered))
     for n in ours:
         if isinstance(cache.layers[n], layer_types().full):
@@ -72,17 +76,19 @@ def prepare(args: Sequence[Any], kwargs: Mapping[str, Any], pool: Pool, states_f
     return Prepared(cache, ours, reasons, is_pair)
 
 
-def take_over(cache: Any, pool: Pool, states_for: StatesFor = no_states) -> None:
+def take_over(cache: Any, pool: Pool, states_for: StatesFor = no_states, shard: Shard | None = None) -> None:
     """Turn the attention layers of an empty `DynamicCache` into ours, with these kinds of state; others stay."""
     lease, types = Lease(pool), layer_types()
+    full = types.full if shard is None else functools.partial(types.spread, shard)
     for n, layer in enumerate(cache.layers):
-        if type(layer) is types.full.plain:
-            cache.layers[n] = types.full(lease=lease, states=states_for(n))
+        is_unused = isinstance(layer, types.full) and layer.buffers is None and layer.count() == 0
+        if type(layer) is types.full.plain or (is_unused and spread_as(layer) != shard):
+            cache.layers[n] = full(lease=lease, states=states_for(n))
         elif type(layer) is types.sliding.plain:
             cache.layers[n] = types.sliding(lease=lease, sliding_window=layer.sliding_window)
             cache.layers[n].record_past = layer.record_past
     if cache.layer_class_to_replicate is types.full.plain:
-        cache.layer_class_to_replicate = functools.partial(_new_layer, lease, states_for)
+        cache.layer_class_to_replicate = functools.partial(_new_layer, full, lease, states_for)
 
 
 def _give_up(cache: Any) -> None:
@@ -96,9 +102,9 @@ def _give_up(cache: Any) -> None:
         cache.layer_class_to_replicate = types.full.plain
 
 
-def _new_layer(lease: Lease, states_for: StatesFor) -> Any:
+def _new_layer(full: Callable[..., Any], lease: Lease, states_for: StatesFor) -> Any:
     """A layer for a cache that was made without a config, and makes its layers as they are called."""
-    return layer_types().full(lease=lease, states=states_for(lease.layers))
+    return full(lease=lease, states=states_for(lease.layers))
 
 
 def _cache_of(values: Sequence[Any]) -> Any:

@@ -28,9 +28,9 @@ def masked_in_full(layers: Sequence[Any]) -> Iterator[None]:
 @contextlib.contextmanager
 def pinned(layers: Sequence[PinnableRows], kwargs: Mapping[str, Any], new: int) -> Iterator[dict[str, Any]]:
     """Inside, `new` rows of each batch row go where the layers' place says; yields the call's arguments, of fixed sizes."""
-    mask = kwargs.get("attention_mask")
+    mask = layers[0].own_mask(kwargs.get("attention_mask"), new)
     place = make_place(layers, mask, new)
-    place.move(layers[0].length, layers[0].lengths, mask)
+    place.move(layers[0].length, layers[0].lengths, mask, layers[0].count())
     try:
         for layer in layers:
             layer.pin(place)

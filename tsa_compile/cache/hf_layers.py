@@ -14,6 +14,7 @@ import torch
 
 from tsa_compile.cache.buffered import Pair
 from tsa_compile.cache.pinned import PinnableRows
+from tsa_compile.cache.sharded import SpreadMethods
 from tsa_compile.cache.sliding import SlidingRows
 
 
@@ -160,6 +161,7 @@ def _joined(past: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
 class LayerTypes(NamedTuple):
     full: type
     sliding: type
+    spread: type
 
 
 @functools.cache
@@ -173,4 +175,7 @@ def layer_types() -> LayerTypes:
     class GrowingSlidingLayer(SlidingMethods, SlidingRows, DynamicSlidingWindowLayer):
         plain = DynamicSlidingWindowLayer
 
-    return LayerTypes(GrowingLayer, GrowingSlidingLayer)
+    class SpreadLayer(SpreadMethods, GrowingLayer):
+        """Its rows are spread over a process group."""
+
+    return LayerTypes(GrowingLayer, GrowingSlidingLayer, SpreadLayer)

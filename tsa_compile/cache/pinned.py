@@ -38,8 +38,12 @@ class PinnableRows(Rows):
         if stale:
             self._rebuild()
         if self.lease.key_mask is not None:
-            self.key_mask = self.lease.key_mask
+            self.key_mask = self._padding()
         self.pinned = place
+
+    def own_mask(self, mask: torch.Tensor | None, new: int) -> torch.Tensor | None:
+        """What a step of `new` rows sees of the buffers, by its padding mask `[B, n]`: the same, where these hold every row."""
+        return mask
 
     def unpin(self) -> None:
         """Views of the rows again."""

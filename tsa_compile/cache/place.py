@@ -29,20 +29,21 @@ class Place:
         self.padded = False
         self._known = 0  # columns of the mask that may not be 0
 
-    def move(self, length: int, lengths: torch.Tensor | None, mask: torch.Tensor | None) -> None:
+    def move(self, length: int, lengths: torch.Tensor | None, mask: torch.Tensor | None, before: int | None = None) -> None:
         """To a step behind `length` rows; nothing waits for the device.
 
         Args:
-            length: of the longest batch row.
+            length: rows in the buffers, of the longest batch row.
             lengths: int32 `[B]`, where batch rows differ.
             mask: the call's `[B, n]` padding mask, `n` at most the capacity; None: no padding.
+            before: rows of the sequence before the new ones, where the buffers do not hold all; None: they do.
         """
+        self.offset.fill_(length if before is None else before)
         if lengths is None:
             self.at.fill_(length)
         else:
             self.at.copy_(lengths)
         self.rows.copy_(self.at[:, None])
-        self.offset.fill_(length)
         self.padded = mask is not None
         if mask is None:
             return

@@ -36,7 +36,7 @@ class Rows(Buffered):
         self.settle()
         begin, at, stale = self.length, self.lengths if at is None else at, self._is_stale()
         end = begin + keys.shape[-2]
-        self.key_mask = self.lease.key_mask if begin == 0 or self.lease.key_mask is not None else self.key_mask
+        self.key_mask = self._padding() if begin == 0 or self.lease.key_mask is not None else self.key_mask
         buffers = self.reserve(keys, values, end)
         if begin == 0:
             self.states.begin()
@@ -100,6 +100,10 @@ class Rows(Buffered):
         else:
             self.states.copy_from(chosen)
             self.states.settle(*self.settled()[:2])
+
+    def _padding(self) -> torch.Tensor | None:
+        """The running call's mask of the layer's rows."""
+        return self.lease.key_mask
 
     def _rebuild(self) -> None:
         """Derived state from the rows as they are; remembered state is dropped."""

@@ -24,7 +24,7 @@ import torch
 
 from tsa_compile.kernels.types import KvView, Operands
 from tsa_compile.passes.site import AttentionSite, MaskFacts
-from tsa_compile.plan import Plan, as_plan
+from tsa_compile.plan import Plan, as_plan, without_session
 from tsa_compile.policies.base import Policy, call, why_dense
 
 log = logging.getLogger("tsa_compile")
@@ -48,7 +48,7 @@ def register(policy_or_plan: Policy | Plan | Mapping[str, Any] | None = None, na
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    AttentionInterface.register(name, functools.partial(_attention, as_plan(policy_or_plan)))
+    AttentionInterface.register(name, functools.partial(_attention, without_session(as_plan(policy_or_plan))))
     AttentionMaskInterface.register(name, _mask)
 
 

@@ -32,6 +32,7 @@ class Policy:
     phases: ClassVar[frozenset[str]] = frozenset({"prefill"})  # those of `site.PHASES` that it is for
     min_queries: int = 128  # prefill: so few query rows over a cache are left to the model
     reads_blocks: ClassVar[bool] = False  # do the operators take keys that lie in blocks anywhere (`KvView.blocks`)?
+    needs_session: ClassVar[bool] = False  # does it need the cache that `tsa.transform` keeps around decode steps?
     by_rows: ClassVar[bool] = False  # do the operators see to `min_queries` where only they know the number of rows?
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

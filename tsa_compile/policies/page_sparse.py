@@ -83,7 +83,7 @@ class PageSparse(Policy):
             raise ValueError(f"PageSparse.mass must be a number in (0, 1), got {self.mass!r}")
 
     @property
-    def _budget(self) -> tuple[list[float], list[int], float]:
+    def budget(self) -> tuple[list[float], list[int], float]:
         """`keep`, `table` and `mass` of `tsa::select_pages`."""
         keep = [0.0] if self.keep is None else [*self.keep] if isinstance(self.keep, tuple) else [float(self.keep)]
         table = [0] if self.pages is None else [self.pages]
@@ -109,17 +109,19 @@ class PageSparse(Policy):
 
     def select(self, emit: Emit, site: AttentionSite, state: Any) -> Pages:
         """`state`: the layer's "sums" and "counts" of `tsa::append_pages`; None: they are made here, which reads every key."""
-        x, view = site.operands, where(emit, site)
-        if isinstance(state, Mapping):
-            sums, counts = state["sums"], state["counts"]
-        else:
-            sums, counts = emit(torch.ops.tsa.page_sums.default, x.k, *view, x.key_mask)
-        capacity = site.k_len if isinstance(site.k_len, int) else emit(torch.ops.aten.sym_size.int, x.k, 2)
-        pages = (counts, *view, capacity)
-        logits, parts = emit(torch.ops.tsa.page_scores.default, x.q, sums, *pages, site.scale)
-        keep, table, mass = self._budget
-        rule = (site.kv_heads, keep, table, mass, self.sinks, self.recent)
+        sums, counts, capacity = self.index_of(emit, site, state)
+        pages = (counts, *where(emit, site), capacity)
+        logits, parts = emit(torch.ops.tsa.page_scores.default, site.operands.q, sums, *pages, site.scale)
+        rule = (site.kv_heads, *self.budget, self.sinks, self.recent)
         return Pages(*emit(torch.ops.tsa.select_pages.default, logits, parts, *pages, *rule))
+
+    def index_of(self, emit: Emit, site: AttentionSite, state: Any) -> tuple[Any, Any, Any]:
+        """(sums, counts, rows that the index is for)."""
+        x = site.operands
+        capacity = site.k_len if isinstance(site.k_len, int) else emit(torch.ops.aten.sym_size.int, x.k, 2)
+        if isinstance(state, Mapping):
+            return state["sums"], state["counts"], capacity
+        return *emit(torch.ops.tsa.page_sums.default, x.k, *where(emit, site), x.key_mask), capacity
 
     def attend(self, emit: Emit, site: AttentionSite, selection: Selection | None) -> Any:
         assert isinstance(selection, Pages)

@@ -1,0 +1,160 @@
+"""`transform(model, Plan(decode=Routed()))` on the ranks of a gloo group: the tokens of one process, from the pages of each."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import tsa_compile as tsa
+from tests.cache.models import cache_name, tiny, token_ids
+from tests.cache.test_generate import MODES, generate
+from tests.ranks import run_ranks
+from tsa_compile.kernels.common.spread import rows_held
+from tsa_compile.policies.base import from_dict
+from tsa_compile.session import attached
+from tsa_compile.steps import FIXED
+
+transformers = pytest.importorskip("transformers")
+SPARSE = tsa.PageSparse(keep=0.4, recent=1)
+KEYS = torch.ones(2, 200, dtype=torch.long)
+KEYS[0, :37] = 0  # padding: two pages and a part
+LONG = dict(input_ids=token_ids(200, 2) * KEYS, attention_mask=KEYS, max_new_tokens=8)
+LOGITS = dict(**LONG, output_logits=True, return_dict_in_generate=True)
+
+
+def transformed(policy: Any, layers: int = 1) -> Any:
+    return tsa.transform(tiny("llama", layers), tsa.Plan(prefill=tsa.Dense(), decode=policy))
+
+
+def routed_answers() -> Any:
+    model = transformed(tsa.Routed())
+    exact = generate(model, **LONG)
+    attached(model).plan = tsa.Plan(prefill=tsa.Dense(), decode=tsa.Routed(SPARSE))
+    cache = transformers.DynamicCache(config=model.config)
+    sparse = torch.stack(generate(model, **LOGITS, past_key_values=cache).logits)
+    held = [(layer.keys.shape[2], layer.buffers.states["page_sums"]["sums"].shape[2]) for layer in cache.layers]
+    return exact, sparse, held, cache.get_seq_length(), tsa.report(model), refusals(model, cache)
+
+
+def refusals(model: Any, cache: Any) -> list[str]:
+    """What steps say that cannot be right: on a cache that someone else filled, with attention weights, under another plan."""
+    found, ids, filled = [], token_ids(1, 2), transformers.DynamicCache(config=model.config)
+    filled.update(torch.ones(2, 2, 3, 16), torch.ones(2, 2, 3, 16), 0)
+    for call in (dict(past_key_values=filled), dict(past_key_values=cache, output_attentions=True), dict(past_key_values=cache)):
+        with torch.no_grad():
+            try:
+                model(ids, **call)
+            except RuntimeError as error:
+                found.append(str(error))
+        attached(model).plan = tsa.Plan(prefill=tsa.Dense(), decode=SPARSE if found[1:] else tsa.Routed(SPARSE))
+    return found
+
+
+@pytest.fixture
+def quiet() -> Iterator[None]:
+    """pytest keeps every message of a trace, which takes longer than the trace."""
+    logging.disable()
+    yield
+    logging.disable(logging.NOTSET)
+
+
+@pytest.mark.usefixtures("quiet")
+def test_tokens_are_those_of_one_process():
+    """Exact, and by pages that the ranks choose together; with padding."""
+    want = generate(tiny("llama", 1), **LONG)
+    dense = torch.stack(generate(tiny("llama", 1), **LOGITS).logits)
+    chosen = torch.stack(generate(transformed(SPARSE), **LOGITS).logits)
+    for rank, found in enumerate(run_ranks(2, routed_answers)):
+        assert not isinstance(found, str), found
+        exact, sparse, held, length, report, refused = found
+        assert torch.equal(exact, want)
+        torch.testing.assert_close(sparse, chosen, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(sparse, dense, rtol=1e-3, atol=1e-4)
+        assert length == 207
+        assert held == [(rows_held(207, rank, 2), 64)]
+        assert report.steps == {FIXED: 7 + 7}
+        assert not report.warnings
+        assert all(s.replaced for s in report.sites if s.policy == "Routed")
+        assert refused[0].startswith("Routed: a decode step cannot run on this cache: the cache is not empty")
+        assert "attention weights are asked for" in refused[1]
+        assert "the plan's keys are not spread, and layers [0] of the cache" in refused[2]
+
+
+def test_without_a_group_or_a_session_it_is_an_error():
+    with torch.no_grad(), pytest.raises(RuntimeError, match="no process group: start with torchrun"):
+        transformed(tsa.Routed())(token_ids(5))
+    mixed = tsa.Plan(decode=tsa.Routed(group="a"), rules=[("model.layers.0.*", "decode", tsa.Exact())])
+    with torch.no_grad(), pytest.raises(ValueError, match="every decode policy of the plan must be Routed"):
+        tsa.transform(tiny("llama", 1), mixed)(token_ids(5))
+    for entrance in (as_backend, as_implementation):
+        with pytest.raises(Exception, match="Routed needs the cache"):  # Dynamo's own, or a ValueError
+            entrance(tsa.Plan(decode=tsa.Routed()))
+
+
+def as_backend(plan: tsa.Plan) -> Any:
+    return torch.compile(torch.nn.Linear(1, 1), backend="tsa", options={"policy": plan})(torch.ones(1))
+
+
+def as_implementation(plan: tsa.Plan) -> Any:
+    from tsa_compile.frontends import hf
+
+    hf.register(plan)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"inner": tsa.Dense()}, r"Routed.inner must be Exact\(\) or a PageSparse, got Dense"),
+        ({"group": ""}, "Routed.group must be the name of a process group, or None, got ''"),
+    ],
+)
+def test_a_bad_value_is_named(fields, message):
+    with pytest.raises(ValueError, match=message):
+        tsa.Routed(**fields)
+
+
+def test_round_trip():
+    for policy in (tsa.Routed(), tsa.Routed(SPARSE, group="3")):
+        assert from_dict(policy.to_dict()) == policy
+
+
+def modes(names: list[str]) -> list[Any]:
+    model = transformed(tsa.Routed(), layers=2)
+    found = [generate(model, **given(name)) for name in names]
+    cache, name = transformers.DynamicCache(config=model.config), cache_name(model)
+    ids = token_ids(70, 2)
+    with torch.no_grad():
+        parts = [model(part, **{name: cache}).logits for part in ids.split([30, 1, 1, 20, 1, 17], 1)]
+        mine = copy.deepcopy(cache)
+        cache.crop(-25)
+        parts += [model(ids[:, :1], **{name: c}).logits for c in (cache, mine)]
+    return [*found, torch.cat(parts, 1)]
+
+
+def given(mode: str) -> dict[str, Any]:
+    prompt = token_ids(20).repeat(1, 2) if mode == "prompt lookup" else token_ids(40, 2)
+    return dict(input_ids=prompt, **MODES[mode])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "names"), [(2, [mode for mode in MODES if mode != "static"]), (4, ["greedy"])])
+def test_modes(ranks, names):
+    found = run_ranks(ranks, modes, names, limit=500)
+    plain = tiny("llama")
+    want = [generate(plain, **given(name)) for name in names]
+    cache, name, ids = transformers.DynamicCache(config=plain.config), cache_name(plain), token_ids(70, 2)
+    with torch.no_grad():
+        parts = [plain(part, **{name: cache}).logits for part in ids.split([30, 1, 1, 20, 1, 17], 1)]
+        mine = copy.deepcopy(cache)
+        cache.crop(-25)
+        parts += [plain(ids[:, :1], **{name: c}).logits for c in (cache, mine)]
+    for rank in found:
+        assert not isinstance(rank, str), rank
+        for mode, expected, got in zip(names, want, rank, strict=False):
+            assert torch.equal(got, expected), mode
+        torch.testing.assert_close(rank[-1], torch.cat(parts, 1), rtol=1e-4, atol=1e-5)

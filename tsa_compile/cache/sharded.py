@@ -1,0 +1,152 @@
+"""Rows of one attention layer of which each rank of a process group keeps its pages (`kernels/common/spread.py`).
+
+What is asked of the layer is said of the whole sequence; what its buffers hold are this rank's rows. A call with many rows sees
+every key: those of the past are fetched from the other ranks, for as long as the layer attends. A decode step sees this rank's
+buffers, and a policy that merges what the ranks find.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+
+from tsa_compile.cache.buffered import Pair
+from tsa_compile.kernels import ops  # noqa: F401 - registers torch.ops.tsa
+from tsa_compile.kernels.common.group import rank_and_size
+from tsa_compile.kernels.common.spread import positions, rows_held
+
+
+class Shard(NamedTuple):
+    """A rank's part of every sequence.
+
+    Args:
+        group: name of the process group.
+        rank: of this process in it.
+        ranks: how many it has.
+    """
+
+    group: str
+    rank: int
+    ranks: int
+
+    @classmethod
+    def of(cls, group: str) -> Shard:
+        """This process' part.
+
+        Raises:
+            GroupError: this process is in no such group.
+        """
+        return cls(group, *rank_and_size(group))
+
+    def held(self, length: int) -> int:
+        """Rows that this rank holds of so many."""
+        return rows_held(length, self.rank, self.ranks)
+
+    def columns(self, mask: torch.Tensor, rows: int) -> torch.Tensor:
+        """Of `mask` `[B, n]` over the sequence what stands for the first `rows` rows of this rank, as far as it goes."""
+        place = positions(rows, self.rank, self.ranks, mask.device)
+        return mask[:, place[place < mask.shape[1]]]
+
+    def fetch(self, rows: torch.Tensor, length: int) -> torch.Tensor:
+        """All `length` rows `[B, Hk, length, D]` of a sequence; `rows` are this rank's."""
+        whole: torch.Tensor = torch.ops.tsa.gather_rows.default(rows, length, self.group)
+        return whole
+
+
+class SpreadMethods:
+    """What a layer of transformers that keeps all rows does otherwise where they are spread over ranks.
+
+    Attributes:
+        total: rows of the whole sequence that are in the ranks' buffers; `length` are this rank's.
+    """
+
+    shard: Shard
+
+    def __init__(self, shard: Shard, **kwargs: Any) -> None:
+        self.shard = shard
+        self.total = 0
+        super().__init__(**kwargs)
+
+    def count(self) -> int:
+        return self.total + (0 if self._late is None else self._late[0].shape[-2])
+
+    def clear(self) -> None:
+        super().clear()
+        self.total = 0
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor, at: torch.Tensor | None = None) -> Pair:
+        """Keep this rank's of the new rows; returns the rows of the whole sequence."""
+        if at is not None or self.lengths is not None:
+            self._refuse("batch rows of different lengths")
+        self.settle()
+        begin, end = self.total, self.total + keys.shape[-2]
+        place = positions(self.shard.held(end), self.shard.rank, self.shard.ranks, keys.device)[self.length :] - begin
+        seen = (keys, values) if begin == 0 else self._joined(keys, values)
+        self.total = end
+        super().append(keys[:, :, place], values[:, :, place])
+        return seen
+
+    def update_traced(self, keys: torch.Tensor, values: torch.Tensor) -> Pair:
+        """As `append`, in a traced graph: the rows wait for the next call."""
+        if self._late is not None:
+            keys, values = (torch.cat([past, new], -2) for past, new in zip(self._late, (keys, values), strict=True))
+        self._late = (keys, values)
+        return (keys, values) if self.total == 0 else self._joined(keys, values)
+
+    def remove_last(self, rows: int) -> None:
+        self.settle()
+        total = max(0, self.total - rows)
+        super().remove_last(self.length - self.shard.held(total))
+        self.total = total
+
+    def set_lengths(self, lengths: torch.Tensor, longest: int) -> NoReturn:
+        self._refuse("batch rows of different lengths")
+
+    def advance(self, rows: int) -> None:
+        total = self.total + rows
+        super().advance(self.shard.held(total) - self.length)
+        self.total = total
+
+    def own_mask(self, mask: torch.Tensor | None, new: int) -> torch.Tensor:
+        """A row that another rank holds has no place here: it is written behind the last row, where nothing is seen."""
+        rows = self.shard.held(self.total + new)
+        if mask is None:
+            keys = self.settled().keys
+            return torch.ones(keys.shape[0], rows, dtype=torch.int64, device=keys.device)
+        return self.shard.columns(mask, rows)
+
+    def as_plain(self) -> Any:
+        """A layer of transformers with every row; all ranks call it."""
+        layer = self.plain()
+        if self.has_rows():
+            rows = [self.shard.fetch(t, self.total) for t in (self.keys, self.values)]
+            layer.lazy_initialization(*rows)
+            layer.keys, layer.values = rows
+        return layer
+
+    def __reduce__(self) -> NoReturn:
+        self._refuse("pickles: the other ranks' rows are not here")
+
+    def _joined(self, keys: torch.Tensor, values: torch.Tensor) -> Pair:
+        assert self.buffers is not None
+        past = (self.shard.fetch(t[:, :, : self.length], self.total) for t in self.buffers[:2])
+        full = [torch.cat([old, new], -2) for old, new in zip(past, (keys, values), strict=True)]
+        return full[0], full[1]
+
+    def _assign(self, which: str, tensor: torch.Tensor | None) -> None:
+        if tensor is not None:
+            self._refuse("assigned keys or values")
+        super()._assign(which, tensor)
+
+    def _padding(self) -> torch.Tensor | None:
+        mask = super()._padding()
+        return None if mask is None else self.shard.columns(mask, self.shard.held(self.total))
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise NotImplementedError(f"a cache whose rows are spread over group {self.shard.group!r} takes no {what}")
+
+
+def spread_as(layer: Any) -> Shard | None:
+    """How the layer's rows are spread; None: they are all here."""
+    return layer.shard if isinstance(layer, SpreadMethods) else None

@@ -1,0 +1,99 @@
+"""Routed: a sequence's keys are spread over a process group; queries go to the keys, and partial results come back.
+
+Each rank attends to the pages that it holds, and what the ranks found is merged in a fixed tree: exact, and the same on every
+rank. "Move the Query, Not the Cache", arXiv 2606.01502. With `inner=PageSparse(...)` each rank scores its own pages, and together
+they read the pages that one process with all of them would.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import torch
+
+from tsa_compile.cache.kv_state import KvState
+from tsa_compile.kernels import ops  # noqa: F401 - registers torch.ops.tsa
+from tsa_compile.kernels.common.group import default_group
+from tsa_compile.kernels.types import Edges, Pages, Selection
+from tsa_compile.passes.site import AttentionSite
+from tsa_compile.policies.base import Emit, Policy, from_dict
+from tsa_compile.policies.exact import Exact, where
+from tsa_compile.policies.page_sparse import PageSparse
+
+EVERY_KEY = Exact()
+
+
+@dataclasses.dataclass(frozen=True)
+class Routed(Policy):
+    """Decode over a process group, every rank of which runs the same model on the same tokens (`torchrun`, `tsa.transform`).
+
+    Args:
+        inner: which keys are read: `Exact()`, or `PageSparse(...)`, whose budget is of the whole sequence. Pages are chosen as on
+            one process where padding is on the left alone.
+        group: name of the process group (`group.group_name`) that shares the keys; None: all processes.
+
+    Raises:
+        ValueError: a field is outside its range; the message names it.
+    """
+
+    phases: ClassVar[frozenset[str]] = frozenset({"decode"})
+    masks: ClassVar[frozenset[str]] = frozenset({"causal", "bidirectional"})  # one row sees what the mask shows, causal or not
+    needs_session: ClassVar[bool] = True
+
+    inner: Exact | PageSparse = EVERY_KEY
+    group: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.inner, (Exact, PageSparse)):
+            raise ValueError(f"Routed.inner must be Exact() or a PageSparse, got {self.inner!r}")
+        if self.group is not None and not (isinstance(self.group, str) and self.group):
+            raise ValueError(f"Routed.group must be the name of a process group, or None, got {self.group!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "inner": self.inner.to_dict()}
+
+    @classmethod
+    def _from_fields(cls, fields: dict[str, Any]) -> Policy:
+        if isinstance(fields.get("inner"), dict):
+            fields = {**fields, "inner": from_dict(fields["inner"])}
+        return super()._from_fields(fields)
+
+    @property
+    def group_name(self) -> str:
+        """The group's name in this process.
+
+        Raises:
+            GroupError: there is no process group.
+        """
+        return self.group or default_group()
+
+    def refuse(self, site: AttentionSite) -> str | None:
+        if site.q_len != 1:
+            return f"{site.q_len} query rows: Routed is for one"
+        if site.operands.mask is not None or site.operands.sinks is not None:
+            return "a mask as data, or sinks: Routed takes keys that are there or not"
+        return self.inner.refuse(site)
+
+    def guaranteed(self, site: AttentionSite) -> Edges:
+        return self.inner.guaranteed(site)
+
+    def states(self) -> tuple[KvState, ...]:
+        return self.inner.states()
+
+    def select(self, emit: Emit, site: AttentionSite, state: Any) -> Pages | None:
+        """This rank's pages; `state` as for `PageSparse`."""
+        if isinstance(self.inner, Exact):
+            return None
+        sums, counts, capacity = self.inner.index_of(emit, site, state)
+        _, _, start, lengths = where(emit, site)
+        rule = (*self.inner.budget, self.inner.sinks, self.inner.recent)
+        args = (site.operands.q, sums, counts, start, lengths, capacity, site.scale, *rule, self.group_name)
+        return Pages(*emit(torch.ops.tsa.routed_pages.default, *args))
+
+    def attend(self, emit: Emit, site: AttentionSite, selection: Selection | None) -> Any:
+        pages = (None, None) if selection is None else selection
+        assert len(pages) == 2
+        x, (_, _, start, lengths) = site.operands, where(emit, site)
+        args = (x.q, x.k, x.v, *pages, start, lengths, x.key_mask, site.scale, False, self.group_name)
+        return emit(torch.ops.tsa.routed_attention.default, *args)[0]
