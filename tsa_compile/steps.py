@@ -24,6 +24,7 @@ from tsa_compile.spread_steps import begins, check_layers, check_replaced, settl
 
 if TYPE_CHECKING:
     from tsa_compile.backend import Backend
+    from tsa_compile.cache.sharded import Shard
     from tsa_compile.model_state import ModelState
     from tsa_compile.plan import Plan
 
@@ -52,6 +53,7 @@ class Steps:
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
         self._told: set[str] = set()
+        self._known_plan: tuple[Plan, tuple[KvState, ...], Shard | None] | None = None
 
     def counts(self) -> dict[str, int]:
         """How decode steps ran, and how many."""
@@ -63,7 +65,7 @@ class Steps:
         plan = self._backend.plan
         if not plan.decodes:
             return call(*args, **kwargs)
-        kinds, shard = states_of(plan), shard_of(plan)
+        kinds, shard = self._of_plan(plan)
         prepared = prepare(args, kwargs, self.pool, lambda layer: kinds, shard)
         self._tell(prepared)
         rows = _rows(_tokens(kwargs) if not args else args[0])
@@ -89,11 +91,19 @@ class Steps:
             layer.advance(rows)
         return result
 
+    def _of_plan(self, plan: Plan) -> tuple[tuple[KvState, ...], Shard | None]:
+        """`states_of` and `shard_of`, the same objects for the same plan."""
+        if self._known_plan is None or self._known_plan[0] is not plan:
+            self._known_plan = (plan, states_of(plan), shard_of(plan))
+        return self._known_plan[1:]
+
     def _named(self, args: Sequence[Any]) -> dict[str, Any]:
         """The call's first argument, by its name."""
+        if not args:
+            return {}
         model = self._backend.model
         assert model is not None
-        return {next(iter(inspect.signature(model.forward).parameters)): args[0]} if args else {}
+        return {next(iter(inspect.signature(model.forward).parameters)): args[0]}
 
     def _step(self, call: Callable[..., Any], kwargs: Mapping[str, Any], cache: Any, rows: int) -> Any:
         """One step on fixed buffers: a replay, or the call, after which the next one may be recorded."""

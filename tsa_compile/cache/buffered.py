@@ -28,6 +28,7 @@ class Buffered:
         self.lease = Lease(Pool()) if lease is None else lease
         self.number = self.lease.enter()
         self.states = KvStates(states)
+        self._kept = states
         self.first = 0  # the view starts at this row of the buffers; not 0 in sliding layers alone
         self.length = 0  # rows in the buffers; where batch rows differ, of the longest
         self.lengths: torch.Tensor | None = None  # int32 [B], where batch rows differ
@@ -65,7 +66,9 @@ class Buffered:
 
         With rows, the buffers are others afterwards.
         """
-        held = self.states.kinds
+        if kinds is self._kept:  # asked at every call
+            return
+        held, self._kept = self.states.kinds, kinds
         new = tuple(kind for kind in kinds if kind.name not in {h.name for h in held})
         if not new:
             return
