@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -71,8 +73,20 @@ def _save_byte_tokenizer(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
 
 
+@pytest.mark.slow  # two processes of torchrun; tests/api/test_routed_policy.py does the same in forked ones
+def test_routed():
+    pytest.importorskip("transformers")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", EXAMPLES / "routed.py"]
+    done = subprocess.run(command, cwd=EXAMPLES.parent, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": "."})
+    assert done.returncode == 0, done.stderr
+    for rank, held in ((0, 263), (1, 256)):
+        assert f"rank {rank} of 2, Exact: holds {held} of 519 rows, 20 of 20 tokens alike" in done.stdout
+        assert f"rank {rank} of 2, PageSparse: holds {held} of 519 rows" in done.stdout
+
+
 def test_no_example_is_left_out():
     tested = {
+        "routed.py",
         "own_module.py",
         "boundary_copy.py",
         "block_diffusion.py",

@@ -140,8 +140,14 @@ def bench_export(
         raise RuntimeError(f"failed: {result['failed']}")
 
 
-def tune(head_dims: Annotated[str, typer.Option(help="comma separated")] = "64,128") -> None:
+def tune(
+    head_dims: Annotated[str, typer.Option(help="comma separated")] = "64,128",
+    distributed: Annotated[bool, typer.Option("--distributed", help="of torchrun's ranks: what exchanges take")] = False,
+) -> None:
     """Measure on this GPU from which length on the packed engine is faster, and keep it for `engine="auto"`."""
+    if distributed:
+        _tune_distributed()
+        return
     from tsa_compile.kernels.attend.tokens.engines import tuned_file
     from tsa_compile.tools.bench.tune import tune as measure
 
@@ -149,6 +155,24 @@ def tune(head_dims: Annotated[str, typer.Option(help="comma separated")] = "64,1
     table = measure([int(d) for d in head_dims.split(",")])
     console.print(f"packed from (tokens, by compute capability and head dim): {table}", markup=False)
     console.print(f"written to {tuned_file()}", markup=False)
+
+
+def _tune_distributed() -> None:
+    """Rank 0 prints the coefficients of `cache/route_cost.py`, and what they say of calls that they were not taken from."""
+    import dataclasses
+    import json
+
+    import torch.distributed as dist
+
+    from tsa_compile.tools.bench import tune_distributed as job
+
+    device = job.start()
+    link = job.measure(device)
+    checks = {(rows, tokens): job.check(link, device, rows, tokens) for rows in (1, 16) for tokens in (1024, 4096)}
+    if dist.get_rank() == 0:
+        console.print(json.dumps(dataclasses.asdict(link)), markup=False, soft_wrap=True)
+        for (rows, tokens), (expected, taken) in checks.items():
+            console.print(f"{rows} rows, {tokens} tokens: {1e6 * expected:.0f} us by these, {1e6 * taken:.0f} us measured")
 
 
 def _gpu() -> tuple[dict[str, float], dict[str, str]]:
