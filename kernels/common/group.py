@@ -10,7 +10,9 @@ import torch
 import torch.distributed as dist
 
 Tensor = torch.Tensor
-_all_gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)  # its name from 2.13 on
+_all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(
+    dist, "all_gather_into_tensor", None
+)  # its name from 2.13 on
 
 
 class GroupError(RuntimeError):

@@ -16,11 +16,11 @@ def share_bits(share: float) -> int:
     return int(share * ONE)
 
 
-def budget(pages: Any, share: int, table: Sequence[int]) -> Any:
+def budget(pages: Any, share: Any, table: Sequence[int]) -> Any:
     """ceil(share * pages) and the entry of the schedule for so many pages; of a number, or of an int64 tensor.
 
     Args:
-        share: from `share_bits`.
+        share: from `share_bits`; a number, or an int64 tensor.
         table: pages to read beside the share, by `pages // 125`; the last entry holds from there on.
     """
     extra: Any = table[-1]
