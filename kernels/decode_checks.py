@@ -95,6 +95,17 @@ def page_attention(
         raise ValueError(f"{name}: counts must be contiguous int32 {lists}, got {_told(counts)}")
 
 
+def listed_attention(
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, since: Tensor, start: Tensor | None,
+    lengths: Tensor | None, key_mask: Tensor | None, scale: float, mask: Tensor | None = None, sinks: Tensor | None = None,
+) -> None:  # fmt: skip
+    page_attention(q, k, v, indices, counts, None, 1, start, lengths, key_mask, scale, mask, sinks)
+    if q.shape[2] != 1:
+        raise ValueError(f"tsa::listed_attention: q must have 1 row, got {q.shape[2]}")
+    if since.dtype != torch.int32 or tuple(since.shape) != (q.shape[0],) or not _plain(since, q):
+        raise ValueError(f"tsa::listed_attention: since must be contiguous int32 [{q.shape[0]}], got {_told(since)}")
+
+
 def sampled_value_attention(
     q: Tensor, k: Tensor, v: Tensor, blocks: Tensor | None, block: int, start: Tensor | None, lengths: Tensor | None,
     key_mask: Tensor | None, scale: float, seed: Tensor, samples: int, form: str, mask: Tensor | None = None,

@@ -145,6 +145,29 @@ OPERATORS = (
         host="state.append_pages.host:append_pages",
     ),
     Operator(
+        "crop_list(Tensor(a!) since, Tensor(b!) begin, Tensor(c!) counts, Tensor indices, Tensor k, Tensor at) -> ()",
+        check=page_checks.crop_list,
+        fake=fakes.crop_list,
+        reference="state.listed_keys.reference:crop_list",
+        host="state.listed_keys.reference:crop_list",
+    ),
+    Operator(
+        "list_keys(Tensor(a!) since, Tensor(b!) counts, Tensor(c!) indices, Tensor scores, Tensor lse, Tensor begin, int keys,"
+        " float share) -> ()",
+        check=page_checks.list_keys,
+        fake=fakes.list_keys,
+        reference="state.listed_keys.reference:list_keys_reference",
+        host="state.listed_keys.host:list_keys",
+    ),
+    Operator(
+        f"listed_attention(Tensor q, Tensor k, Tensor v, {_LISTS}, Tensor since, Tensor? start, Tensor? lengths,"
+        " Tensor? key_mask, float scale, Tensor? mask=None, Tensor? sinks=None) -> (Tensor out, Tensor lse)",
+        check=decode_checks.listed_attention,
+        fake=fakes.page_attention,
+        reference="compose_reference:listed_attention_reference",
+        host="compose:listed_attention",
+    ),
+    Operator(
         f"page_sums(Tensor k, {_VIEW}, Tensor? key_mask) -> (Tensor sums, Tensor counts)",
         check=page_checks.page_sums,
         fake=fakes.page_sums,

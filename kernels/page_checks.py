@@ -47,6 +47,40 @@ def append_pages(
         raise ValueError(f"{name}: new must be at least 0, got {new}")
 
 
+def crop_list(since: Tensor, begin: Tensor, counts: Tensor, indices: Tensor, k: Tensor, at: Tensor) -> None:
+    _check_lists("tsa::crop_list", since, counts, indices)
+    for label, x in (("begin", begin), ("at", at)):
+        if x.dtype != torch.int32 or x.shape != since.shape:
+            raise ValueError(f"tsa::crop_list: {label} must be int32 {tuple(since.shape)}, got {x.dtype} {tuple(x.shape)}")
+    if tuple(k.shape[:2]) != tuple(counts.shape):
+        raise ValueError(f"tsa::crop_list: k {tuple(k.shape)} has other batch rows or heads than counts {tuple(counts.shape)}")
+
+
+def list_keys(
+    since: Tensor, counts: Tensor, indices: Tensor, scores: Tensor, lse: Tensor, begin: Tensor, keys: int, share: float
+) -> None:
+    name = "tsa::list_keys"
+    _check_lists(name, since, counts, indices)
+    batch, kv_heads = counts.shape
+    if scores.dim() != 4 or scores.shape[0] != batch or scores.shape[2] != 2 or scores.shape[1] % kv_heads:
+        raise ValueError(f"{name}: scores must be [{batch}, heads of {kv_heads} groups, 2, L], got {tuple(scores.shape)}")
+    if lse.dim() != 3 or lse.shape[:2] != scores.shape[:2] or lse.shape[2] < 1:
+        raise ValueError(f"{name}: lse must be {tuple(scores.shape[:2])} and query rows, got {tuple(lse.shape)}")
+    if begin.dtype != torch.int32 or begin.shape != since.shape:
+        raise ValueError(f"{name}: begin must be int32 [{batch}], got {begin.dtype} {tuple(begin.shape)}")
+    if indices.shape[2] > scores.shape[3]:
+        raise ValueError(f"{name}: lists of {indices.shape[2]} keys, of {scores.shape[3]}")
+    if keys < 0 or not 0 <= share <= 1:
+        raise ValueError(f"{name}: keys must be at least 0 and share in [0, 1], got {keys} and {share}")
+
+
+def _check_lists(name: str, since: Tensor, counts: Tensor, indices: Tensor) -> None:
+    shapes = [tuple(x.shape) for x in (since, counts, indices)]
+    fits = indices.dim() == 3 and shapes[1] == shapes[2][:2] and shapes[0] == shapes[1][:1]
+    if not fits or any(x.dtype != torch.int32 for x in (since, counts, indices)):
+        raise ValueError(f"{name}: since [B], counts [B, Hk] and indices [B, Hk, N] must be int32, got {shapes}")
+
+
 def page_sums(
     k: Tensor, blocks: Tensor | None, block: int, start: Tensor | None, lengths: Tensor | None, key_mask: Tensor | None
 ) -> None:

@@ -121,6 +121,22 @@ class PageBitmap(NamedTuple):
     bits: T
 
 
+class Listed(NamedTuple):
+    """Keys that a verify step chose among those before it; every key from `since` on is read besides.
+
+    Args:
+        indices: int32 `[B, Hk, N]`, ascending; behind `counts` they mean nothing.
+        counts: int32 `[B, Hk]`.
+        since: int32 `[B]`.
+        begin: int32 `[B]`, where the running step's rows begin.
+    """
+
+    indices: T
+    counts: T
+    since: T
+    begin: T
+
+
 class Draws(NamedTuple):
     """No list: the keys are drawn as they are attended, at random.
 
@@ -131,7 +147,7 @@ class Draws(NamedTuple):
     seed: T
 
 
-Selection: TypeAlias = Tokens | Keys | Pages | PageBitmap | Draws
+Selection: TypeAlias = Tokens | Keys | Pages | PageBitmap | Listed | Draws
 
 
 class Strip(NamedTuple):

@@ -60,11 +60,12 @@ class Decision:
 
 @dataclasses.dataclass(frozen=True)
 class Replacement:
-    """What a site became: the node that took its place, and all new nodes."""
+    """What a site became: the node that took its place, all new nodes, and the tensors of its state, which they may write."""
 
     at: GraphSite
     new: fx.Node
     created: list[fx.Node]
+    state: frozenset[fx.Node] = frozenset()
 
 
 @dataclasses.dataclass

@@ -38,7 +38,8 @@ def _replace(context: Context, decision: Decision) -> Replacement:
     last_before = old.prev
     with graph.inserting_before(old):
         site, emit = dataclasses.replace(at.site, operands=operands_of(graph, at)), emit_into(graph)
-        new = policy.attend(emit, site, policy.select(emit, site, state_of(graph, at)))
+        state = state_of(graph, at)
+        new = policy.attend(emit, site, policy.select(emit, site, state))
         layout = LAYOUT
         if "h" not in at.match.layouts.out:
             new = graph.call_function(torch.ops.aten.squeeze.dim, (new, LAYOUT.index("h")))
@@ -53,7 +54,7 @@ def _replace(context: Context, decision: Decision) -> Replacement:
             new = in_layout_of(graph, new, old)
         created += _described(last_before.next, old)
     old.replace_all_uses_with(new)
-    return Replacement(at, new, created)
+    return Replacement(at, new, created, frozenset((state or {}).values()))
 
 
 def _described(node: fx.Node, old: fx.Node) -> list[fx.Node]:

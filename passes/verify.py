@@ -35,7 +35,7 @@ def verify_graph(context: Context) -> int:
             raise VerificationError(f"{r.at}: its policy emitted no tsa operator")
         for node in r.created:
             if node in present:
-                _check_operator(r.at, node)
+                _check_operator(r.at, node, r.state)
     return sum(_is_ours(n) for n in graph.nodes)
 
 
@@ -54,10 +54,10 @@ def _check_result(at: GraphSite, new: fx.Node, sizes: SizeProver) -> None:
         raise VerificationError(f"{at}: the output was {was} and is {now}")
 
 
-def _check_operator(at: GraphSite, node: fx.Node) -> None:
-    """Only functional operators are emitted, and those that take a key mask get one if the site has one."""
+def _check_operator(at: GraphSite, node: fx.Node, state: frozenset[fx.Node]) -> None:
+    """What is emitted writes the site's own state alone, and operators that take a key mask get one if the site has one."""
     target = node.target
-    if node.op != "call_function" or writes_to(node):
+    if node.op != "call_function" or not state.issuperset(writes_to(node)):
         raise VerificationError(f"{at}: {node.name} is not a functional operator")
     if not isinstance(target, torch._ops.OpOverload):
         if target not in (operator.getitem, operator.add):

@@ -106,6 +106,8 @@ def _check_phases(policy: object) -> None:
         raise ValueError(
             f"{policy.name} is for {phases}, phases of generate.diffusion.diffuse; a model's own calls have none of them"
         )
+    if isinstance(policy, Policy) and policy.phases <= {"verify", "draft"}:
+        raise ValueError(f"{policy} is for drafts and their verification: tsa_compile.generate(model, ..., draft=...) has both")
 
 
 def _not_transformed(model: Any) -> str:

@@ -11,6 +11,7 @@ from tsa_compile.passes.operands import LAYOUT
 _KEPT = {  # operator -> the names of its first arguments, the state; the keys are the next one
     torch.ops.tsa.append_pages.default: ("sums", "counts"),
     torch.ops.tsa.attach_state.default: ("seed",),
+    torch.ops.tsa.crop_list.default: ("since", "begin", "listed_counts", "listed"),
 }
 
 

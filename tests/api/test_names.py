@@ -45,7 +45,7 @@ NAMES = {
     "PageSparse": "keep=None, kind='mean', completion=False, pages=None, mass=None, schedule=None, ...",
     "HeadSplit": "...",
     "SampledValues": "samples, form='prop'",
-    "Remembered": "source, keys=512, share=None, dense_layers=2, queries=None",
+    "Remembered": "source, keys=None, share=None, dense_layers=None, queries=None",  # "denoise_first" or "verify"
     "Resident": "...",
     "Routed": "inner=Exact(), group=None",
     # What is done to a model.

@@ -181,7 +181,7 @@ def test_what_is_reported(model):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (dict(source="verify"), r"Remembered\.source must be one of \('denoise_first',\), got 'verify'"),
+        (dict(source="decode"), r"Remembered\.source must be one of \('denoise_first', 'verify'\), got 'decode'"),
         (dict(keys=0), r"Remembered\.keys must be an int >= 1, got 0"),
         (dict(share=1.5), r"Remembered\.share must be a number in \(0, 1\], or None, got 1\.5"),
         (dict(dense_layers=-1), r"Remembered\.dense_layers must be an int >= 0"),

@@ -1,0 +1,178 @@
+"""`tsa::list_keys`, `tsa::crop_list` and `tsa::listed_attention`: lists that a verify step leaves for drafts."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from tsa_compile.kernels import compose, ops  # noqa: F401 - registers torch.ops.tsa
+from tsa_compile.kernels.compose_reference import listed_attention_reference
+from tsa_compile.kernels.state.listed_keys.host import list_keys as list_keys_host
+
+tsa = torch.ops.tsa
+BATCH, HEADS, KV_HEADS, LENGTH, DIM = 3, 6, 2, 70, 16
+CASES = {"some": (9, 0.0), "a share": (2, 0.3), "all": (99, 0.0), "one": (1, 0.0), "rounded up": (1, 0.11)}
+
+
+def verify_step(rows, dtype=torch.float64):
+    """Query rows behind 60, 33 and 0 rows of a cache, the first 5 of the first padded: (scores, lse, begin), ..."""
+    q, k, v = (torch.randn(BATCH, h, n, DIM, dtype=dtype) for h, n in ((HEADS, rows), (KV_HEADS, LENGTH), (KV_HEADS, LENGTH)))
+    begin = torch.tensor([60, 33, 0], dtype=torch.int32)
+    key_mask = torch.ones(BATCH, LENGTH, dtype=torch.bool)
+    key_mask[0, :5] = False
+    lengths = begin + rows
+    _, lse, scores = tsa.decode_attention(3 * q, k, v, None, 1, None, lengths, key_mask, 0.25, scores=True)
+    return scores, lse, begin, (3 * q, k, key_mask)
+
+
+def lists(room=64):
+    """(since, counts, indices), of another step."""
+    since, counts = torch.full((BATCH,), 7, dtype=torch.int32), torch.full((BATCH, KV_HEADS), 3, dtype=torch.int32)
+    return since, counts, torch.full((BATCH, KV_HEADS, room), -5, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+@pytest.mark.parametrize("name", CASES)
+def test_the_lists_are_the_definition(rows, name):
+    """The mean softmax of the first and the last row, over all keys that they see; of those before the step the heaviest."""
+    keys, share = CASES[name]
+    scores, lse, begin, (q, k, key_mask) = verify_step(rows)
+    since, counts, indices = lists()
+    tsa.list_keys(since, counts, indices, scores, lse, begin, keys, share)
+    assert torch.equal(since, begin)
+    for b in range(BATCH):
+        before = [j for j in range(int(begin[b])) if key_mask[b, j]]
+        for g in range(KV_HEADS):
+            mass = dict.fromkeys(before, 0.0)
+            for h in range(3 * g, 3 * g + 3):
+                for r in (0, rows - 1):
+                    seen = [j for j in range(int(begin[b]) + r + 1) if key_mask[b, j]]
+                    weights = torch.softmax(0.25 * k[b, g, seen] @ q[b, h, r], 0).tolist()
+                    for j, weight in zip(seen, weights, strict=True):
+                        mass[j] = mass.get(j, 0.0) + weight
+            wanted = min(len(before), max(keys, math.ceil(share * len(before))))
+            best = sorted(before, key=lambda j: (-mass[j], j))[:wanted]
+            assert counts[b, g] == wanted
+            assert indices[b, g, :wanted].tolist() == sorted(best)
+
+
+def test_ties_go_to_the_lowest_position_and_what_is_not_finite_weighs_nothing():
+    scores = torch.zeros(1, 2, 2, 8)
+    scores[..., 6], scores[..., 5], scores[..., 2] = 2.0, torch.nan, -torch.inf
+    since, counts, indices = (x[:1] for x in lists(4))
+    tsa.list_keys(since, counts, indices, scores, torch.zeros(1, 2, 3), torch.tensor([7], dtype=torch.int32), 3, 0.0)
+    assert indices[..., :3].tolist() == [[[0, 1, 6]] * 2]
+    full = lists(7)[2][:1]
+    tsa.list_keys(since, counts, full, scores, torch.zeros(1, 2, 3), torch.tensor([7], dtype=torch.int32), 9, 0.0)
+    assert counts.tolist() == [[5, 5]]  # nan is no visible score, and -inf hides
+    assert full[0, 0, :5].tolist() == [0, 1, 3, 4, 6]
+
+
+def test_torch_on_a_gpu_lists_the_same():
+    scores, lse, begin, _ = verify_step(4, torch.float32)
+    one, two = lists(40), lists(40)
+    tsa.list_keys(*one, scores, lse, begin, 6, 0.2)
+    list_keys_host(*two, scores, lse, begin, 6, 0.2)
+    assert torch.equal(one[1], two[1])
+    for a, b, n in zip(one[2].flatten(0, 1), two[2].flatten(0, 1), one[1].flatten(), strict=True):
+        assert torch.equal(a[:n], b[:n])
+
+
+def test_a_crop_behind_the_scored_rows_drops_a_list():
+    since, counts, indices = lists()
+    begin, k = torch.zeros(BATCH, dtype=torch.int32), torch.zeros(BATCH, KV_HEADS, LENGTH, DIM)
+    tsa.crop_list(since, begin, counts, indices, k, torch.tensor([9, 7, 6], dtype=torch.int32))
+    assert begin.tolist() == [9, 7, 6]
+    assert since.tolist() == [7, 7, 0]
+    assert counts.tolist() == [[3, 3], [3, 3], [0, 0]]
+
+
+def listed_case(dtype=torch.float32):
+    """A draft step: lists of 20, 3 and no keys before rows 50, 30 and 0; lengths 61, 30 and 12; 5 rows of padding."""
+    q, k, v = (torch.randn(BATCH, h, n, DIM, dtype=dtype) for h, n in ((HEADS, 1), (KV_HEADS, LENGTH), (KV_HEADS, LENGTH)))
+    since, lengths = torch.tensor([50, 30, 0], dtype=torch.int32), torch.tensor([61, 30, 12], dtype=torch.int32)
+    counts = torch.tensor([20, 3, 0], dtype=torch.int32)[:, None].repeat(1, KV_HEADS)
+    indices = torch.full((BATCH, KV_HEADS, 24), 1 << 20, dtype=torch.int32)  # behind the count: anything
+    for b, first in ((0, 5), (1, 0)):
+        for g in range(KV_HEADS):
+            n, end = int(counts[b, g]), int(since[b])
+            indices[b, g, :n] = (first + torch.randperm(end - first)[:n]).sort().values.int()
+    key_mask = torch.ones(BATCH, LENGTH, dtype=torch.bool)
+    key_mask[0, :5] = False
+    return q, k, v, indices, counts, since, lengths, key_mask
+
+
+@pytest.mark.parametrize("given", ["lengths", "key_mask", "start", "sinks", "mask"])
+def test_attention_reads_the_list_and_all_since(given):
+    q, k, v, indices, counts, since, lengths, key_mask = listed_case(torch.float64)
+    start = torch.tensor([5, 0, 4], dtype=torch.int32) if given == "start" else None
+    more = {
+        "sinks": torch.randn(HEADS, dtype=torch.float64) if given == "sinks" else None,
+        "mask": torch.randn(BATCH, 1, 1, LENGTH, dtype=torch.float64) if given == "mask" else None,
+    }
+    lengths = lengths if start is None else lengths - start
+    out, lse = tsa.listed_attention(q, k, v, indices, counts, since, start, lengths, key_mask, 0.3, **more)
+    for b in range(BATCH):
+        end = int(lengths[b]) + (0 if start is None else int(start[b]))
+        for h in range(HEADS):
+            g = h // 3
+            first = max(int(since[b]), 0 if start is None else int(start[b]))
+            read = [*indices[b, g, : counts[b, g]].tolist(), *range(first, end)]
+            logits = 0.3 * k[b, g, read] @ q[b, h, 0]
+            if more["mask"] is not None:
+                logits = logits + more["mask"][b, 0, 0, read]
+            values = v[b, g, read]
+            if more["sinks"] is not None:
+                logits, values = torch.cat([logits, more["sinks"][h : h + 1]]), torch.cat([values, values[:1] * 0])
+            torch.testing.assert_close(out[b, h, 0], torch.softmax(logits, 0) @ values)
+            torch.testing.assert_close(lse[b, h, 0].double(), logits.logsumexp(0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_kernels_agree(dtype, masked):
+    """Through views of a larger cache, as its layers give them; with a list that is empty, and one that is all there is."""
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    q, k, v, indices, counts, since, lengths, key_mask = (x.to(device) for x in listed_case())
+    k, v = (torch.cat([x, x * torch.nan], 2)[:, :, :LENGTH] for x in (k, v))
+    mask = torch.randn(BATCH, 1, 1, LENGTH, device=device) if masked else None
+    half = [x.to(dtype) for x in (q, k, v)]
+    out, lse = compose.listed_attention(*half, indices, counts, since, None, lengths, key_mask, 0.3, mask)
+    exact = [x.double() for x in half]
+    wide = None if mask is None else mask.double()
+    want, want_lse = listed_attention_reference(*exact, indices, counts, since, None, lengths, key_mask, 0.3, wide)
+    assert float((out.double() - want).norm() / want.norm()) < (1e-5 if dtype == torch.float32 else 1.5e-3)
+    torch.testing.assert_close(lse, want_lse, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_opcheck(device):
+    on = lambda *xs: tuple(x.to(device) for x in xs)  # noqa: E731
+    scores, lse, begin, (_, k, _) = verify_step(4, torch.float32)
+    kinds = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
+    torch.library.opcheck(tsa.list_keys.default, (*on(*lists(), scores, lse, begin), 6, 0.2), test_utils=kinds)
+    since, counts, indices = lists()
+    torch.library.opcheck(tsa.crop_list.default, on(since, begin, counts, indices, k, begin + 1), test_utils=kinds)
+    q, k, v, indices, counts, since, lengths, key_mask = on(*listed_case())
+    given = (q, k, v, indices, counts, since, None, lengths, key_mask, 0.3)
+    torch.library.opcheck(tsa.listed_attention.default, given)
+
+
+def test_bad_arguments_are_named():
+    q, k, v, indices, counts, since, lengths, key_mask = listed_case()
+    scores, lse, begin, _ = verify_step(4)
+    with pytest.raises(ValueError, match="listed_attention: q must have 1 row, got 2"):
+        tsa.listed_attention(q.repeat(1, 1, 2, 1), k, v, indices, counts, since, None, lengths, key_mask, 0.3)
+    with pytest.raises(ValueError, match="listed_attention: since must be contiguous int32"):
+        tsa.listed_attention(q, k, v, indices, counts, since.long(), None, lengths, key_mask, 0.3)
+    with pytest.raises(ValueError, match=r"list_keys: scores must be \[3, heads of 2 groups, 2, L\]"):
+        tsa.list_keys(*lists(), scores[:, :, :0], lse, begin, 6, 0.2)
+    with pytest.raises(ValueError, match="list_keys: lists of 71 keys, of 70"):
+        tsa.list_keys(*lists(71), scores, lse, begin, 6, 0.2)
+    with pytest.raises(ValueError, match="got 6 and 2"):
+        tsa.list_keys(*lists(), scores, lse, begin, 6, 2.0)
+    with pytest.raises(ValueError, match=r"crop_list: at must be int32 \(3,\)"):
+        tsa.crop_list(since, begin, counts, indices, k, begin.long())
