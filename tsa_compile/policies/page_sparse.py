@@ -21,6 +21,7 @@ from tsa_compile.kernels.types import Edges, Pages, Selection
 from tsa_compile.passes.site import AttentionSite
 from tsa_compile.policies.base import Emit, Policy, check_int
 from tsa_compile.policies.exact import too_many_rows, where
+from tsa_compile.policies.schedules import SCHEDULES
 
 BUDGETS = ("keep", "pages", "mass", "schedule")
 
@@ -36,7 +37,7 @@ class PageSparse(Policy):
         pages: number of pages, sinks and recent ones included.
         mass: share of the estimated attention, in (0, 1), that the read pages hold (top-p).
         schedule: pages beside the sinks and recent ones, an entry for each 125 pages (2,000 tokens) of context; the last one
-            holds from there on.
+            holds from there on. Or the name of a published one (`schedules.SCHEDULES`), such as "sparrow-4b-0.86".
         sinks: first pages, always read.
         recent: last pages, always read, with the one that is not full.
 
@@ -52,7 +53,7 @@ class PageSparse(Policy):
     completion: bool = False
     pages: int | None = None
     mass: float | None = None
-    schedule: tuple[int, ...] | None = None
+    schedule: str | tuple[int, ...] | None = None
     sinks: int = 1
     recent: int = 3
 
@@ -66,7 +67,9 @@ class PageSparse(Policy):
         self._check_shares()
         if self.pages is not None:
             check_int(self, "pages", 1)
-        if self.schedule is not None and not (self.schedule and all(_is_count(n) for n in self.schedule)):
+        if isinstance(self.schedule, str) and self.schedule not in SCHEDULES:
+            raise ValueError(f"PageSparse.schedule must be one of {sorted(SCHEDULES)}, or ints >= 0, got {self.schedule!r}")
+        if self.schedule is not None and not (self.entries and all(_is_count(n) for n in self.entries)):
             raise ValueError(f"PageSparse.schedule must be ints >= 0, at least one, got {self.schedule!r}")
         check_int(self, "sinks", 0)
         check_int(self, "recent", 1)
@@ -83,12 +86,17 @@ class PageSparse(Policy):
             raise ValueError(f"PageSparse.mass must be a number in (0, 1), got {self.mass!r}")
 
     @property
+    def entries(self) -> tuple[int, ...]:
+        """Of the schedule; none without one."""
+        return SCHEDULES[self.schedule] if isinstance(self.schedule, str) else self.schedule or ()
+
+    @property
     def budget(self) -> tuple[list[float], list[int], float]:
         """`keep`, `table` and `mass` of `tsa::select_pages`."""
         keep = [0.0] if self.keep is None else [*self.keep] if isinstance(self.keep, tuple) else [float(self.keep)]
         table = [0] if self.pages is None else [self.pages]
         if self.schedule is not None:
-            table = [n + self.sinks + self.recent for n in self.schedule]
+            table = [n + self.sinks + self.recent for n in self.entries]
         return keep, table, float(self.mass or 0.0)
 
     def refuse(self, site: AttentionSite) -> str | None:

@@ -1,0 +1,195 @@
+"""Which schedule of pages keeps a rollout close enough to the dense model, measured on the user's prompts.
+
+Sparrow's gate (arXiv 2606.08446): the cheapest schedule whose acceptance statistic reaches the threshold in its worst bin. The
+end of each text is decoded token by token, with the sparse steps' own keys and values; the dense model reads it at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tsa_compile.cache import Cache
+from tsa_compile.kernels.common.pages import pages_of
+from tsa_compile.kernels.select.top_pages.budget import budget
+from tsa_compile.learn.acceptance import acceptance, tails, worst
+from tsa_compile.learn.model_inputs import as_inputs, fingerprint
+from tsa_compile.learn.state import Measured
+from tsa_compile.plan import Plan
+from tsa_compile.policies.dense import Dense
+from tsa_compile.policies.exact import Exact
+from tsa_compile.policies.page_sparse import PageSparse
+from tsa_compile.policies.schedules import DENSE_LAYERS, RECENT, SCHEDULES, SINKS
+from tsa_compile.progress import Advance
+from tsa_compile.progress import progress as progress_bar
+from tsa_compile.rules import Rule
+from tsa_compile.session import Session
+
+Tensor = torch.Tensor
+Schedule = str | tuple[int, ...]
+THRESHOLD = 0.86
+
+
+def schedule_plan(schedule: Schedule, dense_layers: int = DENSE_LAYERS) -> Plan:
+    """Sparrow's decode: a dense prefill; steps read pages by the schedule, and 1 first and 2 last ones; first layers read all."""
+    rules = tuple(Rule(layer, "decode", Exact()) for layer in range(dense_layers))
+    return Plan(prefill=Dense(), decode=PageSparse(schedule=schedule, sinks=SINKS, recent=RECENT), rules=rules)
+
+
+def choose_schedule(
+    model: nn.Module,
+    prompts: Iterable[Any],
+    threshold: float = THRESHOLD,
+    *,
+    schedules: Iterable[Schedule] | None = None,
+    last: int = 512,
+    dense_layers: int = DENSE_LAYERS,
+    state: str | Path | None = None,
+    progress: bool = True,
+) -> Plan:
+    """The plan of the cheapest schedule that stays at or above `threshold` in every bin of 2,000 positions that was measured.
+
+    Args:
+        model: a transformers model in evaluation mode, which is left as it was.
+        prompts: token ids, one unpadded text an entry, longer than `last`: prompts with answers of the model, as long as in use.
+            Only positions among the last ones of some text are measured.
+        threshold: of the 5th percentile of sum min(p, q), in (0, 1]. Published: 0.86; 0.80 degrades, 0.75 collapses.
+        schedules: names or tuples; None: all published ones.
+        last: tokens at the end of each text that are decoded one by one.
+        dense_layers: first layers that read every key.
+        state: a JSON file; what is measured goes there, and an interrupted call goes on from it, with the same result.
+        progress: show a progress bar on stderr.
+
+    Returns:
+        Its `notes` have, for each schedule that was tried, the statistic by bin and the share of the pages that was read.
+
+    Raises:
+        ValueError: an argument is wrong, no attention takes the policy, or no schedule reaches the threshold.
+    """
+    candidates = _candidates(SCHEDULES if schedules is None else schedules)
+    if not 0 < threshold <= 1:
+        raise ValueError(f"threshold must be in (0, 1], got {threshold!r}")
+    if model.training or model._compiled_call_impl is not None:
+        raise ValueError(
+            "the model is in training mode, transformed or compiled; call model.eval() and tsa_compile.restore(model)"
+        )
+    texts = _texts(model, prompts, last)
+    key = {
+        "prompts and model": fingerprint(model, [{"input_ids": ids} for ids in texts]),
+        "last": last,
+        "dense layers": dense_layers,
+    }
+    measured, decoder = Measured(state, key), _Decoder(model, schedule_plan(next(iter(candidates.values())), dense_layers), last)
+    positions = [p for ids in texts for p in range(ids.shape[1] - last, ids.shape[1])]
+    order = sorted(candidates, key=lambda name: pages_read(candidates[name], positions))
+    tried: dict[str, Any] = {}
+    with progress_bar(show=progress) as start:
+        advance = start("schedules", len(order) * len(texts))
+        for name in order:
+            plan = schedule_plan(candidates[name], dense_layers)
+            accepted = _accepted(name, plan, texts, decoder, measured, advance)
+            by_bin = tails(accepted, positions)
+            tried[name] = {
+                "5th percentile by bin": {str(n): x for n, x in by_bin.items()},
+                "pages read": pages_read(candidates[name], positions),
+            }
+            if worst(by_bin) >= threshold:
+                notes = {"made by": "tsa_compile.learn.gate", "threshold": threshold, "chosen": name, "tried": tried}
+                return dataclasses.replace(plan, notes=notes)
+    best = max(tried, key=lambda name: worst(tried[name]["5th percentile by bin"]))
+    found = worst(tried[best]["5th percentile by bin"])
+    raise ValueError(f"no schedule reaches {threshold} in its worst bin; the nearest is {best} with {found:.4f}")
+
+
+def pages_read(schedule: Schedule, positions: Sequence[int]) -> float:
+    """The mean share of the pages that a step at one of the positions reads, in layers that are not dense."""
+    entries = [n + SINKS + RECENT for n in PageSparse(schedule=schedule).entries]
+    shares = [min(1.0, budget(pages_of(p + 1), 0, entries) / pages_of(p + 1)) for p in positions]
+    return sum(shares) / len(shares)
+
+
+def _texts(model: nn.Module, prompts: Iterable[Any], last: int) -> list[Tensor]:
+    """Token ids `[1, L]` on the model's device."""
+    if last < 1:
+        raise ValueError(f"last must be at least 1, got {last}")
+    texts = [given["input_ids"] for given in as_inputs(model, prompts, last, 0)]
+    for n, ids in enumerate(texts):
+        if ids.shape[1] <= last:
+            raise ValueError(
+                f"prompt {n} has {ids.shape[1]} tokens, and the last {last} are decoded after the others: give longer ones"
+            )
+    return texts
+
+
+def _candidates(schedules: Iterable[Schedule]) -> dict[str, Schedule]:
+    """Schedules by name; one without a name is called by its entries."""
+    named: dict[str, Schedule] = {s if isinstance(s, str) else " ".join(map(str, s)): s for s in schedules}
+    for schedule in named.values():
+        PageSparse(schedule=schedule)  # an error names what is wrong with it
+    if not named:
+        raise ValueError("schedules must name at least one")
+    return named
+
+
+def _accepted(
+    name: str, plan: Plan, texts: Sequence[Tensor], decoder: _Decoder, measured: Measured, advance: Advance
+) -> list[float]:
+    """Acceptance of each measured token, text after text."""
+    accepted: list[float] = []
+    for n, ids in enumerate(texts):
+        accepted += measured.get(f"{name}, text {n}", functools.partial(decoder.accepted, ids, plan))
+        advance(f"{name}: text {n + 1} of {len(texts)}")
+    return accepted
+
+
+class _Decoder:
+    """Decodes the end of a text under a plan; keeps what the dense model says of the latest one, and the cache before it."""
+
+    def __init__(self, model: nn.Module, plan: Plan, last: int) -> None:
+        self._model, self._last = model, last
+        self._session = Session(model, plan)
+        names = inspect.signature(model.forward).parameters
+        self._cache_name = next((name for name in ("past_key_values", "cache") if name in names), None)
+        if self._cache_name is None:
+            raise ValueError(f"{type(model).__name__} takes no cache of transformers (past_key_values)")
+        self._text: Tensor | None = None
+        self._dense: Tensor = torch.empty(0)
+        self._cache: Any = None
+
+    @torch.no_grad()
+    def accepted(self, ids: Tensor, plan: Plan) -> list[float]:
+        """Of each of the last tokens of `ids` `[1, L]`: what its prediction shares with the dense model's."""
+        self._session.plan = plan
+        first = ids.shape[1] - self._last
+        if self._text is not ids:
+            self._read(ids, first)
+        found = []
+        for n in range(self._last):
+            logits = self._call(ids[:, first + n : first + n + 1])
+            found.append(float(acceptance(self._dense[n], logits)))
+        self._cache.crop(-self._last)
+        self._check()
+        return found
+
+    def _read(self, ids: Tensor, first: int) -> None:
+        self._dense = self._model(input_ids=ids, use_cache=False, logits_to_keep=self._last).logits[0]
+        self._cache, self._text = Cache(self._model, 1, ids.shape[1]), ids
+        self._call(ids[:, :first])
+
+    def _call(self, ids: Tensor) -> Tensor:
+        logits: Tensor = self._session(input_ids=ids, **{str(self._cache_name): self._cache}).logits[0, -1]
+        return logits
+
+    def _check(self) -> None:
+        """Raise unless pages were chosen in some layer: otherwise every schedule is the dense model under another name."""
+        decode = [site for site in self._session.report.sites if site.policy == "PageSparse"]
+        if not any(site.replaced for site in decode):
+            reasons = "; ".join(f"{site.module or 'site'}: {site.reason}" for site in decode) or "none was found"
+            raise ValueError(f"no attention of a decode step takes PageSparse ({reasons})")
