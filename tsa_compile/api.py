@@ -8,13 +8,16 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from tsa_compile.dynamo import called
 from tsa_compile.entry_point import report_of
+from tsa_compile.interface import front as interface
 from tsa_compile.plan import Plan, as_plan
 from tsa_compile.policies.base import Policy
 from tsa_compile.report import Report
 from tsa_compile.session import Session, attach, attached, detach
 
 M = TypeVar("M", bound=nn.Module)
+FRONTS = ("auto", "trace", "interface")
 
 
 def transform(
@@ -24,6 +27,7 @@ def transform(
     compiler: str = "eager",
     fullgraph: bool = False,
     inductor_options: Mapping[str, Any] | None = None,
+    front: str = "auto",
 ) -> M:
     """Make the attention of `model` token-sparse, in place; returns the same module.
 
@@ -40,6 +44,9 @@ def transform(
         compiler: "eager" runs the rewritten graphs as they are (starts fastest); "inductor" compiles them.
         fullgraph: raise if the model's forward does not trace to one graph.
         inductor_options: Inductor configuration for `compiler="inductor"`.
+        front: "trace" finds attention in graphs; "interface" takes the place of a transformers model's attention function, which
+            needs no trace, but has prefill alone and no compiler; "auto" is the interface where accelerate's hooks lie between
+            layers (`device_map` over several devices), as each hook breaks a graph and hides what masks are, else a trace.
 
     Raises:
         TypeError: `model` is not a module, or `policy_or_plan` is none of the above.
@@ -50,8 +57,22 @@ def transform(
     if not isinstance(model, nn.Module):
         raise TypeError(f"transform takes a torch.nn.Module, got {type(model).__name__}")
     _check_phases(policy_or_plan)
-    attach(model, lambda: Session(model, as_plan(policy_or_plan), compiler, inductor_options, fullgraph))
+    plan = as_plan(policy_or_plan)
+    if _by_interface(front, model, plan, plain=compiler == "eager" and not fullgraph and inductor_options is None):
+        interface.take(called(model), plan)
+    else:
+        attach(model, lambda: Session(model, plan, compiler, inductor_options, fullgraph))
     return model
+
+
+def _by_interface(front: str, model: nn.Module, plan: Plan, plain: bool) -> bool:
+    """Is the attention interface the way in? `plain`: nothing is asked for that only graphs have."""
+    if front not in FRONTS:
+        raise ValueError(f"front must be one of {FRONTS}, got {front!r}")
+    if front == "interface" and not plain:
+        raise ValueError("front='interface' makes no graphs: compiler must be 'eager', without fullgraph and inductor_options")
+    fits = plain and not plan.decodes and hasattr(model, "set_attn_implementation")
+    return front == "interface" or (front == "auto" and fits and interface.is_spread(model))
 
 
 def restore(model: M) -> M:
@@ -60,7 +81,9 @@ def restore(model: M) -> M:
     Raises:
         ValueError: the model was not transformed.
     """
-    if not detach(model):
+    if interface.front_of(called(model)) is not None:
+        interface.give_back(called(model))
+    elif not detach(model):
         raise ValueError(_not_transformed(model))
     return model
 
@@ -75,6 +98,9 @@ def report(model: Any) -> Report:
         ValueError: it is neither, or the latter was not called yet.
         RuntimeError: something else has compiled the transformed model since.
     """
+    own = interface.front_of(called(model)) if isinstance(model, nn.Module) else None
+    if own is not None:
+        return own.report
     session = attached(model) if isinstance(model, nn.Module) else None
     found = session.report if session is not None else report_of(model)
     if found is None:

@@ -72,6 +72,7 @@ class Report:
         passes: how often each pass found or changed something, and its seconds, over all graphs and plans.
         steps: how decode steps ran, and how many; of a transformed model whose plan has a policy for them.
         speculation: what speculative generation came to; None: there was none.
+        front: "trace", or "interface": a transformers model's own attention interface, without graphs.
     """
 
     sites: list[SiteReport] = dataclasses.field(default_factory=list)
@@ -82,6 +83,7 @@ class Report:
     passes: dict[str, PassReport] = dataclasses.field(default_factory=dict)
     steps: dict[str, int] = dataclasses.field(default_factory=dict)
     speculation: Speculation | None = None
+    front: str = "trace"
 
     @property
     def replaced(self) -> list[SiteReport]:
@@ -113,6 +115,10 @@ class Report:
         return dataclasses.replace(self, sites=sites, warnings=list(self.warnings))
 
     def summary(self) -> str:
+        if self.front == "interface":
+            return (
+                f"{len(self.replaced)} of {len(self.sites)} attention sites replaced by the attention interface, without a trace"
+            )
         if not self.graphs and not self.calls:
             return (
                 "nothing was traced yet: call the model (model(...) or generate(); model.forward(...) goes around the compiler, "

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from tsa_compile import first_call
 from tsa_compile.backend import Backend
 from tsa_compile.dynamo import called, isolated, room, settings, skips, traced_by_others
+from tsa_compile.interface.front import front_of
 from tsa_compile.model_state import ModelState
 from tsa_compile.plan import Plan
 from tsa_compile.report import Report
@@ -38,6 +39,7 @@ class Session:
 
     Raises:
         ValueError: a rule of the plan matches no module; an unknown compiler.
+        RuntimeError: the model is transformed by its attention interface.
     """
 
     def __init__(
@@ -49,6 +51,8 @@ class Session:
         fullgraph: bool = False,
     ) -> None:
         model = called(model)
+        if front_of(model) is not None:
+            raise RuntimeError("the model is transformed by its attention interface; call tsa_compile.restore(model) before")
         self.backend = Backend(plan.bind(model), compiler, inductor_options, model)
         self._compiled: Callable[..., Any] = torch.compile(isolated(model), backend=self.backend, fullgraph=fullgraph)
         self._room = room(model)

@@ -18,7 +18,7 @@ ROWS = (
     ("passes", "plan"),
     ("dynamo",),
     ("recorder", "report", "watched", "first_call"),
-    ("backend",),
+    ("backend", "interface"),
     ("session",),
     ("api",),
     ("check", "reach"),

@@ -49,7 +49,7 @@ NAMES = {
     "Resident": "...",
     "Routed": "inner=Exact(), group=None",
     # What is done to a model.
-    "transform": "model, policy_or_plan=None, *, compiler='eager', fullgraph=False, inductor_options=None",
+    "transform": "model, policy_or_plan=None, *, compiler='eager', fullgraph=False, inductor_options=None, front='auto'",
     "restore": "model",
     "report": "model",  # a transformed model, or what torch.compile(..., backend="tsa") gave
     "explain": "model, *args, policy=None, **kwargs",

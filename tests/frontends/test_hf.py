@@ -12,6 +12,8 @@ from tests.api.tiny import KEEP_ALL, SPARSE, token_ids
 
 transformers = pytest.importorskip("transformers")
 from tsa_compile.frontends import hf  # noqa: E402
+from tsa_compile.interface import attention  # noqa: E402
+from tsa_compile.interface.mask import shaped_mask  # noqa: E402
 
 SIZES = dict(
     vocab_size=128,
@@ -50,7 +52,7 @@ def model(name: str):
 @pytest.fixture(autouse=True)
 def _registered(monkeypatch):
     torch._dynamo.reset()
-    hf._log_once.cache_clear()
+    attention._log_once.cache_clear()
     hf.register(KEEP_ALL, "tsa")
     hf.register(SPARSE, "tsa-sparse")
 
@@ -59,15 +61,15 @@ def _registered(monkeypatch):
 def calls(monkeypatch):
     """How many attentions went through an operator."""
     seen = []
-    plain = hf._sparse
+    plain = attention._sparse
 
-    def counted(*args):
-        out, reason = plain(*args)
+    def counted(front, module, *args):
+        out = plain(front, module, *args)
         if out is not None:
-            seen.append(args[1])
-        return out, reason
+            seen.append(getattr(module, "layer_idx", None))
+        return out
 
-    monkeypatch.setattr(hf, "_sparse", counted)
+    monkeypatch.setattr(attention, "_sparse", counted)
     return seen
 
 
@@ -272,9 +274,9 @@ def test_few_rows_over_a_cache_are_exact(rows, calls):
 def test_nothing_is_read_while_a_cuda_graph_is_captured(monkeypatch):
     """A padding mask is handed on as it is, an offset on the device gives the full mask."""
     padding, offset = torch.ones(1, 20, dtype=torch.bool), torch.tensor(4)
-    assert hf._mask(1, 16, 20, 4, attention_mask=padding).shape == (1, 20)
-    monkeypatch.setattr(hf, "_captured", lambda device: True)
+    assert shaped_mask(1, 16, 20, 4, attention_mask=padding).shape == (1, 20)
+    monkeypatch.setattr("tsa_compile.interface.mask._captured", lambda device: True)
     monkeypatch.setattr(torch.Tensor, "__bool__", lambda self: pytest.fail("waits for the device"))
     monkeypatch.setattr(torch.Tensor, "__int__", lambda self: pytest.fail("waits for the device"))
-    assert hf._mask(1, 16, 20, 4, attention_mask=padding).shape == (1, 20)
-    assert hf._mask(1, 16, 20, offset).shape[-2:] == (16, 20)
+    assert shaped_mask(1, 16, 20, 4, attention_mask=padding).shape == (1, 20)
+    assert shaped_mask(1, 16, 20, offset).shape[-2:] == (16, 20)
