@@ -13,7 +13,7 @@ from tsa_compile.passes.facts.graph_facts import GraphFacts
 from tsa_compile.passes.find.match import Match
 from tsa_compile.passes.prove_mask.patterns import Pattern
 from tsa_compile.passes.prove_mask.proven import ProvenMask
-from tsa_compile.passes.site import AttentionSite
+from tsa_compile.passes.site import AttentionSite, Route
 from tsa_compile.policies.base import Policy, note
 
 
@@ -42,11 +42,18 @@ class GraphSite:
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """A site, its policy, and the reason why it stays dense; None: it is replaced."""
+    """A site, its policy, and the reason why it stays dense; None: it is replaced.
+
+    Args:
+        anchor: the decision whose selection it takes; None: its policy selects.
+        heads: as `Route` has it.
+    """
 
     at: GraphSite
     policy: Policy
     reason: str | None
+    anchor: Decision | None = None
+    heads: tuple[int, ...] | None = None
 
     @property
     def site(self) -> AttentionSite:
@@ -55,7 +62,8 @@ class Decision:
     @property
     def note(self) -> str:
         """What else there is to say of a replaced site."""
-        return note(self.policy, self.site)
+        shared = "" if self.anchor is None else f"selection of {self.anchor.site.module or self.anchor.at.node.name}"
+        return "; ".join(filter(None, (note(self.policy, self.site), shared)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +84,7 @@ class Context:
     policy_for: Callable[[AttentionSite], Policy]
     constants: Mapping[str, torch.Tensor]
     drafting: bool = False
+    route_for: Callable[[AttentionSite], Route | None] = lambda site: None
     sites: list[GraphSite] = dataclasses.field(default_factory=list)
     patterns: dict[str, Pattern] = dataclasses.field(default_factory=dict)
     decisions: list[Decision] = dataclasses.field(default_factory=list)

@@ -1,4 +1,4 @@
-"""The compiler, top to bottom: write out fused calls, find the attentions of a graph, decide, rewrite, verify.
+"""The compiler, top to bottom: write out fused calls, find the attentions of a graph, decide, share selections, rewrite, verify.
 
 Works alike on Dynamo graphs (before AOTAutograd) and on the graph module of an ExportedProgram.
 """
@@ -25,7 +25,8 @@ from tsa_compile.passes.drop_masks import drop_masks
 from tsa_compile.passes.expand import expand_attention
 from tsa_compile.passes.find.attention import find_attention
 from tsa_compile.passes.rewrite import rewrite_attention
-from tsa_compile.passes.site import AttentionSite
+from tsa_compile.passes.share_routes import share_routes
+from tsa_compile.passes.site import AttentionSite, Route
 from tsa_compile.passes.verify import verify_graph
 from tsa_compile.policies.base import Policy
 
@@ -33,6 +34,7 @@ PASSES: tuple[Callable[[Context], int], ...] = (
     expand_attention,
     find_attention,
     decide_policy,
+    share_routes,
     rewrite_attention,
     drop_masks,
     verify_graph,
@@ -47,6 +49,7 @@ def run_pipeline(
     example_inputs: Sequence[Any] | None = None,
     constants: Mapping[str, torch.Tensor] | None = None,
     drafting: bool = False,
+    route_for: Callable[[AttentionSite], Route | None] = lambda site: None,
 ) -> PipelineResult:
     """Rewrite `gm` in place.
 
@@ -57,11 +60,12 @@ def run_pipeline(
         constants: tensors whose values are known, by placeholder name. Where a run may change them, as in a live module, the
             caller must see to it that the result's `patterns` still hold.
         drafting: decode steps are drafts, which a verify step will judge.
+        route_for: whose selection a site takes; None: its own.
 
     Raises:
         VerificationError: the result is not what the passes promise (a bug of ours).
     """
-    context = Context(gm, policy_for, constants or {}, drafting)
+    context = Context(gm, policy_for, constants or {}, drafting, route_for)
     dump = _Dump(example_inputs)
     dump.write(gm, "before")
     counts: dict[str, int] = {}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TypeAlias
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
 
 import torch
 
@@ -41,6 +42,20 @@ class MaskFacts:
         if not self.causal:
             return "bidirectional"
         return "causal" if self.window is None else "sliding window"
+
+
+class Route(NamedTuple):
+    """Whose selection a site takes in place of its own.
+
+    Args:
+        name: how the plan calls the site that selects, the anchor.
+        is_anchor: whether a site is it.
+        heads: for each KV head of the site that takes it, the anchor's KV head whose list it reads; None: the same one.
+    """
+
+    name: str
+    is_anchor: Callable[[AttentionSite], bool]
+    heads: tuple[int, ...] | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -104,7 +104,7 @@ class Backend:
         self.graphs.append(graph)
         form = graph.form(*self.running)
         for warning in form.warnings:
-            self.warn(warning)
+            self.warn_once(warning)
         reasons = {d.reason or "" for d in form.decisions}
         unexpected = sorted(r for r in reasons if not r.startswith(EXPECTED))
         if unexpected and "" not in reasons:
@@ -115,6 +115,11 @@ class Backend:
         """To the log and the report."""
         self.warnings.append(text)
         log.warning(text)
+
+    def warn_once(self, text: str) -> None:
+        """As `warn`, unless the report has it already."""
+        if text not in self.warnings:
+            self.warn(text)
 
     def on_run(self, graph: TracedGraph, form: Form) -> None:
         """A graph is about to run."""

@@ -16,10 +16,11 @@ from tsa_compile.passes.site import PHASES
 from tsa_compile.policies.base import Policy, from_dict
 from tsa_compile.policies.dense import Dense
 from tsa_compile.policies.token_sparse import TokenSparse
+from tsa_compile.reuse import Reuse, bind_reuse, read_reuse, route_of
 from tsa_compile.rules import Rule, bind
 
 if TYPE_CHECKING:
-    from tsa_compile.passes.site import AttentionSite
+    from tsa_compile.passes.site import AttentionSite, Route
 
 WHERE = ("always", "pays")
 
@@ -38,7 +39,8 @@ class Plan:
         denoise_first: the first denoising step of a block, in block diffusion.
         denoise: the further ones.
         rules: exceptions, `(modules, phase, policy)`, see `Rule`; the first that matches decides.
-        reuse: None. One selection for several layers is not built yet.
+        reuse: attentions that take another one's selection, `(modules, anchor, heads, phase)`, see `Reuse`. Where that cannot be,
+            as across graphs, they select by themselves, and the report has a warning with the reason.
         where: "always": each policy runs wherever it is defined; "pays": not at lengths where it was measured to be slower.
         notes: what is known about the plan, such as the loss it was accepted at; JSON values only.
 
@@ -55,7 +57,7 @@ class Plan:
     denoise_first: Policy | None = None
     denoise: Policy | None = None
     rules: tuple[Rule, ...] = ()
-    reuse: None = None
+    reuse: tuple[Reuse, ...] | None = None
     where: str = "always"
     notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -67,8 +69,7 @@ class Plan:
             if policy is not None:
                 _check_policy(f"Plan.{phase}", phase, policy)
         object.__setattr__(self, "rules", tuple(_rule(f"Plan.rules[{n}]", r) for n, r in enumerate(_listed(self.rules))))
-        if self.reuse is not None:
-            raise ValueError(f"Plan.reuse must be None (sharing a selection between layers is not built yet), got {self.reuse!r}")
+        object.__setattr__(self, "reuse", read_reuse(self.reuse) or None)
         if self.where not in WHERE:
             raise ValueError(f"Plan.where must be one of {WHERE}, got {self.where!r}")
         if not isinstance(self.notes, Mapping):
@@ -109,6 +110,10 @@ class Plan:
     def policy_for(self, site: AttentionSite) -> Policy:
         return self.policy_at(site.module, site.phase, site.index)
 
+    def route_for(self, site: AttentionSite) -> Route | None:
+        """Whose selection the site takes; None: its own."""
+        return route_of(self.reuse or (), site)
+
     def bind(self, model: nn.Module) -> Plan:
         """The plan for this model: layer numbers become paths, and every rule matches some module.
 
@@ -119,7 +124,10 @@ class Plan:
 
     def bind_to(self, modules: Iterable[str]) -> Plan:
         """The same, by the paths of a model's modules."""
-        return dataclasses.replace(self, rules=tuple(bind(self.rules, modules))) if self.rules else self
+        if not self.rules and not self.reuse:
+            return self
+        paths = list(modules)
+        return dataclasses.replace(self, rules=tuple(bind(self.rules, paths)), reuse=tuple(bind_reuse(self.reuse or (), paths)))
 
     def to_dict(self) -> dict[str, Any]:
         return plan_format.write(self)
@@ -210,4 +218,6 @@ def without_session(plan: Plan) -> Plan:
     for policy in named:
         if policy is not None and policy.needs_session:
             raise ValueError(f"{policy.name} needs the cache that tsa_compile.transform keeps around decode steps: use that")
+    if plan.reuse:
+        raise ValueError("Plan.reuse needs the graph of several layers that tsa_compile.transform has: use that")
     return plan

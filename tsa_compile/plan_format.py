@@ -33,7 +33,7 @@ def write(plan: Plan) -> dict[str, Any]:
         "version": VERSION,
         "phases": {phase: policy.to_dict() for phase, policy in named.items() if policy is not None},
         "rules": [{"modules": r.modules, "phase": r.phase, "policy": r.policy.to_dict()} for r in plan.rules],
-        "reuse": plan.reuse,
+        "reuse": None if plan.reuse is None else [entry.to_dict() for entry in plan.reuse],
         "where": plan.where,
         "notes": dict(plan.notes),
     }

@@ -60,6 +60,23 @@ def bind(rules: Iterable[Rule], modules: Iterable[str]) -> Iterator[Rule]:
         yield rule
 
 
+def under(pattern: str | int, module: str, index: int | None = None) -> bool:
+    """Does a pattern name a module, or one above it? A number: as `Rule.modules` has it."""
+    if isinstance(pattern, str):
+        return any(fnmatch.fnmatchcase(module, p) for p in (pattern, f"{pattern}.*"))
+    number = layer_number(module)
+    return pattern == (index if number is None else number)
+
+
+def bound(pattern: str | int, paths: list[str], where: str) -> str | int:
+    """A pattern with a path in place of a layer's number, if layers are numbered. Raises a ValueError if it matches none."""
+    if isinstance(pattern, int):
+        return _layer_path(pattern, paths) if any(layer_number(path) is not None for path in paths) else pattern
+    if not any(under(pattern, path) for path in paths):
+        raise ValueError(f"{where}: no module of the model matches {pattern!r}; it has {_some(paths)}")
+    return pattern
+
+
 def _layer_path(number: int, paths: list[str]) -> str:
     """Path of layer `number`: "model.layers.3"."""
     under = [path for path in paths if layer_number(path) == number]

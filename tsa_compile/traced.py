@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 MAX_FORMS = 32  # of a graph; the one that ran longest ago is made anew when it is needed
 UNTOLD = "the graph runs for several modules, and its inputs do not tell which; the plan has different policies for them"
+MANY = "Plan.reuse: a graph that begins inside of the model may run for several layers, so its attentions select by themselves"
 LATE = "the plan was switched, and its rewritten form assumes sizes that the traced graph does not"
 Owner = tuple[str | None, ...]  # the module of each site; None: it cannot be told
 
@@ -84,13 +85,13 @@ class TracedGraph:
         self._forms: collections.OrderedDict[tuple[str, ...], Form] = collections.OrderedDict()
         self._chosen: dict[tuple[int, bool, Owner | None], tuple[Plan, Form]] = {}
         plan, drafting = backend.running
-        first = self._rewrite(plan.policy_for, drafting)
+        first = self._rewrite(plan, plan.policy_for, drafting)
         self.sites = [d.site for d in first.decisions]
         self.traced_in: Owner = tuple(site.module for site in self.sites)
         self.owners: dict[Owner, None] = {}
         self._witnesses = self._find_witnesses(inputs)
         self._compile(first, inputs)
-        self._forms[_key(self._policies(plan, drafting, self.traced_in), drafting)] = first
+        self._forms[_key(plan, self._policies(plan, drafting, self.traced_in), drafting)] = first
 
     def run(self, *args: Any) -> Any:
         """What Dynamo calls. Not `__call__`: Dynamo wraps what it gets, and would copy all that an object holds."""
@@ -162,9 +163,10 @@ class TracedGraph:
     def _choose(self, plan: Plan, drafting: bool, owner: Owner | None) -> Form:
         with self._lock:
             policies = self._policies(plan, drafting, owner or self.traced_in)
-            key = _key(policies, drafting)
+            key = _key(plan, policies, drafting)
             if key not in self._forms:
-                self._forms[key] = self._late_form({s.index: p for s, p in zip(self.sites, policies, strict=True)}, drafting)
+                told = {s.index: p for s, p in zip(self.sites, policies, strict=True)}
+                self._forms[key] = self._late_form(plan, told, drafting)
             form = self._forms[key]
             self._forms.move_to_end(key)
             self._chosen[id(plan), drafting, owner] = (plan, form)
@@ -173,20 +175,26 @@ class TracedGraph:
                 self._chosen = {k: v for k, v in self._chosen.items() if v[1] is not old}
             return form
 
-    def _late_form(self, policies: dict[int, Policy | None], drafting: bool) -> Form:
+    def _late_form(self, plan: Plan, policies: dict[int, Policy | None], drafting: bool) -> Form:
         """A form made after Dynamo took its guards: where it needs more of them, the graph runs as it was."""
         guards = _guards(self._shapes)
-        form = self._rewrite(lambda site: policies[site.index] or Dense(), drafting)
+        form = self._rewrite(plan, lambda site: policies[site.index] or Dense(), drafting)
+        for warning in form.warnings:
+            self._backend.warn_once(warning)
         form.decisions = [dataclasses.replace(d, reason=UNTOLD) if policies[d.site.index] is None else d for d in form.decisions]
         if _guards(self._shapes) != guards:
             self._fall(form, LATE)
         return form
 
-    def _rewrite(self, policy_for: Callable[[AttentionSite], Policy], drafting: bool) -> Form:
+    def _rewrite(self, plan: Plan, policy_for: Callable[[AttentionSite], Policy], drafting: bool) -> Form:
         from tsa_compile.passes.pipeline import run_pipeline
 
         gm = fx.GraphModule(self.gm, copy.deepcopy(self.gm.graph))
-        result = run_pipeline(gm, policy_for, constants=dict(self._tensors), drafting=drafting)
+        whole = begins_at_root(self.gm)
+        routes = {"route_for": plan.route_for} if whole else {}
+        result = run_pipeline(gm, policy_for, constants=dict(self._tensors), drafting=drafting, **routes)
+        if plan.reuse and result.decisions and not whole:
+            result.warnings.append(MANY)
         self._backend.passed(result)
         return Form(gm, result.decisions, result.warnings, result.patterns, selecting_modules(gm))
 
@@ -214,8 +222,8 @@ def phase_in(phase: str, drafting: bool) -> str:
     return {"decode": "draft"}.get(phase, phase) if drafting else {"draft": "decode"}.get(phase, phase)
 
 
-def _key(policies: Sequence[Policy | None], drafting: bool) -> tuple[str, ...]:
-    return (str(drafting), *map(repr, policies))
+def _key(plan: Plan, policies: Sequence[Policy | None], drafting: bool) -> tuple[str, ...]:
+    return (str(drafting), repr(plan.reuse), *map(repr, policies))
 
 
 def _guards(shapes: ShapeEnv | None) -> int:

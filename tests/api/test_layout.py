@@ -29,6 +29,7 @@ ROWS = (
 PART_OF = {
     "rules": "plan",
     "plan_format": "plan",
+    "reuse": "plan",
     "owners": "backend",
     "traced": "backend",
     "entry_point": "backend",

@@ -135,7 +135,12 @@ def test_a_broken_file_is_named(tmp_path, text):
             lambda: tsa.Plan(rules=[("*", "decode", SPARSE)]),
             r"Plan.rules\[0\].policy: TokenSparse is for prefill, not for decode",
         ),
-        (lambda: tsa.Plan(reuse={"0": 1}), "Plan.reuse must be None"),
+        (lambda: tsa.Plan(reuse={"0": 1}), r"Plan.reuse must be a list of Reuse\(modules, anchor, heads, phase\)"),
+        (lambda: tsa.Plan(reuse=[(1,)]), r"Plan.reuse\[0\] must be \(modules, anchor, heads, phase\), got"),
+        (lambda: tsa.Plan(reuse=[(1, True)]), r"Plan.reuse\[0\].anchor must be a pattern of paths or the number of a layer"),
+        (lambda: tsa.Plan(reuse=[(1, 0, (0, -1))]), r"Plan.reuse\[0\].heads must be numbers of KV heads"),
+        (lambda: tsa.Plan(reuse=[(1, 0, None, "encode")]), r"Plan.reuse\[0\].phase must be one of"),
+        (lambda: tsa.Plan(reuse=[{"module": 1, "anchor": 0}]), r"Plan.reuse\[0\] has no field 'module'"),
         (lambda: tsa.Plan(where="never"), "Plan.where must be one of .* got 'never'"),
         (lambda: tsa.Plan(notes=3), "Plan.notes must be a mapping, got int"),
         (

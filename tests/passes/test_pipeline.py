@@ -39,13 +39,21 @@ def exported() -> fx.GraphModule:
 
 def test_the_passes_in_order():
     names = [p.__name__ for p in pipeline.PASSES]
-    assert names == ["expand_attention", "find_attention", "decide_policy", "rewrite_attention", "drop_masks", "verify_graph"]
+    assert names == [
+        "expand_attention",
+        "find_attention",
+        "decide_policy",
+        "share_routes",
+        "rewrite_attention",
+        "drop_masks",
+        "verify_graph",
+    ]
 
 
 def test_each_pass_is_counted_and_timed():
     result = pipeline.run_pipeline(exported(), lambda site: KEEP_ALL)
     assert list(result.counts) == [p.__name__ for p in pipeline.PASSES]
-    assert list(result.counts.values()) == [0, 2, 2, 2, 0, 4]
+    assert list(result.counts.values()) == [0, 2, 2, 0, 2, 0, 4]
     assert set(result.seconds) == set(result.counts)
     assert all(s >= 0 for s in result.seconds.values())
 

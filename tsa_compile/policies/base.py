@@ -33,6 +33,7 @@ class Policy:
     min_queries: int = 128  # prefill: so few query rows over a cache are left to the model
     reads_blocks: ClassVar[bool] = False  # do the operators take keys that lie in blocks anywhere (`KvView.blocks`)?
     needs_session: ClassVar[bool] = False  # does it need the cache that `tsa.transform` keeps around decode steps?
+    shareable: ClassVar[bool] = False  # is what `select` gives right at any site with the same sizes and mask (`Plan.reuse`)?
     by_rows: ClassVar[bool] = False  # do the operators see to `min_queries` where only they know the number of rows?
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

@@ -44,6 +44,7 @@ class BlockSparse(Policy):
     """
 
     reads_blocks: ClassVar[bool] = True
+    shareable: ClassVar[bool] = True
 
     alpha: float | tuple[float, ...] = 0.05
     pool: int = ROWS

@@ -47,6 +47,7 @@ class PageSparse(Policy):
 
     masks: ClassVar[frozenset[str]] = frozenset({"causal", "bidirectional"})  # one row sees what the mask shows, causal or not
     phases: ClassVar[frozenset[str]] = frozenset({"decode", "draft"})
+    shareable: ClassVar[bool] = True
 
     keep: float | tuple[float, ...] | None = None
     kind: str = "mean"

@@ -76,6 +76,7 @@ class TokenSparse(Policy):
     engine: str = "auto"
     min_queries: int = 128
     by_rows: ClassVar[bool] = True
+    shareable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_share(self, "coverage")

@@ -39,6 +39,8 @@ class Options:
         check_int(self, "min_context", 0)
         if self.plan.where != "always":
             raise ValueError(f"tsa.where must be 'always' in vLLM (min_context says what is too short), got {self.plan.where!r}")
+        if self.plan.reuse:
+            raise ValueError("tsa.reuse: in vLLM each layer selects by itself, as its attentions are called one by one")
         for phase in PHASES[1:]:
             named = [getattr(self.plan, phase), *(rule.policy for rule in self.plan.rules if rule.phase == phase)]
             self._check(phase, [policy for policy in named if policy is not None])
