@@ -144,6 +144,11 @@ class Backend:
         """How many graphs ran in this thread."""
         return getattr(self._thread, "runs", 0)
 
+    def why_dense_drafts(self, plan: Plan) -> list[str | None]:
+        """Of each attention of the graphs that ran as drafts under `plan`: why it reads every key; None: its policy took it."""
+        forms = [form for graph in self.graphs for form in graph.forms_under(plan, drafting=True)]
+        return [form.fallen or decision.reason for form in forms for decision in form.decisions]
+
     @property
     def report(self) -> Report:
         """What the current plan does with the graphs traced so far."""

@@ -19,6 +19,8 @@ class Speculation:
         draft_steps: of the model.
         verify_steps: of the model.
         plain_steps: of the model, one token each: without a draft, or with one token left.
+        draft_sites: attentions in the graphs of draft steps with the last request's draft.
+        sparse_sites: of these, those that the draft's policy has taken; the others read every key.
         reached: by place in the draft: rows whose tokens before it were all kept.
         kept: by place in the draft: rows that kept it, too.
         notes: what the log was told, and how often.
@@ -31,6 +33,8 @@ class Speculation:
     draft_steps: int = 0
     verify_steps: int = 0
     plain_steps: int = 0
+    draft_sites: int = 0
+    sparse_sites: int = 0
     reached: Counter[int] = dataclasses.field(default_factory=Counter)
     kept: Counter[int] = dataclasses.field(default_factory=Counter)
     notes: Counter[str] = dataclasses.field(default_factory=Counter)
@@ -55,8 +59,8 @@ class Speculation:
             self.kept.update(range(n))
 
     def plus(self, other: Speculation) -> Speculation:
-        fields = [f.name for f in dataclasses.fields(self)]
-        return Speculation(**{name: getattr(self, name) + getattr(other, name) for name in fields})
+        sums = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)}
+        return Speculation(**{**sums, "draft_sites": other.draft_sites, "sparse_sites": other.sparse_sites})
 
     def __str__(self) -> str:
         by_place = " ".join(f"{share:.2f}" for share in self.acceptance)
@@ -65,4 +69,6 @@ class Speculation:
             f"{self.requests} request(s), {self.tokens} tokens; {self.tokens_a_verify:.2f} tokens a verify; steps: {steps}; "
             f"acceptance by place: {by_place or 'none'}"
         )
+        if self.draft_sites:
+            line += f"; {self.sparse_sites} of {self.draft_sites} attentions of draft steps by their policy"
         return "\n".join([line, *(f"{note} ({times} times)" for note, times in self.notes.items())])

@@ -114,6 +114,11 @@ class TracedGraph:
         known = self._chosen.get((id(plan), drafting, owner))
         return known[1] if known is not None and known[0] is plan else self._choose(plan, drafting, owner)
 
+    def forms_under(self, plan: Plan, drafting: bool) -> list[Form]:
+        """Those that ran."""
+        with self._lock:
+            return [form for (_, drafted, _), (own, form) in self._chosen.items() if own is plan and drafted == drafting]
+
     @property
     def is_whole(self) -> bool:
         """Is it all of the model's call, without a break?"""

@@ -63,6 +63,18 @@ def test_hugging_face(monkeypatch, capsys, tmp_path):
     assert "attention sites replaced" in out
 
 
+@pytest.mark.slow  # tests/generate/test_speculative.py does the same
+def test_speculative(monkeypatch, capsys, tmp_path):
+    """With a random model, and a tokenizer that reads bytes."""
+    tiny_llama(vocab_size=300, num_hidden_layers=1).save_pretrained(tmp_path)
+    _save_byte_tokenizer(tmp_path)
+    (tmp_path / "text.txt").write_text("many words " * 20)
+    out = run("speculative.py", monkeypatch, capsys, str(tmp_path), str(tmp_path / "text.txt"))
+    assert "the model's own tokens: True" in out
+    assert "32 tokens; 5.00 tokens a verify" in out  # a text as short is read as a whole
+    assert "1 of 1 attentions of draft steps by their policy" in out
+
+
 def _save_byte_tokenizer(folder: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -93,5 +105,6 @@ def test_no_example_is_left_out():
         "compile_backend.py",
         "export_onnx.py",
         "hugging_face.py",
+        "speculative.py",
     }
     assert {p.name for p in EXAMPLES.glob("*.py")} == tested

@@ -40,6 +40,10 @@ def both(models, draft=FEW, ids=None, more=None, **options):
     return want, got, tsa.report(models[1]).speculation
 
 
+def draft_has_no_policy(draft):
+    return draft == "lookup" or isinstance(draft, Wrong)
+
+
 class Wrong:
     """A draft that is wrong in half of its places, at random."""
 
@@ -51,13 +55,14 @@ class Wrong:
         return Proposed(tokens)
 
 
-@pytest.mark.parametrize("draft", [FEW, "window", "lookup", PromptLookup(1), Wrong()], ids=str)
+@pytest.mark.parametrize("draft", [FEW, "window", "lookup", Wrong()], ids=["pages", "window", "lookup", "wrong"])
 def test_greedy_tokens_are_the_models(models, draft):
     ids = token_ids(20).repeat(1, 2)
     want, got, seen = both(models, draft, ids)
     assert torch.equal(want, got)
     assert seen.tokens == 24
     assert seen.verified_tokens + seen.plain_steps == 23
+    assert seen.draft_sites == seen.sparse_sites == (0 if draft_has_no_policy(draft) else 1)
     if draft == "window":  # it reads all of a context as short as this
         assert seen.acceptance == [1.0] * 4
         assert seen.tokens_a_verify > 4
@@ -167,17 +172,20 @@ def test_a_cache_that_goes_on(models):
     assert torch.equal(*results)
 
 
-@pytest.mark.parametrize(
-    ("draft", "rows"),
-    [(FEW, 256), *(pytest.param(draft, 2048, marks=pytest.mark.slow) for draft in (FEW, "lookup"))],
-    ids=["256", "2048", "2048, lookup"],
-)
-def test_sampled_tokens_have_the_models_law(models, draft, rows):
-    """Many rows in one batch, each accepting what it does: the law of the first three tokens, over 6 that may be sampled at all.
+def test_sampling_where_one_token_alone_may_come(models):
+    want, got, seen = both(models, do_sample=True, top_k=1)
+    assert torch.equal(want, got)
+    assert 0 < seen.acceptance[0] < 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("draft", [FEW, "lookup"], ids=str)
+def test_sampled_tokens_have_the_models_law(models, draft):
+    """2,048 rows in one batch, each accepting what it does: the law of the first three tokens, over 6 that may be sampled at all.
 
     Within five standard errors for each single outcome of the first two and for each third token.
     """
-    ids, allowed = token_ids(12), list(range(3, 9))
+    ids, allowed, rows = token_ids(12), list(range(3, 9)), 2048
     other = [t for t in range(128) if t not in allowed]
     options = dict(max_new_tokens=4, do_sample=True, temperature=1.3, top_k=5, top_p=0.95, suppress_tokens=other)
     torch.manual_seed(1)
@@ -243,6 +251,15 @@ def test_the_plan_is_the_models_own_again(models):
     both(models)
     assert session.plan is plan
     assert torch.equal(*(m.generate(token_ids(40), max_new_tokens=12, do_sample=False) for m in models))
+
+
+def test_drafts_that_read_every_key_are_told(models, monkeypatch):
+    monkeypatch.setattr(tsa.PageSparse, "refuse", lambda self, site: "not today")
+    want, got, seen = both(models, tsa.PageSparse(pages=2, sinks=0, recent=1))
+    assert torch.equal(want, got)
+    assert seen.acceptance == [1.0] * 4
+    assert (seen.draft_sites, seen.sparse_sites) == (1, 0)
+    assert list(seen.notes) == ["drafts read every key: not today"]
 
 
 def test_an_untouched_model_is_transformed_and_restored(caplog):

@@ -12,6 +12,7 @@ from tsa_compile.generate.drafts import Draft, Proposed, Request
 from tsa_compile.generate.gate import Cost, Gate
 from tsa_compile.generate.settle import Ends
 from tsa_compile.speculation import Speculation
+from tsa_compile.steps import FIXED, REPLAYED
 
 Tensor = torch.Tensor
 log = logging.getLogger("tsa_compile")
@@ -60,8 +61,22 @@ class Rounds:
         rows = self.request.rows
         self._part()
         self._settle(logits, None)
+        steps = self.request.steps.session.steps
+        before = steps.counts()
         while not all(rows.done):
             self._round()
+        if self.seen.draft_steps:
+            self._look_at_drafts({how: n - before.get(how, 0) for how, n in steps.counts().items()})
+
+    def _look_at_drafts(self, steps: dict[str, int]) -> None:
+        """Did the draft's policy run as it was meant to? `steps`: how the request's steps ran, and how many."""
+        reasons = self.request.steps.session.backend.why_dense_drafts(self.request.plan)
+        self.seen.draft_sites, self.seen.sparse_sites = len(reasons), sum(reason is None for reason in reasons)
+        if reasons and not self.seen.sparse_sites:
+            self.note(f"drafts read every key: {'; '.join(sorted({reason or '' for reason in reasons}))}")
+        others = sorted(how for how, n in steps.items() if n and how not in (FIXED, REPLAYED))
+        if others:
+            self.note(f"steps do not run on fixed buffers, beside which policies keep what they know: {'; '.join(others)}")
 
     def _part(self) -> None:
         if self.together:

@@ -97,6 +97,34 @@ def bench_whole_steps(
                     output.write_json(json, rows, environment=versions, ceilings=gpu, layers=layers)
 
 
+@bench.command("acceptance")
+def bench_acceptance(
+    model: Annotated[str, typer.Argument(help="smollm2, gemma3-270m, a folder or a Hugging Face id")] = "smollm2",
+    drafts: Annotated[str, typer.Option(help="comma separated")] = "verify,pages,window,lookup",
+    lengths: Annotated[str, typer.Option(help="tokens before the first new one, comma separated")] = "2000,3900",
+    new: Annotated[int, typer.Option(help="tokens to generate", min=1)] = 128,
+    gamma: Annotated[int, typer.Option(help="tokens of a draft", min=1, max=15)] = 6,
+    share: Annotated[float, typer.Option(help="of the keys, that drafts read; at least 256 keys")] = 0.07,
+    sampled: Annotated[bool, typer.Option(help="temperature 0.6, top-p 0.95")] = True,
+    json: JsonFile = None,
+) -> None:
+    """Tokens a verify and acceptance by place of speculative generation behind prose and code, draft by draft; on any device."""
+    import torch
+    import transformers
+
+    from tsa_compile.tools.bench import acceptance, output
+    from tsa_compile.tools.load_models import load_causal_lm, load_tokenizer
+
+    rows = list[acceptance.Acceptance]()
+    loaded = load_causal_lm(model), load_tokenizer(model)
+    for row in acceptance.measure(*loaded, drafts.split(","), [int(n) for n in lengths.split(",")], new, gamma, share, sampled):
+        rows.append(row)
+        console.print(row, markup=False, highlight=False)
+        if json:
+            versions = dict(torch=torch.__version__, transformers=transformers.__version__)
+            output.write_json(json, rows, environment=versions, model=model, dtype=str(loaded[0].dtype))
+
+
 @bench.command("prefill")
 def bench_prefill(
     lengths: Annotated[str, typer.Option(help="prompt lengths, comma separated")] = "8192,32768,131072",
