@@ -5,6 +5,7 @@ Every rank runs the same model on the same prompt. Without a folder the model is
 torchrun --nproc-per-node 2 examples/routed.py [FOLDER]
 """
 
+import inspect
 import sys
 
 import torch
@@ -24,11 +25,12 @@ else:
     model = LlamaForCausalLM(LlamaConfig(vocab_size=128, eos_token_id=None, **sizes)).to(device).eval()
 
 prompt = torch.randint(2, 128, (1, 500), device=device)
+name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"  # by the version
 wanted = model.generate(prompt, max_new_tokens=20, do_sample=False)
 for inner in (tsa.Exact(), tsa.PageSparse(keep=0.2)):
     tsa.transform(model, tsa.Plan(prefill=tsa.Dense(), decode=tsa.Routed(inner)))
     cache = DynamicCache(config=model.config)
-    tokens = model.generate(prompt, past_key_values=cache, max_new_tokens=20, do_sample=False)
+    tokens = model.generate(prompt, **{name: cache}, max_new_tokens=20, do_sample=False)
     same = int((tokens == wanted).sum()) - prompt.shape[1]
     held = f"holds {cache.layers[0].keys.shape[2]} of {cache.get_seq_length()} rows"
     print(f"rank {rank} of {ranks}, {type(inner).__name__}: {held}, {same} of 20 tokens alike")

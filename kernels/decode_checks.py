@@ -80,6 +80,12 @@ def decode_attention(
     check_masks(name, q, capacity, mask, sinks, softcap, window, causal)
 
 
+def resident_attention(
+    q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, lengths: Tensor | None, key_mask: Tensor | None, scale: float
+) -> None:
+    check_cache("tsa::resident_attention", q, k, v, KvView(None, 1, start, lengths), key_mask)
+
+
 def page_attention(
     q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, blocks: Tensor | None, block: int, start: Tensor | None,
     lengths: Tensor | None, key_mask: Tensor | None, scale: float, mask: Tensor | None = None,

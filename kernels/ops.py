@@ -198,6 +198,14 @@ OPERATORS = (
         host="routed:routed_attention",
     ),
     Operator(
+        "resident_attention(Tensor q, Tensor k, Tensor v, Tensor? start, Tensor? lengths, Tensor? key_mask, float scale)"
+        f" -> {_ATTENDED}",
+        check=decode_checks.resident_attention,
+        fake=fakes.page_attention,
+        reference="resident:resident_attention",
+        host="resident:resident_attention",
+    ),
+    Operator(
         "routed_pages(Tensor q, Tensor sums, Tensor counts, Tensor? start, Tensor? lengths, int capacity, float scale,"
         " float[] keep, int[] table, float mass, int sinks, int recent, str group) -> (Tensor indices, Tensor counts)",
         check=routed_checks.routed_pages,

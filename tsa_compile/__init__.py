@@ -22,6 +22,7 @@ from tsa_compile.policies.exact import Exact
 from tsa_compile.policies.page_sparse import PageSparse
 from tsa_compile.policies.probe_sparse import ProbeSparse
 from tsa_compile.policies.remembered import Remembered
+from tsa_compile.policies.resident import Resident
 from tsa_compile.policies.routed import Routed
 from tsa_compile.policies.sampled_values import SampledValues
 from tsa_compile.policies.token_sparse import Completion, TokenSparse
@@ -41,6 +42,7 @@ __all__ = [
     "ProbeSparse",
     "Remembered",
     "Report",
+    "Resident",
     "Routed",
     "SampledValues",
     "TokenSparse",

@@ -18,13 +18,12 @@ from tsa_compile.cache.kv_state import KvState
 from tsa_compile.cache.pinned import PinnableRows
 from tsa_compile.cache.storage import Pool
 from tsa_compile.cuda_graphs import Recording, Recordings
+from tsa_compile.partial_steps import begins, check_layers, check_replaced, keeping_of, settle, with_positions
 from tsa_compile.passes.site import VERIFY_ROWS
 from tsa_compile.policies.dense import Dense
-from tsa_compile.spread_steps import begins, check_layers, check_replaced, settle, shard_of
 
 if TYPE_CHECKING:
     from tsa_compile.backend import Backend
-    from tsa_compile.cache.sharded import Shard
     from tsa_compile.model_state import ModelState
     from tsa_compile.plan import Plan
 
@@ -53,7 +52,7 @@ class Steps:
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
         self._told: set[str] = set()
-        self._known_plan: tuple[Plan, tuple[KvState, ...], Shard | None] | None = None
+        self._known_plan: tuple[Plan, tuple[KvState, ...], Any] | None = None
 
     def counts(self) -> dict[str, int]:
         """How decode steps ran, and how many."""
@@ -65,36 +64,39 @@ class Steps:
         plan = self._backend.plan
         if not plan.decodes:
             return call(*args, **kwargs)
-        kinds, shard = self._of_plan(plan)
-        prepared = prepare(args, kwargs, self.pool, lambda layer: kinds, shard)
+        kinds, keeping = self._of_plan(plan)
+        prepared = prepare(args, kwargs, self.pool, lambda layer: kinds, keeping)
         self._tell(prepared)
         rows = _rows(_tokens(kwargs) if not args else args[0])
-        verifies = 1 < rows <= VERIFY_ROWS and _verifies(plan) and _has_rows(prepared) and shard is None
-        if (rows != 1 and not verifies) or (shard is not None and begins(prepared)):
+        verifies = 1 < rows <= VERIFY_ROWS and _verifies(plan) and _has_rows(prepared) and keeping is None
+        if (rows != 1 and not verifies) or (keeping is not None and begins(prepared)):
             result = call(*args, **kwargs)
-            if shard is not None:
+            if keeping is not None:
                 settle(prepared)
             return result
         why = self._not_fixed(prepared, args, kwargs)
-        check_layers(prepared, shard, why)
+        check_layers(prepared, keeping, why)
         if why is not None:
             self._count(why)
             return call(*args, **kwargs)
         layers = [layer for layer in prepared.cache.layers if isinstance(layer, PinnableRows)]
         runs = self._backend.runs
         ours = [prepared.cache.layers[n] for n in prepared.ours]
-        with masked_in_full(ours), pinned(layers, {**self._named(args), **kwargs}, rows) as given:
-            result = self._step(call, given, prepared.cache, rows)
-        if shard is not None:
+        given = {**self._named(args), **kwargs}
+        if keeping is not None:
+            given = with_positions(self._backend.model, given, prepared.cache)
+        with layers[0].around_step(layers) as anew, masked_in_full(ours), pinned(layers, given, rows) as fixed:
+            result = self._step(call, fixed, prepared.cache, rows, anew)
+        if keeping is not None:
             check_replaced(self._backend, runs, len(layers))
         for layer in layers:
             layer.advance(rows)
         return result
 
-    def _of_plan(self, plan: Plan) -> tuple[tuple[KvState, ...], Shard | None]:
-        """`states_of` and `shard_of`, the same objects for the same plan."""
+    def _of_plan(self, plan: Plan) -> tuple[tuple[KvState, ...], Any]:
+        """`states_of` and `keeping_of`, the same objects for the same plan."""
         if self._known_plan is None or self._known_plan[0] is not plan:
-            self._known_plan = (plan, states_of(plan), shard_of(plan))
+            self._known_plan = (plan, states_of(plan), keeping_of(plan))
         return self._known_plan[1:]
 
     def _named(self, args: Sequence[Any]) -> dict[str, Any]:
@@ -105,9 +107,9 @@ class Steps:
         assert model is not None
         return {next(iter(inspect.signature(model.forward).parameters)): args[0]}
 
-    def _step(self, call: Callable[..., Any], kwargs: Mapping[str, Any], cache: Any, rows: int) -> Any:
-        """One step on fixed buffers: a replay, or the call, after which the next one may be recorded."""
-        recording = self._recording(kwargs, cache)
+    def _step(self, call: Callable[..., Any], kwargs: Mapping[str, Any], cache: Any, rows: int, anew: bool) -> Any:
+        """One step on fixed buffers: a replay, or the call, after which the next one may be recorded; `anew`: the call alone."""
+        recording = None if anew else self._recording(kwargs, cache)
         for tensor in {**kwargs, **({} if recording is None else recording.inputs)}.values():
             _fix_rows(tensor, rows)
         if recording is None:

@@ -35,7 +35,7 @@ PART_OF = {
     "entry_point": "backend",
     "speculation": "report",
     "steps": "session",
-    "spread_steps": "session",
+    "partial_steps": "session",
     "model_state": "session",
     "cuda_graphs": "session",
 }

@@ -46,7 +46,7 @@ NAMES = {
     "HeadSplit": "...",
     "SampledValues": "samples, form='prop'",
     "Remembered": "source, keys=None, share=None, dense_layers=None, queries=None",  # "denoise_first" or "verify"
-    "Resident": "...",
+    "Resident": "keep=None, pages=None, interval=64, layers=None, ensemble='max', sinks=1, recent=4, strict=False, sample=0",
     "Routed": "inner=Exact(), group=None",
     # What is done to a model.
     "transform": "model, policy_or_plan=None, *, compiler='eager', fullgraph=False, inductor_options=None, front='auto'",
@@ -83,7 +83,6 @@ NAMES = {
 }
 COMING = {
     "HeadSplit": "decode by head roles",
-    "Resident": "decode with keys on the host",
 }
 PHASES = ("prefill", "decode", "verify", "draft", "denoise_first", "denoise")
 

@@ -36,7 +36,7 @@ def routed_answers() -> Any:
     exact = generate(model, **LONG)
     attached(model).plan = tsa.Plan(prefill=tsa.Dense(), decode=tsa.Routed(SPARSE))
     cache = transformers.DynamicCache(config=model.config)
-    sparse = torch.stack(generate(model, **LOGITS, past_key_values=cache).logits)
+    sparse = torch.stack(generate(model, **LOGITS, **{cache_name(model): cache}).logits)
     held = [(layer.keys.shape[2], layer.buffers.states["page_sums"]["sums"].shape[2]) for layer in cache.layers]
     return exact, sparse, held, cache.get_seq_length(), tsa.report(model), refusals(model, cache)
 
@@ -45,10 +45,10 @@ def refusals(model: Any, cache: Any) -> list[str]:
     """What steps say that cannot be right: on a cache that someone else filled, with attention weights, under another plan."""
     found, ids, filled = [], token_ids(1, 2), transformers.DynamicCache(config=model.config)
     filled.update(torch.ones(2, 2, 3, 16), torch.ones(2, 2, 3, 16), 0)
-    for call in (dict(past_key_values=filled), dict(past_key_values=cache, output_attentions=True), dict(past_key_values=cache)):
+    for mine, more in ((filled, {}), (cache, dict(output_attentions=True)), (cache, {})):
         with torch.no_grad():
             try:
-                model(ids, **call)
+                model(ids, **{cache_name(model): mine}, **more)
             except RuntimeError as error:
                 found.append(str(error))
         attached(model).plan = tsa.Plan(prefill=tsa.Dense(), decode=SPARSE if found[1:] else tsa.Routed(SPARSE))
@@ -80,16 +80,16 @@ def test_tokens_are_those_of_one_process():
         assert report.steps == {FIXED: 7 + 7}
         assert not report.warnings
         assert all(s.replaced for s in report.sites if s.policy == "Routed")
-        assert refused[0].startswith("Routed: a decode step cannot run on this cache: the cache is not empty")
+        assert refused[0].startswith("a decode step cannot run on this cache: the cache is not empty")
         assert "attention weights are asked for" in refused[1]
-        assert "the plan's keys are not spread, and layers [0] of the cache" in refused[2]
+        assert "the plan's keys are all in buffers, and layers [0] of the cache" in refused[2]
 
 
 def test_without_a_group_or_a_session_it_is_an_error():
     with torch.no_grad(), pytest.raises(RuntimeError, match="no process group: start with torchrun"):
         transformed(tsa.Routed())(token_ids(5))
     mixed = tsa.Plan(decode=tsa.Routed(group="a"), rules=[("model.layers.0.*", "decode", tsa.Exact())])
-    with torch.no_grad(), pytest.raises(ValueError, match="every decode policy of the plan must be Routed"):
+    with torch.no_grad(), pytest.raises(ValueError, match="let every decode policy of the plan be the same"):
         tsa.transform(tiny("llama", 1), mixed)(token_ids(5))
     for entrance in (as_backend, as_implementation):
         with pytest.raises(Exception, match="Routed needs the cache"):  # Dynamo's own, or a ValueError

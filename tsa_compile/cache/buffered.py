@@ -24,6 +24,8 @@ class Buffered:
         states: kinds of state that follow the rows.
     """
 
+    keeping: Any = None  # how rows are kept beside the buffers (`Policy.keeping`); None: the buffers hold all
+
     def __init__(self, lease: Lease | None = None, states: tuple[KvState, ...] = (), **kwargs: Any) -> None:
         self.lease = Lease(Pool()) if lease is None else lease
         self.number = self.lease.enter()

@@ -13,7 +13,6 @@ from tsa_compile.cache.buffered import Buffered
 from tsa_compile.cache.hf_layers import layer_types
 from tsa_compile.cache.kv_state import KvState
 from tsa_compile.cache.lease import Lease
-from tsa_compile.cache.sharded import Shard, spread_as
 from tsa_compile.cache.storage import Pool
 
 StatesFor = Callable[[int], tuple[KvState, ...]]
@@ -43,7 +42,7 @@ def no_states(layer: int) -> tuple[KvState, ...]:
 
 
 def prepare(
-    args: Sequence[Any], kwargs: Mapping[str, Any], pool: Pool, states_for: StatesFor = no_states, shard: Shard | None = None
+    args: Sequence[Any], kwargs: Mapping[str, Any], pool: Pool, states_for: StatesFor = no_states, keeping: Any = None
 ) -> Prepared:
     """Call this before each forward of a model, with its arguments; no method of the model is touched.
 
@@ -52,7 +51,7 @@ def prepare(
         kwargs: its keyword arguments; the cache is found by its type, as its name differs between versions.
         pool: where the cache's storage is leased.
         states_for: kinds of state for the layer of this number.
-        shard: which rows this process keeps; None: all.
+        keeping: how layers keep rows beside their buffers (`Policy.keeping`); None: the buffers hold all.
     """
     cache = _cache_of([*args, *kwargs.values()])
     if cache is None:
@@ -63,7 +62,7 @@ def prepare(
         _give_up(cache)
     reason = _left_alone(cache)
     if reason is None:
-        take_over(cache, pool, states_for, shard)
+        take_over(cache, pool, states_for, keeping)
     ours = tuple(n for n, layer in enumerate(cache.layers) if isinstance(layer, Buffered))
     for n in ours:
         if isinstance(cache.layers[n], layer_types().full):
@@ -76,13 +75,13 @@ def prepare(
     return Prepared(cache, ours, reasons, is_pair)
 
 
-def take_over(cache: Any, pool: Pool, states_for: StatesFor = no_states, shard: Shard | None = None) -> None:
+def take_over(cache: Any, pool: Pool, states_for: StatesFor = no_states, keeping: Any = None) -> None:
     """Turn the attention layers of an empty `DynamicCache` into ours, with these kinds of state; others stay."""
     lease, types = Lease(pool), layer_types()
-    full = types.full if shard is None else functools.partial(types.spread, shard)
+    full = types.full if keeping is None else keeping.make(types)
     for n, layer in enumerate(cache.layers):
         is_unused = isinstance(layer, types.full) and layer.buffers is None and layer.count() == 0
-        if type(layer) is types.full.plain or (is_unused and spread_as(layer) != shard):
+        if type(layer) is types.full.plain or (is_unused and layer.keeping != keeping):
             cache.layers[n] = full(lease=lease, states=states_for(n))
         elif type(layer) is types.sliding.plain:
             cache.layers[n] = types.sliding(lease=lease, sliding_window=layer.sliding_window)

@@ -30,7 +30,7 @@ def pinned(layers: Sequence[PinnableRows], kwargs: Mapping[str, Any], new: int) 
     """Inside, `new` rows of each batch row go where the layers' place says; yields the call's arguments, of fixed sizes."""
     mask = layers[0].own_mask(kwargs.get("attention_mask"), new)
     place = make_place(layers, mask, new)
-    place.move(layers[0].length, layers[0].lengths, mask, layers[0].count())
+    place.move(*layers[0].first_new_row(), mask, layers[0].rows_before())
     try:
         for layer in layers:
             layer.pin(place)

@@ -14,6 +14,7 @@ import torch
 
 from tsa_compile.cache.buffered import Pair
 from tsa_compile.cache.pinned import PinnableRows
+from tsa_compile.cache.resident_rows import ResidentMethods
 from tsa_compile.cache.sharded import SpreadMethods
 from tsa_compile.cache.sliding import SlidingRows
 
@@ -162,6 +163,7 @@ class LayerTypes(NamedTuple):
     full: type
     sliding: type
     spread: type
+    resident: type
 
 
 @functools.cache
@@ -178,4 +180,7 @@ def layer_types() -> LayerTypes:
     class SpreadLayer(SpreadMethods, GrowingLayer):
         """Its rows are spread over a process group."""
 
-    return LayerTypes(GrowingLayer, GrowingSlidingLayer, SpreadLayer)
+    class ResidentLayer(ResidentMethods, GrowingLayer):
+        """Its rows lie in host memory."""
+
+    return LayerTypes(GrowingLayer, GrowingSlidingLayer, SpreadLayer, ResidentLayer)

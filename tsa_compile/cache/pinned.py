@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
 from tsa_compile.cache.buffered import Buffers, Pair
@@ -40,6 +44,18 @@ class PinnableRows(Rows):
         if self.lease.key_mask is not None:
             self.key_mask = self._padding()
         self.pinned = place
+
+    def first_new_row(self) -> tuple[int, torch.Tensor | None]:
+        """The row of the buffers at which new ones begin; and of each batch row, int32 `[B]`, where they differ."""
+        return self.length, self.lengths
+
+    def rows_before(self) -> int:
+        """What the model is told of the rows before the new ones: at least as many as the buffers' row that it sees last."""
+        return self.count()
+
+    def around_step(self, layers: Sequence[Any]) -> contextlib.AbstractContextManager[bool]:
+        """What is to be done around a step of the cache's layers; yields whether the step must run anew, and not be replayed."""
+        return contextlib.nullcontext(False)
 
     def own_mask(self, mask: torch.Tensor | None, new: int) -> torch.Tensor | None:
         """What a step of `new` rows sees of the buffers, by its padding mask `[B, n]`: the same, where these hold every row."""

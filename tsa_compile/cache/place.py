@@ -36,7 +36,7 @@ class Place:
             length: rows in the buffers, of the longest batch row.
             lengths: int32 `[B]`, where batch rows differ.
             mask: the call's `[B, n]` padding mask, `n` at most the capacity; None: no padding.
-            before: rows of the sequence before the new ones, where the buffers do not hold all; None: they do.
+            before: what the model is told of the rows before the new ones; None: `length`.
         """
         self.offset.fill_(length if before is None else before)
         if lengths is None:

@@ -7,6 +7,8 @@ buffers, and a policy that merges what the ranks find.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -39,6 +41,13 @@ class Shard(NamedTuple):
         """
         return cls(group, *rank_and_size(group))
 
+    def make(self, types: Any) -> Callable[..., Any]:
+        """What makes the layers of one cache."""
+        return functools.partial(types.spread, self)
+
+    def __str__(self) -> str:
+        return f"spread over group {self.group!r}"
+
     def held(self, length: int) -> int:
         """Rows that this rank holds of so many."""
         return rows_held(length, self.rank, self.ranks)
@@ -67,6 +76,10 @@ class SpreadMethods:
         self.shard = shard
         self.total = 0
         super().__init__(**kwargs)
+
+    @property
+    def keeping(self) -> Shard:
+        return self.shard
 
     def count(self) -> int:
         return self.total + (0 if self._late is None else self._late[0].shape[-2])
@@ -145,8 +158,3 @@ class SpreadMethods:
 
     def _refuse(self, what: str) -> NoReturn:
         raise NotImplementedError(f"a cache whose rows are spread over group {self.shard.group!r} takes no {what}")
-
-
-def spread_as(layer: Any) -> Shard | None:
-    """How the layer's rows are spread; None: they are all here."""
-    return layer.shard if isinstance(layer, SpreadMethods) else None

@@ -49,6 +49,10 @@ class Policy:
         """What the cache keeps for this policy beside each layer's keys and values."""
         return ()
 
+    def keeping(self) -> Any:
+        """How the cache keeps rows beside the buffers that a decode step reads, compared by value; None: these hold every row."""
+        return None
+
     def select(self, emit: Emit, site: AttentionSite, state: Any) -> Selection | None:
         """Which keys each query reads; None: all, or `attend` chooses as it goes.
 

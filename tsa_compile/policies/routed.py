@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 
 from tsa_compile.cache.kv_state import KvState
+from tsa_compile.cache.sharded import Shard
 from tsa_compile.kernels import ops  # noqa: F401 - registers torch.ops.tsa
 from tsa_compile.kernels.common.group import default_group
 from tsa_compile.kernels.types import Edges, Pages, Selection
@@ -67,6 +68,9 @@ class Routed(Policy):
             GroupError: there is no process group.
         """
         return self.group or default_group()
+
+    def keeping(self) -> Shard:
+        return Shard.of(self.group_name)
 
     def refuse(self, site: AttentionSite) -> str | None:
         if site.q_len != 1:

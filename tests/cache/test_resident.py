@@ -1,0 +1,317 @@
+"""Rows in host memory with a pool on the device: what steps read, what is moved, and what is left when something fails."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tsa_compile.cache import host_pages, resident, storage
+from tsa_compile.cache.fixed import pinned
+from tsa_compile.cache.lease import Lease
+from tsa_compile.cache.storage import Pool
+from tsa_compile.policies.resident import Resident
+
+pytest.importorskip("transformers")
+BATCH, HEADS, KV_HEADS, DIM, V_DIM, LAYERS = 2, 4, 2, 4, 3, 2
+PAGE_BYTES = 16 * KV_HEADS * (DIM + V_DIM) * 4
+PROMPT = 500  # 31 pages and 4 rows; the pools below have 8 to 16 slots
+
+
+class Run:
+    """The layers of a cache, driven as a session drives them, and beside them every row in plain tensors."""
+
+    def __init__(self, rule: Resident, padding: int = 0) -> None:
+        from tsa_compile.cache.hf_layers import layer_types
+
+        self.lease, make = Lease(Pool(keep=0)), rule.keeping().make(layer_types())
+        self.layers = [make(lease=self.lease) for _ in range(LAYERS)]
+        self.resident = self.layers[0].resident
+        self.keys = [torch.empty(BATCH, KV_HEADS, 0, DIM) for _ in range(LAYERS)]
+        self.values = [torch.empty(BATCH, KV_HEADS, 0, V_DIM) for _ in range(LAYERS)]
+        self.padding = padding
+
+    @property
+    def length(self) -> int:
+        return self.keys[0].shape[2]
+
+    def mask(self, rows: int) -> torch.Tensor:
+        mask = torch.ones(BATCH, rows, dtype=torch.int64)
+        mask[1, : self.padding] = 0
+        return mask
+
+    def new(self, n: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of layer `n`, put into the plain tensors."""
+        keys, values = torch.randn(BATCH, KV_HEADS, rows, DIM) * 2, torch.randn(BATCH, KV_HEADS, rows, V_DIM)
+        self.keys[n], self.values[n] = torch.cat([self.keys[n], keys], 2), torch.cat([self.values[n], values], 2)
+        return keys, values
+
+    def prompt(self, rows: int) -> None:
+        self.lease.key_mask = self.mask(self.length + rows).bool()
+        for n, layer in enumerate(self.layers):
+            seen = layer.update(*self.new(n, rows))
+            assert torch.equal(seen[0], self.keys[n])
+            assert torch.equal(seen[1], self.values[n])
+
+    def crop(self, rows: int) -> None:
+        for n, layer in enumerate(self.layers):
+            layer.crop(-rows)
+            self.keys[n], self.values[n] = (x[:, :, : max(0, x.shape[2] - rows)] for x in (self.keys[n], self.values[n]))
+
+    def step(self) -> bool:
+        """One token; every layer's attention is what its resident rows, or all rows, give. Returns whether it read all."""
+        mask = self.mask(self.length + 1)
+        self.lease.key_mask = mask.bool()
+        for layer in self.layers:
+            layer.settle()
+        with self.layers[0].around_step(self.layers) as anew, pinned(self.layers, {"attention_mask": mask}, 1) as fixed:
+            self.check()
+            whole = anew and (self.resident.rule.strict or self.resident.counts.steps == self.first_step)
+            for n, layer in enumerate(self.layers):
+                pools, shown = layer.update(*self.new(n, 1)), fixed["attention_mask"].bool()
+                q = torch.randn(BATCH, HEADS, 1, DIM)
+                bounds = torch.ops.tsa.padding_range(shown)
+                out, _ = torch.ops.tsa.resident_attention(q, *pools, *bounds, shown, 0.7)
+                seen = mask.bool() & (torch.ones_like(mask).bool() if whole else self.here())
+                expected = attention(q, self.keys[n], self.values[n], seen)
+                torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-5)
+        for layer in self.layers:
+            layer.advance(1)
+        return whole
+
+    first_step = 1
+
+    def forget(self) -> None:
+        """What a step has put into the plain tensors before it failed."""
+        self.keys, self.values = ([x[:, :, : self.layers[0].total] for x in full] for full in (self.keys, self.values))
+
+    def here(self) -> torch.Tensor:
+        """bool `[B, rows]`: in the pools, the new row included."""
+        rows = torch.arange(self.length) // 16
+        found = [torch.isin(rows, torch.tensor([*places, self.layers[0].total // 16])) for places in self.resident.slots]
+        return torch.stack(found)
+
+    def check(self) -> None:
+        """The host has every whole page; slots hold what the table says, once each; first and last pages are there."""
+        rule, whole = self.resident.rule, self.length // 16
+        for n, layer in enumerate(self.layers):
+            assert (layer.count(), layer.host.pages) == (self.length, whole)
+            for host, full in ((layer.host.keys, self.keys[n]), (layer.host.values, self.values[n])):
+                rows = host[:, :whole].transpose(1, 2).flatten(2, 3)
+                assert torch.equal(rows, full[:, :, : whole * 16])
+            for b, places in enumerate(self.resident.slots):
+                for page, slot in places.items():
+                    at = slice(page * 16, page * 16 + 16)
+                    assert torch.equal(layer.buffers.keys[b, :, slot * 16 : slot * 16 + 16], self.keys[n][b, :, at])
+                    assert torch.equal(layer.buffers.values[b, :, slot * 16 : slot * 16 + 16], self.values[n][b, :, at])
+        for b, places in enumerate(self.resident.slots):
+            assert len({*places.values(), 0}) == len(places) + 1
+            first = (self.padding if b else 0) // 16
+            last = (self.length - 1) // 16
+            if not self.resident._arriving:
+                forced = {*range(first, first + rule.sinks), *range(max(first, last - rule.recent + 1), last + 1)}
+                assert {p for p in forced if p < whole} <= set(places)
+
+
+def attention(q, k, v, seen):
+    k, v = (x.double().repeat_interleave(HEADS // KV_HEADS, 1) for x in (k, v))
+    logits = (q.double() @ k.transpose(-1, -2) * 0.7).masked_fill(~seen[:, None, None], -torch.inf)
+    return torch.softmax(logits, -1) @ v
+
+
+@pytest.fixture(autouse=True)
+def _small_pools(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "FIRST", 128)
+    monkeypatch.setattr(storage, "CHUNK", 128)
+
+
+actions = st.lists(
+    st.tuples(st.just("steps"), st.integers(1, 40)) | st.tuples(st.just("prompt"), st.integers(1, 90))
+    | st.tuples(st.just("crop"), st.integers(0, 60)), min_size=1, max_size=4,
+)  # fmt: skip
+
+
+@settings(max_examples=12, deadline=None)
+@given(actions, st.sampled_from([1, 5, 16, 20]), st.booleans(), st.sampled_from([0, 40]), st.sampled_from(["max", "mean"]))
+def test_steps_read_what_is_resident_or_everything(acts, interval, strict, padding, ensemble):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(storage, "FIRST", 128)
+        patch.setattr(storage, "CHUNK", 128)
+        run = Run(Resident(pages=6, interval=interval, strict=strict, sinks=1, recent=2, ensemble=ensemble), padding)
+        run.prompt(PROMPT)
+        for action, number in [("steps", 3), *acts, ("steps", 3)]:
+            run.first_step = run.resident.counts.steps + 1  # a step after something else reads everything
+            if action == "prompt":
+                run.prompt(number)
+            elif action == "crop":
+                run.crop(number)
+            else:
+                if run.resident.known:
+                    run.first_step = -1
+                for _ in range(number):
+                    run.step()
+                    run.first_step = -1
+        assert run.layers[0].length < run.length  # rows of the pool, and of the sequence
+
+
+def test_pages_move_between_choices_alone_and_are_counted():
+    run = Run(Resident(pages=6, interval=20, sinks=1, recent=2))
+    run.prompt(PROMPT)
+    counts = run.resident.counts
+    assert counts.to_host == LAYERS * BATCH * 31 * PAGE_BYTES
+    run.step()
+    first = LAYERS * BATCH * PAGE_BYTES * (5 + 26)  # 6 pages with the open one, which is there; then the others, once
+    assert counts.to_device == first
+    moved = []
+    for _ in range(60):
+        before, fetched, choices = counts.to_device, counts.pages_fetched, counts.refreshes
+        run.step()
+        assert counts.to_device - before == (counts.pages_fetched - fetched) * PAGE_BYTES
+        if counts.refreshes == choices:
+            assert counts.to_device == before
+        else:
+            moved.append(counts.pages_fetched - fetched)
+    assert len(moved) == 3  # by the first step's queries, by the 21st's and the 41st's
+    assert 0 < sum(moved) <= 3 * LAYERS * BATCH * 6
+    assert counts.to_host == LAYERS * BATCH * PAGE_BYTES * (run.length // 16)
+    assert counts.steps == 61
+
+
+def test_the_choice_is_the_heaviest_pages():
+    """Keys of one page look at every query; it is found wherever it lies."""
+    run = Run(Resident(pages=6, interval=4, recent=2))
+    run.prompt(PROMPT)
+    run.step()
+    for n, layer in enumerate(run.layers):
+        layer.sums[:, :, 17] = 50.0
+        run.resident._queries[n] = (torch.ones(BATCH, HEADS, 1, DIM), 0.7)
+    assert not all(17 in places for places in run.resident.slots)
+    run.step()
+    assert all(17 in places for places in run.resident.slots)
+
+
+def test_the_lost_mass_is_what_lies_outside():
+    run = Run(Resident(pages=6, interval=100, recent=2, sample=1))
+    run.prompt(PROMPT)
+    seen = []
+    exact = torch.ops.tsa.decode_attention
+    for _ in range(3):
+        before = run.resident.counts.lost
+        run.step()
+        seen.append(run.resident.counts.lost - before)
+    assert run.resident.counts.sampled == 3 * LAYERS
+    assert exact is torch.ops.tsa.decode_attention
+    q, layer = torch.randn(BATCH, HEADS, 1, DIM), run.layers[0]
+    here = run.here()
+    part = exact(q, run.keys[0], run.values[0], None, 1, None, None, here, 0.7, causal=False)[:2]
+    run.resident.counts.lost = 0.0
+    with run.resident.around_step(run.layers):
+        out, lse = torch.ops.tsa.resident_attention(
+            q, *layer.buffers[:2], None, None, layer.own_mask(run.mask(run.length), 0).bool(), 0.7
+        )
+    whole = exact(q, run.keys[0], run.values[0], None, 1, None, None, None, 0.7, causal=False)[1]
+    torch.testing.assert_close(out, part[0], rtol=1e-5, atol=1e-6)
+    assert run.resident.counts.lost == pytest.approx(float((1 - (lse - whole).exp()).mean()), abs=1e-5)
+    assert 0.1 < run.resident.counts.lost_mass < 1
+
+
+def test_pages_on_their_way_are_not_seen(monkeypatch):
+    """A slow copy: steps go on with what there is, and see the pages once they have come."""
+    polls = [0]
+
+    @contextlib.contextmanager
+    def slow(device):
+        started = polls[0]
+        yield lambda: polls[0] >= started + 3
+
+    run = Run(Resident(pages=6, interval=50, recent=2))
+    run.prompt(PROMPT)
+    monkeypatch.setattr(resident, "copying", slow)
+    held = []
+    for _ in range(8):
+        polls[0] += 1
+        run.step()
+        held.append(len(run.resident.slots[0]))
+    assert held[0] == 0
+    assert max(held) >= 5
+    assert not run.resident._arriving
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_a_failing_copy_leaves_the_cache_right(monkeypatch, call, strict):
+    """At the first choice and at a later one, in the first layer and in the second, before a step and within it."""
+    run = Run(Resident(pages=6, interval=3, recent=2, strict=strict))
+    run.prompt(PROMPT)
+    take, calls = host_pages.HostPages.take, [0]
+
+    def failing(self, rows, pages):
+        calls[0] += 1
+        if calls[0] == call:
+            raise RuntimeError("CUDA error: the bus has fallen off")
+        return take(self, rows, pages)
+
+    for _ in range(2):
+        calls[0] = 0
+        monkeypatch.setattr(host_pages.HostPages, "take", failing)
+        failed = 0
+        for _ in range(8):
+            try:
+                run.first_step = -1 if run.resident.known else run.resident.counts.steps + 1
+                run.step()
+            except RuntimeError as error:
+                assert "the bus has fallen off" in str(error)  # noqa: PT017 - which of the steps fails depends on the call
+                failed += 1
+                run.forget()
+        assert failed == 1
+        monkeypatch.setattr(host_pages.HostPages, "take", take)
+
+
+def test_a_host_without_memory_is_an_error_and_the_rows_wait(monkeypatch):
+    run = Run(Resident(pages=6, interval=3, recent=2, strict=True))
+    run.prompt(PROMPT)
+    available = host_pages.available_memory
+    monkeypatch.setattr(host_pages, "available_memory", lambda: 1000)
+    with pytest.raises(
+        host_pages.HostMemoryError, match=r"GiB of host memory for one layer's 128 pages, batch 2: 0.000 GiB are free"
+    ):
+        run.layers[0].append(*(x[:, :, :700] for x in run.new(0, 700)))
+    assert [layer.count() for layer in run.layers] == [PROMPT] * 2
+    run.keys[0], run.values[0] = run.keys[0][:, :, :PROMPT], run.values[0][:, :, :PROMPT]
+    for _ in range(3):
+        run.step()
+    monkeypatch.setattr(host_pages, "available_memory", available)
+    late = run.new(0, 700), run.new(1, 700)
+    for layer, rows in zip(run.layers, late, strict=True):
+        layer._late = rows  # as a traced graph leaves them
+    monkeypatch.setattr(host_pages, "available_memory", lambda: 1000)
+    with pytest.raises(host_pages.HostMemoryError):
+        run.layers[0].settle()
+    assert [layer.count() for layer in run.layers] == [run.length] * 2
+    monkeypatch.setattr(host_pages, "available_memory", available)
+    run.first_step = run.resident.counts.steps + 1
+    run.step()
+
+
+def test_what_is_not_built_says_so():
+    run = Run(Resident(pages=6))
+    run.prompt(40)
+    for attempt in (lambda layer: setattr(layer, "keys", torch.ones(1)), lambda layer: layer.__deepcopy__({})):
+        with pytest.raises(NotImplementedError, match="whose rows lie in host memory takes no"):
+            attempt(run.layers[0])
+
+
+def test_rows_of_the_batch_can_be_chosen_and_given_back_whole():
+    run = Run(Resident(pages=6, recent=2, strict=True))
+    run.prompt(PROMPT)
+    run.step()
+    for n, layer in enumerate(run.layers):
+        layer.reorder_cache(torch.tensor([1, 1]))
+        run.keys[n], run.values[n] = run.keys[n][[1, 1]], run.values[n][[1, 1]]
+    run.step()
+    plain = run.layers[1].as_plain()
+    assert torch.equal(plain.keys, run.keys[1])
+    assert torch.equal(plain.values, run.values[1])
