@@ -196,8 +196,8 @@ class TracedGraph:
 
         gm = fx.GraphModule(self.gm, copy.deepcopy(self.gm.graph))
         whole = begins_at_root(self.gm)
-        routes = {"route_for": plan.route_for} if whole else {}
-        result = run_pipeline(gm, policy_for, constants=dict(self._tensors), drafting=drafting, **routes)
+        route_for = plan.route_for if whole else (lambda site: None)
+        result = run_pipeline(gm, policy_for, constants=dict(self._tensors), drafting=drafting, route_for=route_for)
         if plan.reuse and result.decisions and not whole:
             result.warnings.append(MANY)
         self._backend.passed(result)

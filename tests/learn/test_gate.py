@@ -83,7 +83,7 @@ def plans(model, prompts, tmp_path_factory):
     state = tmp_path_factory.mktemp("gate") / "state.json"
     high = gate.choose_schedule(model, prompts, 1.0 - 1e-4, state=state, **OPTIONS)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gate._Decoder, "accepted", lambda *_: pytest.fail("measured again"))
+        patch.setattr(gate.TextDecoder, "compared", lambda *_: pytest.fail("measured again"))
         return gate.choose_schedule(model, prompts, 0.01, state=state, **OPTIONS), high
 
 
@@ -122,10 +122,10 @@ def test_the_statistic_is_that_of_a_rollout_by_hand(model, prompts, plans):
 
 
 def test_what_is_wrong_is_named(model, prompts, monkeypatch):
-    monkeypatch.setattr(gate._Decoder, "accepted", lambda *_: [0.5] * LAST)
+    monkeypatch.setattr(gate.TextDecoder, "compared", lambda *_: [0.5] * LAST)
     for prompts_, change, message in (
         (prompts, {"threshold": 0.6}, r"no schedule reaches 0.6 in its worst bin; the nearest is 0 with 0.5"),
-        ([prompts[0][:10]], {}, "prompt 0 has 10 tokens, and the last 12"),
+        ([prompts[0][:10]], {}, "prompt 0 has 10 tokens, of which the last 12"),
         (prompts, {"threshold": 0}, r"threshold must be in \(0, 1\], got 0"),
         (prompts, {"schedules": ["sparrow"]}, "PageSparse.schedule must be one of"),
         (prompts, {"schedules": []}, "schedules must name at least one"),
@@ -141,7 +141,7 @@ def test_a_model_whose_steps_are_not_replaced_measures_nothing(model, prompts):
 
 
 def test_the_command_writes_plan_and_page(model, prompts, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(gate._Decoder, "accepted", lambda *_: [0.9] * LAST)
+    monkeypatch.setattr(gate.TextDecoder, "compared", lambda *_: [0.9] * LAST)
     model.save_pretrained(tmp_path / "model")
     (tmp_path / "texts.jsonl").write_text("\n".join(json.dumps(ids.tolist()) for ids in prompts))
     plan, page = (str(tmp_path / name) for name in ("plan.json", "page.html"))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from tsa_compile.cache import Cache
 from tsa_compile.kernels.common.pages import pages_of
 from tsa_compile.kernels.select.top_pages.budget import budget
 from tsa_compile.learn.acceptance import acceptance, tails, worst
-from tsa_compile.learn.model_inputs import as_inputs, fingerprint
+from tsa_compile.learn.model_inputs import fingerprint
 from tsa_compile.learn.state import Measured
+from tsa_compile.learn.text_decoder import TextDecoder, texts_of
 from tsa_compile.plan import Plan
 from tsa_compile.policies.dense import Dense
 from tsa_compile.policies.exact import Exact
@@ -30,7 +29,6 @@ from tsa_compile.policies.schedules import DENSE_LAYERS, RECENT, SCHEDULES, SINK
 from tsa_compile.progress import Advance
 from tsa_compile.progress import progress as progress_bar
 from tsa_compile.rules import Rule
-from tsa_compile.session import Session
 
 Tensor = torch.Tensor
 Schedule = str | tuple[int, ...]
@@ -80,13 +78,16 @@ def choose_schedule(
         raise ValueError(
             "the model is in training mode, transformed or compiled; call model.eval() and tsa_compile.restore(model)"
         )
-    texts = _texts(model, prompts, last)
+    texts = texts_of(model, prompts, last)
     key = {
         "prompts and model": fingerprint(model, [{"input_ids": ids} for ids in texts]),
         "last": last,
         "dense layers": dense_layers,
     }
-    measured, decoder = Measured(state, key), _Decoder(model, schedule_plan(next(iter(candidates.values())), dense_layers), last)
+    measured, decoder = (
+        Measured(state, key),
+        TextDecoder(model, schedule_plan(next(iter(candidates.values())), dense_layers), last),
+    )
     positions = [p for ids in texts for p in range(ids.shape[1] - last, ids.shape[1])]
     order = sorted(candidates, key=lambda name: pages_read(candidates[name], positions))
     tried: dict[str, Any] = {}
@@ -115,19 +116,6 @@ def pages_read(schedule: Schedule, positions: Sequence[int]) -> float:
     return sum(shares) / len(shares)
 
 
-def _texts(model: nn.Module, prompts: Iterable[Any], last: int) -> list[Tensor]:
-    """Token ids `[1, L]` on the model's device."""
-    if last < 1:
-        raise ValueError(f"last must be at least 1, got {last}")
-    texts = [given["input_ids"] for given in as_inputs(model, prompts, last, 0)]
-    for n, ids in enumerate(texts):
-        if ids.shape[1] <= last:
-            raise ValueError(
-                f"prompt {n} has {ids.shape[1]} tokens, and the last {last} are decoded after the others: give longer ones"
-            )
-    return texts
-
-
 def _candidates(schedules: Iterable[Schedule]) -> dict[str, Schedule]:
     """Schedules by name; one without a name is called by its entries."""
     named: dict[str, Schedule] = {s if isinstance(s, str) else " ".join(map(str, s)): s for s in schedules}
@@ -139,57 +127,11 @@ def _candidates(schedules: Iterable[Schedule]) -> dict[str, Schedule]:
 
 
 def _accepted(
-    name: str, plan: Plan, texts: Sequence[Tensor], decoder: _Decoder, measured: Measured, advance: Advance
+    name: str, plan: Plan, texts: Sequence[Tensor], decoder: TextDecoder, measured: Measured, advance: Advance
 ) -> list[float]:
     """Acceptance of each measured token, text after text."""
     accepted: list[float] = []
     for n, ids in enumerate(texts):
-        accepted += measured.get(f"{name}, text {n}", functools.partial(decoder.accepted, ids, plan))
+        accepted += measured.get(f"{name}, text {n}", functools.partial(decoder.compared, ids, plan, acceptance))
         advance(f"{name}: text {n + 1} of {len(texts)}")
     return accepted
-
-
-class _Decoder:
-    """Decodes the end of a text under a plan; keeps what the dense model says of the latest one, and the cache before it."""
-
-    def __init__(self, model: nn.Module, plan: Plan, last: int) -> None:
-        self._model, self._last = model, last
-        self._session = Session(model, plan)
-        names = inspect.signature(model.forward).parameters
-        self._cache_name = next((name for name in ("past_key_values", "cache") if name in names), None)
-        if self._cache_name is None:
-            raise ValueError(f"{type(model).__name__} takes no cache of transformers (past_key_values)")
-        self._text: Tensor | None = None
-        self._dense: Tensor = torch.empty(0)
-        self._cache: Any = None
-
-    @torch.no_grad()
-    def accepted(self, ids: Tensor, plan: Plan) -> list[float]:
-        """Of each of the last tokens of `ids` `[1, L]`: what its prediction shares with the dense model's."""
-        self._session.plan = plan
-        first = ids.shape[1] - self._last
-        if self._text is not ids:
-            self._read(ids, first)
-        found = []
-        for n in range(self._last):
-            logits = self._call(ids[:, first + n : first + n + 1])
-            found.append(float(acceptance(self._dense[n], logits)))
-        self._cache.crop(-self._last)
-        self._check()
-        return found
-
-    def _read(self, ids: Tensor, first: int) -> None:
-        self._dense = self._model(input_ids=ids, use_cache=False, logits_to_keep=self._last).logits[0]
-        self._cache, self._text = Cache(self._model, 1, ids.shape[1]), ids
-        self._call(ids[:, :first])
-
-    def _call(self, ids: Tensor) -> Tensor:
-        logits: Tensor = self._session(input_ids=ids, **{str(self._cache_name): self._cache}).logits[0, -1]
-        return logits
-
-    def _check(self) -> None:
-        """Raise unless pages were chosen in some layer: otherwise every schedule is the dense model under another name."""
-        decode = [site for site in self._session.report.sites if site.policy == "PageSparse"]
-        if not any(site.replaced for site in decode):
-            reasons = "; ".join(f"{site.module or 'site'}: {site.reason}" for site in decode) or "none was found"
-            raise ValueError(f"no attention of a decode step takes PageSparse ({reasons})")
