@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -136,7 +137,7 @@ def sinks_and_window(tokens: int = 1024) -> PageSparse:
     return PageSparse(pages=1 + recent, sinks=1, recent=recent)
 
 
-NAMED = {"lookup": PromptLookup, "window": lambda: PolicyDraft(sinks_and_window())}
+NAMED: Mapping[str, Callable[[], Draft]] = {"lookup": PromptLookup, "window": lambda: PolicyDraft(sinks_and_window())}
 
 
 def as_draft(draft: Policy | Draft | str) -> Draft:
@@ -149,8 +150,7 @@ def as_draft(draft: Policy | Draft | str) -> Draft:
     if isinstance(draft, str):
         if draft not in NAMED:
             raise ValueError(f"draft must be a policy for drafts or one of {sorted(NAMED)}, got {draft!r}")
-        made: Draft = NAMED[draft]()
-        return made
+        return NAMED[draft]()
     if isinstance(draft, Policy):
         if "draft" not in draft.phases:
             raise ValueError(f"draft: {draft.name} is for {' and '.join(sorted(draft.phases))}, not for draft")

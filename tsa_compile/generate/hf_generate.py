@@ -49,7 +49,9 @@ def result_of(config: Any, ids: Tensor, scores: list[tuple[Tensor, Tensor]], nam
         return ids
     from transformers.generation import GenerateDecoderOnlyOutput
 
-    shown = {"scores": [s for s, _ in scores] if config.output_scores else None}
-    shown["logits"] = [x for _, x in scores] if config.output_logits else None
-    tuples = {field: None if x is None else tuple(x) for field, x in shown.items()}
-    return GenerateDecoderOnlyOutput(sequences=ids, **tuples, **{name: cache})
+    shown: dict[str, Any] = {"sequences": ids, name: cache}
+    if config.output_scores:
+        shown["scores"] = tuple(s for s, _ in scores)
+    if config.output_logits:
+        shown["logits"] = tuple(x for _, x in scores)
+    return GenerateDecoderOnlyOutput(**shown)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any, ClassVar
 
 import torch
@@ -27,7 +27,10 @@ from tsa_compile.policies.base import Emit, Policy, check_int, own_edges
 from tsa_compile.policies.exact import too_many_rows, where
 
 OWN: Any = None  # of a field: as the source has it
-DEFAULTS = {"denoise_first": {"keys": 512, "dense_layers": 2}, "verify": {"keys": 256, "share": 0.07, "dense_layers": 0}}
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "denoise_first": {"keys": 512, "dense_layers": 2},
+    "verify": {"keys": 256, "share": 0.07, "dense_layers": 0},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,9 +131,10 @@ class Remembered(Policy):
     def attend(self, emit: Emit, site: AttentionSite, selection: Selection | None) -> Any:
         x = site.operands
         if self.source == "verify":
-            assert selection is None or isinstance(selection, Listed)
-            read_list = selection is not None and site.phase == "draft"
-            return self._attend_listed(emit, site, selection) if read_list else self._attend_all(emit, site, selection)
+            lists = selection if isinstance(selection, Listed) else None
+            if lists is not None and site.phase == "draft":
+                return self._attend_listed(emit, site, lists)
+            return self._attend_all(emit, site, lists)
         if site.phase == "denoise_first":
             exact = torch.ops.aten.scaled_dot_product_attention.default
             return emit(exact, x.q, x.k, x.v, None, 0.0, False, scale=site.scale, enable_gqa=True)
