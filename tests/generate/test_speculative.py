@@ -161,6 +161,22 @@ def test_scores_and_the_cache_are_returned(models, batch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [dict(inputs_embeds=True), dict(prefill_chunk_size=13), dict(num_return_sequences=2, do_sample=True, top_k=1)],
+    ids=lambda options: next(iter(options)),
+)
+def test_ways_to_prefill(models, options):
+    ids = token_ids(40)
+    if "inputs_embeds" in options:
+        options = {"inputs_embeds": models[0].get_input_embeddings()(ids).detach()}
+    else:
+        options = {**options, "input_ids": ids}
+    options = {"max_new_tokens": 12, "do_sample": False, **options}
+    assert torch.equal(models[0].generate(**options), tsa.generate(models[1], **options, draft=FEW, gamma=4))
+
+
+@pytest.mark.slow
 def test_a_cache_that_goes_on(models):
     """The next turn of a conversation, over the first one's cache."""
     results = []
@@ -294,6 +310,10 @@ def test_layers_with_a_window(family):
         (dict(num_beams=2), "speculation does not go with beams"),
         (dict(use_cache=False), "use_cache=False"),
         (dict(output_attentions=True, return_dict_in_generate=True), "output_attentions"),
+        (
+            dict(cache_implementation="static", disable_compile=True),
+            "a DynamicCache that can be cropped, got a StaticCache",
+        ),
     ],
 )
 def test_what_it_does_not_do(models, options, message):

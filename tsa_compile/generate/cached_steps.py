@@ -35,6 +35,7 @@ class CachedSteps:
         self._positions: Tensor | None = None if positions is None else positions[..., -1:]  # of the last token of the prompt
         self._prompt, self._new = cache.get_seq_length(), new
         self.apart: list[int] | None = None  # tokens of each row, where they may differ
+        self._ahead: Tensor | int = 0  # cached tokens behind the prompt; int64 [B, 1], where they may differ
 
     @property
     def length(self) -> int:
@@ -65,6 +66,7 @@ class CachedSteps:
         if self._mask is not None or self.apart is not None:
             kwargs["attention_mask"] = self._mask_with(n, tokens)
         logits: Tensor = self.model(**kwargs).logits
+        self._ahead = self._ahead + n
         if self.apart is not None:
             self.apart = [length + n for length in self.apart]
         return logits[:, -n:].float()
@@ -73,6 +75,7 @@ class CachedSteps:
         """Row `b` keeps the prompt and `new[b]` tokens behind it: the same number, unless rows may differ."""
         if self.apart is None:
             self.cache.crop(self._prompt + new[0] - self.length)  # 0, too: layers with a window go back to its size
+            self._ahead = new[0]
         else:
             self.apart = [self._prompt + n for n in new]
             self._set_lengths()
@@ -81,17 +84,14 @@ class CachedSteps:
         assert self.apart is not None
         device = self.cache.layers[0].settled().keys.device
         lengths = torch.tensor(self.apart, dtype=torch.int32, device=device)
+        self._ahead = lengths.long()[:, None] - self._prompt
         for layer in self.cache.layers:
             layer.set_lengths(lengths, max(self.apart))
-
-    def _lengths(self, device: torch.device) -> Tensor:
-        """int64 `[B or 1, 1]`."""
-        return torch.tensor([self.length] if self.apart is None else self.apart, device=device)[:, None]
 
     def _next_positions(self, n: int) -> Tensor:
         """Those behind the last token of the prompt. What is proposed beyond the last token that may follow is never kept."""
         assert self._positions is not None
-        behind = self._lengths(self._positions.device) - self._prompt + 1 + torch.arange(n, device=self._positions.device)
+        behind = self._ahead + torch.arange(1, n + 1, device=self._positions.device)
         return self._positions + behind.clamp(max=self._new)
 
     def _mask_with(self, n: int, tokens: Tensor) -> Tensor:
@@ -101,5 +101,5 @@ class CachedSteps:
         if self._mask is not None:
             mask[:, : self._mask.shape[1]] = self._mask
         if self.apart is not None:
-            mask *= torch.arange(longest, device=mask.device) < self._lengths(mask.device) + n
+            mask *= torch.arange(longest, device=mask.device) < self._ahead + (self._prompt + n)
         return mask

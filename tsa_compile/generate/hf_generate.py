@@ -35,6 +35,15 @@ def check_request(model: Any, config: Any, model_kwargs: Mapping[str, Any], sync
         raise ValueError(f"speculation does not go with {' and '.join(wrong)}; call generate() without custom_generate")
 
 
+def check_cache(cache: Any) -> None:
+    """Raise a ValueError unless drafted tokens can be taken back from the cache of a prefill."""
+    from transformers import DynamicCache
+
+    if type(cache) is not DynamicCache or not getattr(cache, "is_croppable", True):
+        layers = ", ".join(sorted({type(layer).__name__ for layer in cache.layers}))
+        raise ValueError(f"speculation needs a DynamicCache that can be cropped, got a {type(cache).__name__} of {layers}")
+
+
 def result_of(config: Any, ids: Tensor, scores: list[tuple[Tensor, Tensor]], name: str, cache: Any) -> Any:
     """What `generate()` returns.
 

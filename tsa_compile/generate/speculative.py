@@ -16,7 +16,7 @@ from torch import nn
 from tsa_compile.generate.cached_steps import CACHES, CachedSteps
 from tsa_compile.generate.drafts import Draft, Request, as_draft
 from tsa_compile.generate.gate import Cost, as_costs
-from tsa_compile.generate.hf_generate import check_request, result_of
+from tsa_compile.generate.hf_generate import check_cache, check_request, result_of
 from tsa_compile.generate.rounds import Rounds
 from tsa_compile.generate.settle import Ends
 from tsa_compile.generate.speculative_plan import plan_of, session_of
@@ -105,6 +105,7 @@ class Speculative:
             outputs = model._prefill(input_ids, config, model_kwargs)
             name = next(name for name in CACHES if outputs.get(name) is not None)
             cache, room = outputs[name], config.max_length - input_ids.shape[1]
+            check_cache(cache)
             cache.activate_past_recording()  # from here on, layers with a window keep what a crop may take back
             pad = getattr(config, "_pad_token_tensor", None)
             rows = TokenRows(input_ids, room + self.gamma + 1, 0 if pad is None else int(pad))

@@ -37,6 +37,7 @@ class TokenRows:
     Attributes:
         ids: int64 `[B, L + room]`; behind a row's length: tokens that are only proposed, or `pad`.
         lengths: tokens of each row.
+        ends: int64 `[B, 1]`, the same, where the tokens are.
         done: has the row ended?
     """
 
@@ -45,16 +46,12 @@ class TokenRows:
         self.ids = torch.cat([prompt, prompt.new_full((batch, room), pad)], 1)
         self.pad = pad
         self.lengths = [self.prompt] * batch
+        self.ends = prompt.new_full((batch, 1), self.prompt)
         self.done = [False] * batch
 
     @property
     def batch(self) -> int:
         return len(self.lengths)
-
-    @property
-    def ends(self) -> Tensor:
-        """int64 `[B, 1]`: the lengths, where the tokens are."""
-        return torch.tensor(self.lengths, device=self.ids.device)[:, None]
 
     def last(self) -> Tensor:
         """int64 `[B, 1]`: the last token of each row."""
@@ -70,6 +67,7 @@ class TokenRows:
         n = tokens.shape[1]
         counts = torch.tensor(new, device=tokens.device)[:, None]
         self.propose(torch.where(torch.arange(n, device=tokens.device) < counts, tokens, self.pad))
+        self.ends = self.ends + counts
         self.lengths = [length + count for length, count in zip(self.lengths, new, strict=True)]
 
     def all(self) -> Tensor:
