@@ -94,6 +94,21 @@ def test_a_plan_is_switched_without_a_trace():
         assert torch.equal(model(input_ids=ids).logits, one)
 
 
+def test_a_plan_for_a_dense_graph_of_all_lengths_needs_no_other():
+    """What a policy puts in assumes nothing of the sizes: Dynamo took its guards before."""
+    torch._dynamo.reset()
+    session = Session(tiny_llama(), tsa.Plan(prefill=tsa.Dense()))
+    blocks = tsa.BlockSparse(0.05, last_dense=0)
+    with torch.no_grad():
+        for length in (300, 420, 4200):
+            session(input_ids=token_ids(length, 2), use_cache=False)
+        for policy in (tsa.TokenSparse(), blocks, tsa.TokenSparse(inner=blocks)):
+            session.plan = tsa.Plan(prefill=policy)
+            session(input_ids=token_ids(433, 2), use_cache=False)
+            assert not session.report.dense, session.report
+    assert session.report.graphs == 2  # of the first length, and of all
+
+
 @pytest.mark.parametrize("compiler", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_graph_that_serves_all_layers_asks_the_plan_for_each(compiler):
     model, x = Stack(4).eval(), torch.randn(1, 60, 32)

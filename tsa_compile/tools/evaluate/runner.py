@@ -14,6 +14,7 @@ from tsa_compile.plan import Plan, default_policy
 from tsa_compile.recorder import record_kept
 from tsa_compile.rules import layer_number
 from tsa_compile.session import Session
+from tsa_compile.traced import LATE
 
 Tensor = torch.Tensor
 
@@ -76,6 +77,8 @@ class Runner:
         shares = {layer_number(module) or 0: share for module, share in kept.by_module()}
         if self._session.untraced:
             raise RuntimeError("a prefill ran untraced: Dynamo's recompile limit?")
+        if plan is not None and any(site.reason == LATE for site in self._session.report.sites):
+            raise RuntimeError(f"a prefill ran dense: {LATE}")
         return Prefill(hidden, cache, seconds, shares)
 
     @torch.no_grad()
