@@ -96,8 +96,17 @@ def test_routed():
         assert f"rank {rank} of 2, PageSparse: holds {held} of 519 rows" in done.stdout
 
 
+@pytest.mark.slow  # tests/api/test_resident_policy.py does the same
+def test_resident(monkeypatch, capsys):
+    pytest.importorskip("transformers")
+    out = run("resident.py", monkeypatch, capsys)
+    assert "strict: 20 of 20 tokens alike" in out
+    assert float(re.search(r"lost mass ([\d.]+)", out)[1]) > 0.1
+
+
 def test_no_example_is_left_out():
     tested = {
+        "resident.py",
         "routed.py",
         "own_module.py",
         "boundary_copy.py",

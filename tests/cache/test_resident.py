@@ -27,7 +27,7 @@ class Run:
     def __init__(self, rule: Resident, padding: int = 0) -> None:
         from tsa_compile.cache.hf_layers import layer_types
 
-        self.lease, make = Lease(Pool(keep=0)), rule.keeping().make(layer_types())
+        self.lease, make = Lease(Pool(keep=0)), layer_types().that_keep(rule.keeping())
         self.layers = [make(lease=self.lease) for _ in range(LAYERS)]
         self.resident = self.layers[0].resident
         self.keys = [torch.empty(BATCH, KV_HEADS, 0, DIM) for _ in range(LAYERS)]

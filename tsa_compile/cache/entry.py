@@ -78,7 +78,7 @@ def prepare(
 def take_over(cache: Any, pool: Pool, states_for: StatesFor = no_states, keeping: Any = None) -> None:
     """Turn the attention layers of an empty `DynamicCache` into ours, with these kinds of state; others stay."""
     lease, types = Lease(pool), layer_types()
-    full = types.full if keeping is None else keeping.make(types)
+    full = types.that_keep(keeping)
     for n, layer in enumerate(cache.layers):
         is_unused = isinstance(layer, types.full) and layer.buffers is None and layer.count() == 0
         if type(layer) is types.full.plain or (is_unused and layer.keeping != keeping):

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
 from tsa_compile.cache.buffered import Pair
 from tsa_compile.cache.pinned import PinnableRows
+from tsa_compile.cache.resident import ResidentSet
 from tsa_compile.cache.resident_rows import ResidentMethods
-from tsa_compile.cache.sharded import SpreadMethods
+from tsa_compile.cache.sharded import Shard, SpreadMethods
 from tsa_compile.cache.sliding import SlidingRows
 
 
@@ -164,6 +166,14 @@ class LayerTypes(NamedTuple):
     sliding: type
     spread: type
     resident: type
+
+    def that_keep(self, keeping: Any) -> Callable[..., Any]:
+        """What makes the full layers of one cache; `keeping`: see `Policy.keeping`."""
+        if keeping is None:
+            return self.full
+        if isinstance(keeping, Shard):
+            return functools.partial(self.spread, keeping)
+        return functools.partial(self.resident, ResidentSet(keeping))
 
 
 @functools.cache

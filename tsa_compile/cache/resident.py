@@ -8,68 +8,19 @@ is moved. The index here is the mean key of a page, which needs no training.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
+from tsa_compile.cache.copying import copying
+from tsa_compile.cache.resident_rule import ResidentCounts, ResidentRule
 from tsa_compile.kernels import ops  # noqa: F401 - registers torch.ops.tsa
 from tsa_compile.kernels.common.pages import PAGE
 from tsa_compile.kernels.resident import watching
 from tsa_compile.kernels.select.top_pages.budget import share_bits
 from tsa_compile.kernels.select.top_pages.reference import choose
 from tsa_compile.kernels.types import Attended
-
-
-class ResidentRule(NamedTuple):
-    """The numbers of `policies.Resident`, which says what they mean."""
-
-    keep: float
-    pages: int
-    interval: int
-    sinks: int
-    recent: int
-    layers: tuple[int, ...] | None
-    ensemble: str
-    strict: bool
-    sample: int
-
-    def make(self, types: Any) -> Callable[..., Any]:
-        """What makes the layers of one cache."""
-        resident = ResidentSet(self)
-        return lambda **kwargs: types.resident(resident, **kwargs)
-
-    def __str__(self) -> str:
-        return f"partly on the device, by {self!r}"
-
-
-@dataclasses.dataclass
-class ResidentCounts:
-    """What happened to one cache.
-
-    Args:
-        steps: decode steps.
-        refreshes: times that the set was chosen.
-        pages_fetched: pages that came to the device for the set, of one layer and batch row each.
-        to_device: bytes of keys and values from the host, for the set and for steps that read the rest.
-        to_host: bytes to the host.
-        sampled: attentions in which the lost mass was measured: steps times layers.
-        lost: the sum of their lost masses; each a mean over batch rows and heads, in [0, 1].
-    """
-
-    steps: int = 0
-    refreshes: int = 0
-    pages_fetched: int = 0
-    to_device: int = 0
-    to_host: int = 0
-    sampled: int = 0
-    lost: float = 0.0
-
-    @property
-    def lost_mass(self) -> float:
-        """Mean share of the attention that lay outside of the resident set, on sampled steps; NaN: none was."""
-        return self.lost / self.sampled if self.sampled else float("nan")
 
 
 class ResidentSet:
@@ -257,25 +208,3 @@ class ResidentSet:
         for free in self._free:
             free.extend(range(size - 1, max(1, self._size) - 1, -1))
         self._size = size
-
-
-@contextlib.contextmanager
-def copying(device: torch.device) -> Iterator[Callable[[], bool]]:
-    """Inside, copies to a GPU run on a stream of their own, behind what was asked for before; yields what says: they are done."""
-    if device.type != "cuda":
-        yield lambda: True
-        return
-    stream, event = _stream(device), torch.cuda.Event()
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        yield event.query
-        event.record()
-
-
-_streams: dict[torch.device, Any] = {}
-
-
-def _stream(device: torch.device) -> Any:
-    if device not in _streams:
-        _streams[device] = torch.cuda.Stream(device)
-    return _streams[device]

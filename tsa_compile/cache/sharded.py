@@ -7,8 +7,6 @@ buffers, and a policy that merges what the ranks find.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -40,10 +38,6 @@ class Shard(NamedTuple):
             GroupError: this process is in no such group.
         """
         return cls(group, *rank_and_size(group))
-
-    def make(self, types: Any) -> Callable[..., Any]:
-        """What makes the layers of one cache."""
-        return functools.partial(types.spread, self)
 
     def __str__(self) -> str:
         return f"spread over group {self.group!r}"

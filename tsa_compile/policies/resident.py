@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from tsa_compile.cache.resident import ResidentRule
+from tsa_compile.cache.resident_rule import ResidentRule
 from tsa_compile.kernels import ops  # noqa: F401 - registers torch.ops.tsa
 from tsa_compile.kernels.common.pages import PAGE
 from tsa_compile.kernels.types import Edges, Selection
