@@ -22,16 +22,23 @@ class ResidentPages:
 
     Attributes:
         resident: which pages are in which slots, for all layers of the cache.
-        host: whole pages; None before the first row.
+        stored: `host`; None before the first row.
         sums: `[B, Hk, pages, D]`, on the device, the sums of the pages' real keys; counts int32 `[B, 1, pages]`.
     """
 
     resident: ResidentSet
-    host: HostPages | None
+    stored: HostPages | None
     sums: torch.Tensor
     counts: torch.Tensor
     buffers: Any
     lease: Any
+
+    @property
+    def host(self) -> HostPages:
+        """The whole pages, in host memory."""
+        if self.stored is None:
+            raise ValueError("the cache layer is empty: nothing was appended yet")
+        return self.stored
 
     def load(self, moves: Moves) -> int:
         """Copy pages from the host into slots; returns the bytes."""
@@ -84,7 +91,7 @@ class ResidentPages:
         if mask is not None:
             known = mask[:, first * PAGE : (first + number) * PAGE].to(keys.device)
             real.flatten(1)[:, : known.shape[1]] &= known
-        self.resident.counts.to_host += self.host.write(first, *(x.transpose(1, 2) for x in pages), real)
+        self.resident.counts.to_host += self.host.write(first, pages[0].transpose(1, 2), pages[1].transpose(1, 2), real)
         kept = torch.where(real[:, None, ..., None], pages[0], 0).to(torch.promote_types(keys.dtype, torch.float32))
         self.sums = torch.cat([self.sums[:, :, :first], kept.sum(3).to(self.sums.dtype)], 2)
         self.counts = torch.cat([self.counts[..., :first], real.sum(-1, dtype=torch.int32)[:, None]], 2)
@@ -93,5 +100,6 @@ class ResidentPages:
         """The pools by slot: `[B, Hk, slots, 16, D]`."""
         return [x.unflatten(2, (-1, PAGE)) for x in self.buffers[:2]]
 
-    def _open_rows(self, rows: int) -> list[torch.Tensor]:
-        return [x[:, :, :rows] for x in self.buffers[:2]]
+    def _open_rows(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first rows of slot 0."""
+        return self.buffers.keys[:, :, :rows], self.buffers.values[:, :, :rows]

@@ -30,7 +30,7 @@ class ResidentMethods(ResidentPages):
     def __init__(self, resident: ResidentSet, **kwargs: Any) -> None:
         self.resident = resident
         self.total = 0
-        self.host = None
+        self.stored = None
         super().__init__(**kwargs)
 
     @property
@@ -42,7 +42,7 @@ class ResidentMethods(ResidentPages):
 
     def clear(self) -> None:
         super().clear()
-        self.total, self.host = 0, None
+        self.total, self.stored = 0, None
         self.resident.reset()
 
     def settle(self) -> None:
@@ -53,7 +53,7 @@ class ResidentMethods(ResidentPages):
         except RuntimeError:
             self._late = late
             raise
-        if self.host is not None and self.host.pages < self.total // PAGE:
+        if self.stored is not None and self.host.pages < self.total // PAGE:
             self._to_host(self.host.pages, *self._open_rows(PAGE))
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, at: torch.Tensor | None = None) -> Pair:
@@ -61,8 +61,8 @@ class ResidentMethods(ResidentPages):
         if at is not None or self.lengths is not None:
             self._refuse("batch rows of different lengths")
         self.settle()
-        if self.host is None:
-            self.host = HostPages(keys, values)
+        if self.stored is None:
+            self.stored = HostPages(keys, values)
             self.sums, self.counts = empty_index(keys[:, :, :0])
         self._fit(keys, values, PAGE)
         seen = (keys, values) if self.total == 0 else self._joined(keys, values)
@@ -70,7 +70,7 @@ class ResidentMethods(ResidentPages):
         rows = [torch.cat([old, new.to(old.dtype)], 2) for old, new in zip(self._open_rows(inside), (keys, values), strict=True)]
         whole = rows[0].shape[2] // PAGE * PAGE
         if whole:
-            self._to_host(self.total // PAGE, *(x[:, :, :whole] for x in rows))
+            self._to_host(self.total // PAGE, rows[0][:, :, :whole], rows[1][:, :, :whole])
         for pool, new in zip(self.buffers[:2], rows, strict=True):
             pool[:, :, : new.shape[2] - whole] = new[:, :, whole:]
         self.total += keys.shape[2]
@@ -88,7 +88,7 @@ class ResidentMethods(ResidentPages):
         self.settle()
         self.total = max(0, self.total - rows)
         page, inside = divmod(self.total, PAGE)
-        if self.host is not None and page < self.host.pages:
+        if self.stored is not None and page < self.host.pages:
             for pool, old in zip(self.buffers[:2], (self.host.keys, self.host.values), strict=True):
                 pool[:, :, :inside] = old[:, page, :, :inside].to(pool.device)
             self.host.pages = page
@@ -97,16 +97,15 @@ class ResidentMethods(ResidentPages):
     def select_batch(self, index: torch.Tensor) -> None:
         """Batch row `i` becomes what row `index[i]` was; the set is chosen anew."""
         self.settle()
-        assert self.host is not None
         index = index.to(self.sums.device)
-        open_rows = [x.index_select(0, index) for x in self._open_rows(PAGE)]
+        keys, values = (x.index_select(0, index) for x in self._open_rows(PAGE))
         self.host.select_batch(index)
         self.sums, self.counts = (x.index_select(0, index) for x in (self.sums, self.counts))
         if self.key_mask is not None:
             self.key_mask = self.key_mask.index_select(0, index)
         self.length = 0
-        self._fit(*open_rows, PAGE)
-        for pool, rows in zip(self.buffers[:2], open_rows, strict=True):
+        self._fit(keys, values, PAGE)
+        for pool, rows in zip(self.buffers[:2], (keys, values), strict=True):
             pool[:, :, :PAGE] = rows
         self.resident.reset()
 
@@ -140,13 +139,13 @@ class ResidentMethods(ResidentPages):
     def make_room(self, slots: int) -> int:
         """A pool of at least so many slots, with what is in the present ones; returns how many it has."""
         if self.length < slots * PAGE:
-            self._fit(*self.buffers[:2], slots * PAGE)
+            self._fit(self.buffers.keys, self.buffers.values, slots * PAGE)
         return self.length // PAGE
 
     def as_plain(self) -> Any:
         """A layer of transformers with every row."""
         layer = self.plain()
-        if self.host is not None:
+        if self.stored is not None:
             none = [x[:, :, :0] for x in self.buffers[:2]]
             rows = self._joined(*none)
             layer.lazy_initialization(*rows)
