@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -89,9 +90,13 @@ def resident_attention(
 def page_attention(
     q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, blocks: Tensor | None, block: int, start: Tensor | None,
     lengths: Tensor | None, key_mask: Tensor | None, scale: float, mask: Tensor | None = None,
-    sinks: Tensor | None = None, softcap: float = 0.0, causal: bool = True,
+    sinks: Tensor | None = None, softcap: float = 0.0, causal: bool = True, windows: Sequence[int] | None = None,
+    first_keys: int = 0,
 ) -> None:  # fmt: skip
     name = "tsa::page_attention"
+    if windows is not None and (len(windows) != q.shape[1] or min(windows) < 0 or first_keys < 0):
+        raise ValueError(f"{name}: windows must be {q.shape[1]} numbers from 0 on, one a head, and first_keys from 0 on, got "
+                         f"{list(windows)} and {first_keys}")  # fmt: skip
     capacity = check_cache(name, q, k, v, KvView(blocks, block, start, lengths), key_mask)
     check_masks(name, q, capacity, mask, sinks, softcap, 0, causal)
     lists = (q.shape[0], k.shape[1])

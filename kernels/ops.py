@@ -114,8 +114,8 @@ OPERATORS = (
         host="attend.decode.host:decode_attention",
     ),
     Operator(
-        f"page_attention(Tensor q, Tensor k, Tensor v, {_LISTS}, {_CACHE}, {_MASKS}, bool causal=True)"
-        " -> (Tensor out, Tensor lse)",
+        f"page_attention(Tensor q, Tensor k, Tensor v, {_LISTS}, {_CACHE}, {_MASKS}, bool causal=True,"
+        " int[]? windows=None, int first_keys=0) -> (Tensor out, Tensor lse)",
         check=decode_checks.page_attention,
         fake=fakes.page_attention,
         reference="attend.decode.reference:page_attention_reference",

@@ -19,6 +19,7 @@ from tsa_compile.policies.block_sparse import BlockSparse
 from tsa_compile.policies.bridge import Bridge
 from tsa_compile.policies.dense import Dense
 from tsa_compile.policies.exact import Exact
+from tsa_compile.policies.head_split import HeadSplit
 from tsa_compile.policies.page_sparse import PageSparse
 from tsa_compile.policies.probe_sparse import ProbeSparse
 from tsa_compile.policies.remembered import Remembered
@@ -37,6 +38,7 @@ __all__ = [
     "Completion",
     "Dense",
     "Exact",
+    "HeadSplit",
     "PageSparse",
     "Plan",
     "ProbeSparse",

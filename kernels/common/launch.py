@@ -41,3 +41,9 @@ def tiles_in_yz(tiles: int) -> tuple[int, int]:
 def multiprocessors(device: torch.device) -> int:
     """Streaming multiprocessors of a GPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.lru_cache(maxsize=256)
+def constant(values: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The numbers on the device; copied there once, so that no captured step copies from the host."""
+    return torch.tensor(values, dtype=dtype, device=device)

@@ -43,7 +43,7 @@ NAMES = {
     "Bridge.overlapping": "block, overlap, offset=0",  # every row reads so many tokens before its block
     "ProbeSparse": "coverage=0.05, probes=64, min_keys=256",
     "PageSparse": "keep=None, kind='mean', completion=False, pages=None, mass=None, schedule=None, ...",
-    "HeadSplit": "...",
+    "HeadSplit": "retrieval, keep=1.0, sinks=4, window=8192",
     "SampledValues": "samples, form='prop'",
     "Remembered": "source, keys=None, share=None, dense_layers=None, queries=None",  # "denoise_first" or "verify"
     "Resident": "keep=None, pages=None, interval=64, layers=None, ensemble='max', sinks=1, recent=4, strict=False, sample=0",
@@ -81,9 +81,7 @@ NAMES = {
     ),
     "kernels.types.Attended": "out, lse",
 }
-COMING = {
-    "HeadSplit": "decode by head roles",
-}
+COMING = {}
 PHASES = ("prefill", "decode", "verify", "draft", "denoise_first", "denoise")
 
 

@@ -267,6 +267,28 @@ def test_listed_pages(host, blocks):
     assert_near(got, want, torch.float32)
 
 
+@pytest.mark.parametrize("masked", [None, "bool", "numbers"])
+def test_heads_with_windows_among_listed_pages(host, masked):
+    """Heads 1 and 2 see the first 3 keys of their row and its last 20; each head by itself is attention to just these."""
+    q, k, v = qkv(1, 150)
+    start, lengths = int32(0, 37), int32(150, 90)
+    lists = torch.arange(10, dtype=torch.int32, device=DEVICE).expand(2, 2, 10)
+    counts, windows = int32(10, 10, 10, 10).view(2, 2), [0, 20, 20, 0]
+    j, (first, end) = torch.arange(150, device=DEVICE), (x[:, None] for x in (start, start + lengths))
+    near = (j >= first) & ((j >= end - 20) | (j < first + 3))
+    seen = torch.where(torch.tensor(windows, device=DEVICE)[:, None] > 0, near[:, None], True)[:, :, None]
+    mask = {
+        None: None,
+        "bool": torch.rand(2, 1, 1, 150, device=DEVICE) < 0.7,
+        "numbers": torch.randn(1, 4, 1, 150, device=DEVICE),
+    }[masked]
+    both_masks = seen if mask is None else seen & mask if masked == "bool" else torch.where(seen, mask, -torch.inf)
+    given = (lists, counts, None, 1, start, lengths, None, 0.3)
+    want = page_attention_reference(*(x.double() for x in (q, k, v)), *given, mask=both_masks)
+    for run, dtype in ((host.page_attention, torch.float32), (page_attention_reference, torch.float64)):
+        assert_near(run(*(x.to(dtype) for x in (q, k, v)), *given, mask=mask, windows=windows, first_keys=3), want, torch.float32)
+
+
 def scattered(x, order):
     """x by position -> stored so that position j of row b lies at row `order[b, j] % L` of its batch row."""
     to = torch.empty_like(x)

@@ -26,9 +26,9 @@ from tsa_compile.kernels.state.append_pages import device as append
 SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TYPES = {"lse": "*fp32", "part": "*fp32", "part_lse": "*fp32", "blocks": "*i32", "start": "*i32", "lengths": "*i32",
-         "key_mask": "*i1", "sinks": "*bf16", "pages": "*i32", "counts": "*i32", "dumped": "*fp32", "scale": "fp32",
-         "softcap": "fp32"}
-OPTIONAL = ("blocks", "start", "lengths", "key_mask", "bias", "sinks", "pages", "counts", "dumped")
+         "key_mask": "*i1", "sinks": "*bf16", "pages": "*i32", "counts": "*i32", "dumped": "*fp32",
+         "windows": "*i32", "scale": "fp32", "softcap": "fp32"}
+OPTIONAL = ("blocks", "start", "lengths", "key_mask", "bias", "sinks", "pages", "counts", "dumped", "windows")
 
 def compile_kernel(kernel, capability, dtype, warps, stages, constants, **pointers):
     names = [p.name for p in kernel.params]
@@ -58,6 +58,7 @@ assert "cp.async" in made.asm["ptx"] and ", 16," in made.asm["ptx"]  # 16 bytes 
 decode(capability, "fp16", 80, 96, 48, given=("lengths", "start", "blocks", "bias", "sinks", "dumped"), CAPPED=True, one=True)
 decode(capability, "fp32", 256, 256, 64, given=("lengths",))
 decode(capability, "bf16", 128, 128, 4, given=("lengths", "blocks", "pages", "counts"))
+decode(capability, "bf16", 128, 128, 4, given=("lengths", "pages", "counts", "windows"))
 if capability == 90:
     decode(90, "bf16", 128, 128, 4, swap=True, given=("lengths", "start", "key_mask"))
     decode(90, "fp32", 128, 128, 28, swap=True, given=("lengths",))

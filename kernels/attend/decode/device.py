@@ -27,7 +27,7 @@ from tsa_compile.kernels.common.splits_device import LN_2, log_sum
 
 LENGTHS = (
     "group", "rows", "capacity", "window", "block", "per_row", "blocks_sb", "splits", "mask_sb", "mask_sl",
-    "bias_sb", "bias_sh", "bias_sr", "bias_sl", "pages_sb", "pages_sh", "score_length", "tiles_m", "kv_heads",
+    "bias_sb", "bias_sh", "bias_sr", "bias_sl", "pages_sb", "pages_sh", "score_length", "tiles_m", "kv_heads", "first_keys",
 )  # fmt: skip
 
 
@@ -67,10 +67,10 @@ def dump_scores(dumped, logits, number, r, query_ok, rows, j, there, length, SWA
 
 @triton.jit(do_not_specialize=LENGTHS)
 def decode_kernel(
-    q, k, v, out, lse, part, part_lse, blocks, start, lengths, key_mask, bias, sinks, pages, counts, dumped,
+    q, k, v, out, lse, part, part_lse, blocks, start, lengths, key_mask, bias, sinks, pages, counts, dumped, windows,
     q_sb, q_sh, q_sl, q_sd, k_sb, k_sh, k_sl, k_sd, v_sb, v_sh, v_sl, v_sd, o_sb, o_sh, o_sl,
     mask_sb, mask_sl, bias_sb, bias_sh, bias_sr, bias_sl, pages_sb, pages_sh, blocks_sb, score_length,
-    kv_heads, group, rows, capacity, window, block, per_row, splits, tiles_m, scale, softcap,
+    kv_heads, group, rows, capacity, window, block, per_row, splits, tiles_m, first_keys, scale, softcap,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, CAPPED: tl.constexpr, ONE: tl.constexpr, PRECISION: tl.constexpr,
     SWAP: tl.constexpr,
@@ -83,6 +83,7 @@ def decode_kernel(
         blocks, start, lengths: KvView; key_mask: bool [B, capacity]; bias: bool or numbers [B, H, rows, capacity];
             sinks: [H]; pages, counts: int32 [B, Hk, N], [B, Hk]. Each may be None.
         dumped: float32 [B, H, 2, score_length], or None.
+        windows: int32 [H], of heads that see the first `first_keys` keys and so many last ones, 0: every key; or None.
         per_row: blocks in a row of k.
     """
     tile_m, head_index, split = tl.program_id(0) % tiles_m, tl.program_id(0) // tiles_m, tl.program_id(1)
@@ -107,6 +108,9 @@ def decode_kernel(
     own = end - rows + r  # a query row's position
     last = own if CAUSAL else tl.full([BLOCK_M], 0, tl.int32) + end
     oldest = tl.where(window > 0, own - window + 1, first)
+    if windows is not None:
+        width = tl.load(windows + h)
+        oldest = tl.where(width > 0, own - width + 1, first)
     if blocks is not None:
         blocks += b * blocks_sb
     if key_mask is not None:
@@ -133,7 +137,10 @@ def decode_kernel(
             logits = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
         if CAPPED:
             logits = capped(logits, softcap)
-        visible = by_key(there, SWAP) & (by_key(j, SWAP) <= by_query(last, SWAP)) & (by_key(j, SWAP) >= by_query(oldest, SWAP))
+        recent = by_key(j, SWAP) >= by_query(oldest, SWAP)
+        if windows is not None:
+            recent = recent | by_key(j < first + first_keys, SWAP)
+        visible = by_key(there, SWAP) & (by_key(j, SWAP) <= by_query(last, SWAP)) & recent
         if bias is not None:
             logits, shown = add_bias(logits, bias, bias_sl, at_bias, query_ok, j, there, SWAP)
             visible = visible & shown

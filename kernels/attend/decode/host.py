@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from tsa_compile.kernels.attend.decode.config import DecodeConfig, decode_config, split_count
-from tsa_compile.kernels.common.launch import multiprocessors
+from tsa_compile.kernels.common.launch import constant, multiprocessors
 from tsa_compile.kernels.common.tiles import capability_of, precision
 from tsa_compile.kernels.common.view import capacity_of
 from tsa_compile.kernels.types import KvView
@@ -58,11 +60,14 @@ def page_attention(
     sinks: Tensor | None = None,
     softcap: float = 0.0,
     causal: bool = True,
+    windows: Sequence[int] | None = None,
+    first_keys: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """`tsa::page_attention` by Triton: `decode_attention` of the pages in each KV head's list."""
     masks = (mask, sinks, softcap, 0, causal)
     view = KvView(blocks, block, start, lengths)
-    return launch(q, k, v, view, key_mask, scale, masks, indices.shape[2] * PAGE, (indices, counts), None)
+    by_head = None if windows is None else (constant(tuple(windows), torch.int32, q.device), first_keys)
+    return launch(q, k, v, view, key_mask, scale, masks, indices.shape[2] * PAGE, (indices, counts), None, windows=by_head)
 
 
 def launch(
@@ -78,6 +83,7 @@ def launch(
     dumped: Tensor | None,
     config: DecodeConfig | None = None,
     splits: int | None = None,
+    windows: tuple[Tensor, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Both kernels; (out, lse).
 
@@ -86,6 +92,7 @@ def launch(
         longest: keys that a row of the batch reads at most.
         pages: indices and counts of the lists; None: every key.
         dumped: takes the scores of the first and the last row; None: not asked for.
+        windows: int32 `[H]`, as `tsa::page_attention` has them, and its `first_keys`; None: heads see every key.
         config, splits: for measurements; None: as chosen for this GPU.
     """
     import triton
@@ -112,11 +119,11 @@ def launch(
     indices, counts = pages or (None, None)
     decode_kernel[(programs, splits)](
         q, k, v, out, lse, part, part_lse, view.blocks, view.start, view.lengths, key_mask, bias, sinks, indices, counts, dumped,
-        *q.stride(), *k.stride(), *v.stride(), *out.stride()[:3],
+        None if windows is None else windows[0], *q.stride(), *k.stride(), *v.stride(), *out.stride()[:3],
         *_strides(key_mask, 2), *_strides(bias, 4), *_strides(indices, 2), *_strides(view.blocks, 1),
         0 if dumped is None else dumped.shape[3],
         kv_heads, group, rows, capacity_of(k, view), window, view.block, max(1, k.shape[2] // view.block), splits, tiles_m,
-        scale, softcap,
+        0 if windows is None else windows[1], scale, softcap,
         D=dim, DV=v_dim, BLOCK_D=block_d, BLOCK_DV=block_dv, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         CAUSAL=causal, CAPPED=softcap > 0, ONE=one, PRECISION=precision(q.dtype), SWAP=config.swap,
         num_warps=config.num_warps, num_stages=config.num_stages,

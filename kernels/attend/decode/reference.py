@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from tsa_compile.kernels.common.view import key_range, rows_in_order
@@ -50,12 +52,29 @@ def page_attention_reference(
     sinks: Tensor | None = None,
     softcap: float = 0.0,
     causal: bool = True,
+    windows: Sequence[int] | None = None,
+    first_keys: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """`tsa::page_attention` on any device: as `decode_attention_reference`, of the pages in each KV head's list."""
     view = KvView(blocks, block, start, lengths)
     visible = visible_keys(q, k, view, key_mask, 0, causal)
+    if windows is not None:
+        mask = _within(windows, first_keys, *key_range(k, view), q.shape[2], visible.shape[-1], mask)
     kept = listed_pages(indices, counts, -(-visible.shape[-1] // PAGE)).repeat_interleave(PAGE, -1)[..., : visible.shape[-1]]
     return attend_visible(q, k, v, view, visible[:, None] & kept[:, :, None], scale, mask, sinks, softcap, False)[:2]
+
+
+def _within(
+    windows: Sequence[int], first_keys: int, first: Tensor, end: Tensor, rows: int, capacity: int, mask: Tensor | None
+) -> Tensor:
+    """`mask` and what heads with a window do not see, as one mask `[B, H, rows, capacity]`."""
+    width = torch.tensor(windows, device=end.device)[:, None, None]
+    j = torch.arange(capacity, device=end.device)
+    own = (end[:, None] - rows + torch.arange(rows, device=end.device))[:, None, :, None]
+    seen = (width == 0) | (j > own - width) | (j < first[:, None, None, None] + first_keys)
+    if mask is None or mask.dtype == torch.bool:
+        return seen if mask is None else seen & mask
+    return torch.where(seen, mask, -torch.inf)
 
 
 def listed_pages(indices: Tensor, counts: Tensor, pages: int) -> Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
+from tsa_compile.kernels.common.launch import constant
 from tsa_compile.kernels.common.pages import PAGE
 from tsa_compile.kernels.select.top_pages.budget import list_capacity, share_bits
 
@@ -57,9 +58,3 @@ def select_pages(
         QUERIES=in_tile, BLOCK=max(256, min(MOST, TILE // in_tile)), MASS=mass > 0, num_warps=WARPS,
     )  # fmt: skip
     return indices, number
-
-
-@functools.lru_cache(maxsize=256)
-def constant(values: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The numbers on the device; copied there once, so that no captured step copies from the host."""
-    return torch.tensor(values, dtype=dtype, device=device)
