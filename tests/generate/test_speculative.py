@@ -304,6 +304,24 @@ def test_layers_with_a_window(family):
     assert any("together" in note or "by the fewest" in note for note in tsa.report(ours).speculation.notes)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("draft", [FEW, tsa.Remembered("verify", keys=6, share=0.1), "lookup"], ids=["pages", "verify", "lookup"])
+def test_recorded_on_a_gpu(draft):
+    """The tokens are the untouched model's; the second request replays every step."""
+    torch._dynamo.reset()
+    plain, ours = (tiny("llama").cuda() for _ in range(2))
+    for call in (dict(inputs=token_ids(40).cuda()), dict(inputs=BATCH["ids"].cuda(), attention_mask=LEFT.cuda())):
+        options = dict(max_new_tokens=24, do_sample=False)
+        want = plain.generate(**call, **options)
+        for _ in range(2):
+            gc.collect()
+            before = dict(attached(ours).steps.counts()) if attached(ours) else {}
+            assert torch.equal(tsa.generate(ours, **call, **options, draft=draft, gamma=4), want)
+        after = attached(ours).steps.counts()
+        assert after[REPLAYED] > before.get(REPLAYED, 0)
+        assert after[FIXED] == before[FIXED]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -33,6 +33,14 @@ def test_tokens_are_the_models(models, call):
 
 
 @pytest.mark.slow
+def test_layers_that_stay_dense(models):
+    want, got, seen = both(models, tsa.Remembered("verify", keys=1, share=0.0, dense_layers=1))
+    assert torch.equal(want, got)
+    assert seen.acceptance == [1.0] * 4
+    assert seen.draft_sites == seen.sparse_sites == 1  # by the policy, which reads every key there
+
+
+@pytest.mark.slow
 def test_lists_of_every_key_are_the_model_itself(models):
     want, got, seen = both(models, tsa.Remembered("verify", keys=64, share=0.0))
     assert torch.equal(want, got)

@@ -97,6 +97,7 @@ class Rounds:
         if proposed is None:
             self.seen.plain_steps += 1
             self._settle(steps.step(rows.last()), None)
+            self.request.keep_known()  # layers with a window forget what they kept for a crop
             return
         self.seen.draft_steps += 0 if self.draft.policy is None else self.gamma
         kept, new = self._settle(steps.step(torch.cat([rows.last(), proposed.tokens], 1)), proposed)

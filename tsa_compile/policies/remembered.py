@@ -48,7 +48,7 @@ class Remembered(Policy):
         keys: tokens that a layer and KV head remember; None: 512 of a block's prefix, 256 of a verify step's.
         share: of a prefix: in place of `keys`, the share in (0, 1], rounded up. Of a verify step's keys: in [0, 1], as said; None
             is 0.07.
-        dense_layers: first layers that stay dense in all steps; None: 2 in diffusion, 0 in drafts.
+        dense_layers: first layers that read every key in all steps; None: 2 in diffusion, 0 in drafts.
         queries: rows of the block that score, evenly spread; None: all, as in MAGE. Verify steps score by two rows.
 
     Raises:
@@ -81,10 +81,10 @@ class Remembered(Policy):
             check_int(self, "queries", 1)
 
     def refuse(self, site: AttentionSite) -> str | None:
-        if site.layer < self.dense_layers:
-            return f"layer {site.layer}: the first {self.dense_layers} are dense"
         if self.source == "verify":
             return too_many_rows(site)
+        if site.layer < self.dense_layers:
+            return f"layer {site.layer}: the first {self.dense_layers} are dense"
         return "a mask as data: keys are remembered without it" if site.operands.mask is not None else None
 
     def states(self) -> tuple[KvState, ...]:
@@ -103,14 +103,15 @@ class Remembered(Policy):
     def select(self, emit: Emit, site: AttentionSite, state: MutableMapping[str, Any] | None) -> Keys | Listed | None:
         """The first step scores, and leaves the list in `state["keys"]`, the layer's own; the further ones read it there.
 
-        A verify step lists while it attends. None: the cache keeps no lists, so that every key is read.
+        A verify step lists while it attends. None: the cache keeps no lists, or the layer stays dense, so every key is read.
 
         Raises:
             RuntimeError: a further step of a block without a list for its prefix.
         """
         if self.source == "verify":
-            known = state is not None and "listed" in state
-            return Listed(*(state[n] for n in ("listed", "listed_counts", "since", "begin"))) if known and state else None
+            if state is None or "listed" not in state or site.layer < self.dense_layers:
+                return None
+            return Listed(*(state[name] for name in ("listed", "listed_counts", "since", "begin")))
         x = site.operands
         if site.phase == "denoise_first":
             prefix = int(site.k_len - site.q_len)
