@@ -22,6 +22,7 @@ from tsa_compile.kernels.common.splits_device import merge_kernel
 from tsa_compile.kernels.score.page_index import device as scores
 from tsa_compile.kernels.select.top_pages import device as select
 from tsa_compile.kernels.state.append_pages import device as append
+from tsa_compile.kernels.state.listed_keys import device as listed
 
 SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -75,6 +76,7 @@ if capability == 90:
         none = dict(start=None, blocks=None, keep=None, QUERIES=4, BLOCK=2048, MASS=mass)
         compile_kernel(select.top_pages_kernel, 90, "bf16", 8, 3, none, **numbers)
     decode(90, "bf16", 256, 256, 64, given=("lengths", "bias", "key_mask"), bias="*i1")
+compile_kernel(listed.rank_kernel, capability, "bf16", 4, 3, {"BLOCK": 1024}, scores="*fp32", begin="*i32", rank="*fp32")
 none = {"sinks": None, "DV": 128, "BLOCK_DV": 128, "BLOCK_S": 64}
 compile_kernel(merge_kernel, capability, "bf16", 4, 2, none)
 print("compiled")

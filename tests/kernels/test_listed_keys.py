@@ -9,7 +9,9 @@ import torch
 
 from tsa_compile.kernels import compose, ops  # noqa: F401 - registers torch.ops.tsa
 from tsa_compile.kernels.compose_reference import listed_attention_reference
-from tsa_compile.kernels.state.listed_keys.host import list_keys as list_keys_host
+from tsa_compile.kernels.state.listed_keys.host import list_keys, ranks
+from tsa_compile.kernels.state.listed_keys.reference import list_keys_reference
+from tsa_compile.kernels.state.listed_keys.reference import ranks as reference_ranks
 
 tsa = torch.ops.tsa
 BATCH, HEADS, KV_HEADS, LENGTH, DIM = 3, 6, 2, 70, 16
@@ -70,11 +72,17 @@ def test_ties_go_to_the_lowest_position_and_what_is_not_finite_weighs_nothing():
     assert full[0, 0, :5].tolist() == [0, 1, 3, 4, 6]
 
 
-def test_torch_on_a_gpu_lists_the_same():
-    scores, lse, begin, _ = verify_step(4, torch.float32)
-    one, two = lists(40), lists(40)
-    tsa.list_keys(*one, scores, lse, begin, 6, 0.2)
-    list_keys_host(*two, scores, lse, begin, 6, 0.2)
+@pytest.mark.parametrize("rows", [1, 4])
+def test_triton_lists_the_same(rows):
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    scores, lse, begin, _ = (x.to(device) if isinstance(x, torch.Tensor) else x for x in verify_step(rows, torch.float32))
+    scores[0, 0, 0, 9], scores[1, 2, 1, 3] = torch.nan, torch.inf
+    want = reference_ranks(scores.double(), lse.double(), begin, KV_HEADS)
+    torch.testing.assert_close(ranks(scores, lse, begin, KV_HEADS).double(), want, rtol=1e-5, atol=1e-7)
+    one, two = ([x.to(device) for x in lists(40)] for _ in range(2))
+    list_keys_reference(*one, scores, lse, begin, 6, 0.2)
+    list_keys(*two, scores, lse, begin, 6, 0.2)
     assert torch.equal(one[1], two[1])
     for a, b, n in zip(one[2].flatten(0, 1), two[2].flatten(0, 1), one[1].flatten(), strict=True):
         assert torch.equal(a[:n], b[:n])
