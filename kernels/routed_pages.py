@@ -16,6 +16,7 @@ from tsa_compile.kernels.common.group import check_agreement, gather, rank_and_s
 from tsa_compile.kernels.common.pages import PAGE
 from tsa_compile.kernels.common.view import row_range
 from tsa_compile.kernels.select.top_pages.budget import budget, share_bits
+from tsa_compile.kernels.select.top_pages.host import constant
 from tsa_compile.kernels.types import KvView
 
 Tensor = torch.Tensor
@@ -82,8 +83,9 @@ def routed_pages(
     if mass > 0:
         weight, wanted = (share * UNIT).long(), lambda mass_of_all: torch.ceil(mass_of_all.double() * mass).long()
     else:
-        shares = torch.tensor([share_bits(x) for x in keep], device=q.device)
-        number = budget((row.whole + row.is_open)[:, None], shares, table) - row.is_open[:, None]
+        shares = constant(tuple(share_bits(x) for x in keep), torch.int64, q.device)
+        extra = constant(tuple(table), torch.int64, q.device)
+        number = budget((row.whole + row.is_open)[:, None], shares, extra) - row.is_open[:, None]
         weight, wanted = torch.ones_like(key), lambda _: number.expand(key.shape[:2])
     chosen = real[:, None] & (reaches(key, weight, wanted, group) | forced[:, None])
     chosen |= (is_open[:, None] & (own == end[:, None] // PAGE))[:, None]

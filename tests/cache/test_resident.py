@@ -6,10 +6,10 @@ import contextlib
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tsa_compile.cache import host_pages, resident, storage
+from tsa_compile.cache import host_pages, resident, resident_pages, storage
 from tsa_compile.cache.fixed import pinned
 from tsa_compile.cache.lease import Lease
 from tsa_compile.cache.storage import Pool
@@ -135,12 +135,21 @@ actions = st.lists(
 
 
 @settings(max_examples=12, deadline=None)
-@given(actions, st.sampled_from([1, 5, 16, 20]), st.booleans(), st.sampled_from([0, 40]), st.sampled_from(["max", "mean"]))
-def test_steps_read_what_is_resident_or_everything(acts, interval, strict, padding, ensemble):
+@given(
+    actions,
+    st.sampled_from([{"pages": 6}, {"keep": 0.2}]),
+    st.sampled_from([1, 5, 16, 20]),
+    st.booleans(),
+    st.sampled_from([0, 170]),
+)
+@example([("steps", 5)], {"keep": 0.2}, 5, True, 170)
+def test_steps_read_what_is_resident_or_everything(acts, share, interval, strict, padding):
+    """Batch rows with other numbers of pages, and the rest in several pieces."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(storage, "FIRST", 128)
         patch.setattr(storage, "CHUNK", 128)
-        run = Run(Resident(pages=6, interval=interval, strict=strict, sinks=1, recent=2, ensemble=ensemble), padding)
+        patch.setattr(resident_pages, "AT_ONCE", 7)
+        run = Run(Resident(**share, interval=interval, strict=strict, sinks=1, recent=2), padding)
         run.prompt(PROMPT)
         for action, number in [("steps", 3), *acts, ("steps", 3)]:
             run.first_step = run.resident.counts.steps + 1  # a step after something else reads everything
@@ -191,6 +200,21 @@ def test_the_choice_is_the_heaviest_pages():
     assert not all(17 in places for places in run.resident.slots)
     run.step()
     assert all(17 in places for places in run.resident.slots)
+
+
+@pytest.mark.parametrize(("ensemble", "page"), [("max", 12), ("mean", 17)])
+def test_layers_are_joined_by_the_largest_share_or_the_mean(monkeypatch, ensemble, page):
+    run = Run(Resident(pages=4, interval=4, recent=2, ensemble=ensemble, layers=(0, 1)))
+    run.prompt(PROMPT)
+    run.step()
+    for n, layer in enumerate(run.layers):
+        shares = torch.zeros(BATCH, 31, dtype=torch.float64)
+        shares[:, 12], shares[:, 17] = (0.6, 0.0)[n], 0.35
+        monkeypatch.setattr(layer, "page_shares", lambda q, scale, shares=shares: shares)
+    run.step()
+    assert [sorted(places) for places in run.resident.slots] == [
+        [0, page, 30]
+    ] * 2  # the sink, the choice, the last; the open one
 
 
 def test_the_lost_mass_is_what_lies_outside():

@@ -16,16 +16,16 @@ def share_bits(share: float) -> int:
     return int(share * ONE)
 
 
-def budget(pages: Any, share: Any, table: Sequence[int]) -> Any:
+def budget(pages: Any, share: Any, table: Sequence[int] | torch.Tensor) -> Any:
     """ceil(share * pages) and the entry of the schedule for so many pages; of a number, or of an int64 tensor.
 
     Args:
         share: from `share_bits`; a number, or an int64 tensor.
-        table: pages to read beside the share, by `pages // 125`; the last entry holds from there on.
+        table: pages to read beside the share, by `pages // 125`; the last entry holds from there on. Numbers, or a tensor.
     """
     extra: Any = table[-1]
     if isinstance(pages, torch.Tensor):
-        extra = torch.tensor(table, device=pages.device)[(pages // PAGES_OF_ENTRY).clamp(max=len(table) - 1)]
+        extra = torch.as_tensor(table, device=pages.device)[(pages // PAGES_OF_ENTRY).clamp(max=len(table) - 1)]
     elif isinstance(pages, int):
         extra = table[min(pages // PAGES_OF_ENTRY, len(table) - 1)]
     return (pages * share + ONE - 1) // ONE + extra

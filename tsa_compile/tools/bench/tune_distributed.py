@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -18,10 +19,11 @@ SMALL, LARGE = 1 << 18, 1 << 23  # bytes of a message
 
 
 def start() -> torch.device:
-    """Join the torchrun job: NCCL and a GPU for each rank where there are GPUs, gloo otherwise."""
+    """Join the torchrun job: NCCL and a GPU for each rank where there are as many GPUs, gloo otherwise."""
+    on_gpus = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    if not torch.cuda.is_available():
+        dist.init_process_group("nccl" if on_gpus else "gloo")
+    if not on_gpus:
         return torch.device("cpu")
     device = torch.device("cuda", dist.get_node_local_rank())
     torch.cuda.set_device(device)
