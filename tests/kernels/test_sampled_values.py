@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 from tsa_compile.kernels.attend.sampled.host import sampled_value_attention
 
 FORMS = ("prop", "flash")
+slow = pytest.mark.slow
 SEED = 0x1234_5678_9ABC_DEF0
 
 
@@ -49,9 +50,9 @@ def check(got, want, dtype=torch.float32):
     ("shape", "samples"),
     [
         (dict(capacity=300), 8),
-        (dict(capacity=300), 1),
+        pytest.param(dict(capacity=300), 1, marks=slow),
         (dict(capacity=257, heads=3, kv_heads=1, dim=24, v_dim=40), 70),
-        (dict(capacity=100, heads=5, kv_heads=5, batch=1), 33),
+        pytest.param(dict(capacity=100, heads=5, kv_heads=5, batch=1), 33, marks=slow),
         (dict(capacity=640, heads=20, kv_heads=1, batch=1), 16),
     ],
     ids=["plain", "one sample", "odd sizes", "no groups", "many heads"],
@@ -74,7 +75,7 @@ def test_what_no_key_lies_in_is_not_read(form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("samples", [8, 300])
+@pytest.mark.parametrize("samples", [8, pytest.param(300, marks=slow)])
 def test_masks_sinks_and_softcaps(samples, form):
     x = qkv(capacity=200)
     key_mask = torch.rand(2, 200, device=DEVICE) < 0.6
@@ -114,6 +115,20 @@ def test_a_row_of_up_to_the_samples_is_exact(triton_runs, form):
     got = operator(q, k, v, None, 1, start, lengths, None, 0.5, seed(), 90, form)
     exact = decode_attention_reference(q.double(), k.double(), v.double(), None, 1, start, lengths, None, 0.5)[0]
     torch.testing.assert_close(got[0].double(), exact, rtol=1e-5, atol=1e-6 if triton_runs else 1e-12)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("samples", [pytest.param(8, marks=slow), 200])
+def test_a_head_that_sees_no_key_and_logits_far_below_zero(samples, form):
+    """Head 1 sees nothing, which the heads beside it do; the other batch row has a tile without keys before such logits."""
+    x = qkv(capacity=200)
+    mask = torch.randn(2, 4, 1, 200, device=DEVICE)
+    mask[0, 1] = -torch.inf
+    mask[1] -= 300.0
+    mask[1, ..., :64] = -torch.inf
+    got, want = both(x, None, 1, None, None, samples=samples, form=form, mask=mask)
+    assert (got[0][0, 1] == 0).all()
+    check(got, want)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -178,7 +178,8 @@ def draw_kernel(
     else:
         slot, there = j - first, (j >= first) & (j < end)
         exponent = tl.load(exponents + of_head * tiles + tile, mask=ok, other=0.0)
-        weight = mass.to(tl.float32) * tl.exp2(exponent - 24.0 - value)[:, None]
+        power = tl.where(tl.max(mass, 1) > 0, exponent - 24.0 - value, 0.0)  # infinite without masses
+        weight = mass.to(tl.float32) * tl.exp2(power)[:, None]
         tl.store(indices + slot, tl.where(tl.max(mass, 0) > 0, j, -1), mask=there)
         tl.store(at + slot[None, :], weight, mask=ok[:, None] & there[None, :])
 
