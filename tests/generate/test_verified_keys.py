@@ -8,6 +8,7 @@ import torch
 import tsa_compile as tsa
 from tests.cache.models import cache_name, tiny, token_ids
 from tests.generate.test_speculative import BATCH, LEFT, both
+from tsa_compile.cache import storage
 from tsa_compile.generate.speculative_plan import plan_of
 from tsa_compile.policies.base import from_dict
 from tsa_compile.session import attached
@@ -29,6 +30,18 @@ def test_tokens_are_the_models(models, call):
     want, got, seen = both(models, FEW, **call)
     assert torch.equal(want, got)
     assert not seen.notes
+    assert 0 < min(seen.acceptance) < 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("draft", [FEW, tsa.PageSparse(pages=2, sinks=0, recent=1)], ids=["verify", "pages"])
+@pytest.mark.parametrize("call", [{}, BATCH], ids=["one", "batch"])
+def test_buffers_that_grow_in_a_round(models, draft, call, monkeypatch):
+    """From 48 rows on: drafts and verify steps cross the end of the buffers."""
+    monkeypatch.setattr(storage, "FIRST", 48)
+    monkeypatch.setattr(storage, "CHUNK", 16)
+    want, got, seen = both(models, draft, **call)
+    assert torch.equal(want, got)
     assert 0 < min(seen.acceptance) < 1
 
 
