@@ -168,6 +168,13 @@ OPERATORS = (
         host="compose:listed_attention",
     ),
     Operator(
+        "load_pages(Tensor(a!) pool, Tensor store, Tensor moves) -> ()",
+        check=page_checks.load_pages,
+        fake=fakes.append_pages,
+        reference="state.load_pages.reference:load_pages_reference",
+        host="state.load_pages.host:load_pages",
+    ),
+    Operator(
         f"page_sums(Tensor k, {_VIEW}, Tensor? key_mask) -> (Tensor sums, Tensor counts)",
         check=page_checks.page_sums,
         fake=fakes.page_sums,

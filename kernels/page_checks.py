@@ -81,6 +81,23 @@ def _check_lists(name: str, since: Tensor, counts: Tensor, indices: Tensor) -> N
         raise ValueError(f"{name}: since [B], counts [B, Hk] and indices [B, Hk, N] must be int32, got {shapes}")
 
 
+def load_pages(pool: Tensor, store: Tensor, moves: Tensor) -> None:
+    name = "tsa::load_pages"
+    if pool.dim() != 4 or pool.shape[2] % PAGE:
+        raise ValueError(f"{name}: pool must be [B, Hk, a multiple of {PAGE}, D], got {tuple(pool.shape)}")
+    batch, kv_heads, _, dim = pool.shape
+    wanted = (batch, kv_heads, PAGE, dim)
+    if store.dim() != 5 or (store.shape[0], *store.shape[2:]) != wanted or store.dtype != pool.dtype:
+        shape = f"[{batch}, pages, {kv_heads}, {PAGE}, {dim}]"
+        raise ValueError(f"{name}: store must be {pool.dtype} {shape}, got {store.dtype} {tuple(store.shape)}")
+    if store.numel() and store.stride()[3:] != (dim, 1):
+        raise ValueError(f"{name}: a page of store must lie in one piece, got strides {store.stride()}")
+    if moves.dtype != torch.int32 or moves.dim() != 2 or moves.shape[1] != 3 or not moves.is_contiguous():
+        raise ValueError(f"{name}: moves must be contiguous int32 [n, 3], got {moves.dtype} {tuple(moves.shape)}")
+    if moves.device != pool.device:
+        raise ValueError(f"{name}: moves must be on {pool.device}, got {moves.device}")
+
+
 def page_sums(
     k: Tensor, blocks: Tensor | None, block: int, start: Tensor | None, lengths: Tensor | None, key_mask: Tensor | None
 ) -> None:

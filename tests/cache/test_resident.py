@@ -270,17 +270,17 @@ def test_a_failing_copy_leaves_the_cache_right(monkeypatch, call, strict):
     """At the first choice and at a later one, in the first layer and in the second, before a step and within it."""
     run = Run(Resident(pages=6, interval=3, recent=2, strict=strict))
     run.prompt(PROMPT)
-    take, calls = host_pages.HostPages.take, [0]
+    copy, calls = resident_pages.ResidentPages._copy, [0]
 
-    def failing(self, rows, pages):
+    def failing(self, keys, values, moves):
         calls[0] += 1
         if calls[0] == call:
             raise RuntimeError("CUDA error: the bus has fallen off")
-        return take(self, rows, pages)
+        return copy(self, keys, values, moves)
 
     for _ in range(2):
         calls[0] = 0
-        monkeypatch.setattr(host_pages.HostPages, "take", failing)
+        monkeypatch.setattr(resident_pages.ResidentPages, "_copy", failing)
         failed = 0
         for _ in range(8):
             try:
@@ -291,7 +291,7 @@ def test_a_failing_copy_leaves_the_cache_right(monkeypatch, call, strict):
                 failed += 1
                 run.forget()
         assert failed == 1
-        monkeypatch.setattr(host_pages.HostPages, "take", take)
+        monkeypatch.setattr(resident_pages.ResidentPages, "_copy", copy)
 
 
 def test_a_host_without_memory_is_an_error_and_the_rows_wait(monkeypatch):

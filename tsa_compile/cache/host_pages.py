@@ -56,11 +56,6 @@ class HostPages:
         self.pages = end
         return keys.nbytes + values.nbytes
 
-    def take(self, rows: torch.Tensor, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values `[..., Hk, 16, D]` of pages of batch rows, both int64 of one shape, on the CPU."""
-        keys, values = self.keys[rows, pages], self.values[rows, pages]
-        return (keys.pin_memory(), values.pin_memory()) if self._pinned else (keys, values)
-
     def select_batch(self, index: torch.Tensor) -> None:
         """Batch row `i` becomes what row `index[i]` was."""
         index = index.cpu()

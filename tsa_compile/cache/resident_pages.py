@@ -42,13 +42,7 @@ class ResidentPages:
 
     def load(self, moves: Moves) -> int:
         """Copy pages from the host into slots; returns the bytes."""
-        if not moves:
-            return 0
-        rows, pages, slots = torch.tensor(moves).unbind(1)
-        taken = self.host.take(rows, pages)
-        for pool, new in zip(self._slots(), taken, strict=True):
-            pool[rows.to(pool.device), :, slots.to(pool.device)] = new.to(pool.device, non_blocking=True)
-        return sum(x.nbytes for x in taken)
+        return self._copy(self.buffers.keys, self.buffers.values, moves)
 
     def keep_open_page(self, moves: Moves) -> None:
         """Copy slot 0 into other slots."""
@@ -71,13 +65,13 @@ class ResidentPages:
         for first in range(0, most, AT_ONCE):
             lists = [pages[first : first + AT_ONCE] for pages in missing]
             width = max(map(len, lists))
-            pages = torch.tensor([x + [0] * (width - len(x)) for x in lists])
-            wanted = torch.arange(width) < torch.tensor([len(x) for x in lists])[:, None]
-            rows = torch.arange(len(lists))[:, None].expand_as(pages)
-            taken = self.host.take(rows, pages)
-            self.resident.counts.to_device += sum(x.nbytes for x in taken)
-            real = (self.host.real[rows, pages] & wanted[..., None]).flatten(1).to(q.device)
-            keys, values = (x.to(q.device, non_blocking=True).transpose(1, 2).flatten(2, 3) for x in taken)
+            keys, values = (q.new_zeros(*x.shape[:2], width * PAGE, x.shape[3]) for x in self.buffers[:2])
+            moves = [(b, page, slot) for b, pages in enumerate(lists) for slot, page in enumerate(pages)]
+            self.resident.counts.to_device += self._copy(keys, values, moves)
+            real = torch.zeros(len(lists), width, PAGE, dtype=torch.bool)
+            rows, pages, at = torch.tensor(moves).unbind(1)
+            real[rows, at] = self.host.real[rows, pages]
+            real = real.flatten(1).to(q.device)
             more = torch.ops.tsa.decode_attention(q, keys, values, None, 1, None, None, real, scale, causal=False)[:2]
             part = Attended(*torch.ops.tsa.merge(*part, more[0].to(part.out.dtype), more[1]))
         return Attended(part.out.to(dtype), part.lse)
@@ -95,6 +89,15 @@ class ResidentPages:
         kept = torch.where(real[:, None, ..., None], pages[0], 0).to(torch.promote_types(keys.dtype, torch.float32))
         self.sums = torch.cat([self.sums[:, :, :first], kept.sum(3).to(self.sums.dtype)], 2)
         self.counts = torch.cat([self.counts[..., :first], real.sum(-1, dtype=torch.int32)[:, None]], 2)
+
+    def _copy(self, keys: torch.Tensor, values: torch.Tensor, moves: Moves) -> int:
+        """Pages of the host into slots of `keys` and `values` `[B, Hk, slots * 16, D]`; returns the bytes."""
+        if not moves:
+            return 0
+        listed = torch.tensor(moves, dtype=torch.int32).to(keys.device)
+        for pool, stored in ((keys, self.host.keys), (values, self.host.values)):
+            torch.ops.tsa.load_pages(pool, stored, listed)
+        return len(moves) * self.host.page_bytes
 
     def _slots(self) -> list[torch.Tensor]:
         """The pools by slot: `[B, Hk, slots, 16, D]`."""
