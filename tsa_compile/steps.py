@@ -14,12 +14,12 @@ import torch
 
 from tsa_compile.cache.entry import Prepared, prepare
 from tsa_compile.cache.fixed import masked_in_full, pinned
-from tsa_compile.cache.kv_state import KvState
 from tsa_compile.cache.pinned import PinnableRows
 from tsa_compile.cache.storage import Pool
 from tsa_compile.cuda_graphs import Recording, Recordings
 from tsa_compile.partial_steps import begins, check_layers, check_replaced, keeping_of, settle, with_positions
 from tsa_compile.passes.site import VERIFY_ROWS
+from tsa_compile.plan_states import Kinds, states_for
 from tsa_compile.policies.dense import Dense
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Steps:
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
         self._told: set[str] = set()
-        self._known_plan: tuple[Plan, tuple[KvState, ...], Any] | None = None
+        self._known_plan: tuple[Plan, Callable[[int], Kinds], Any] | None = None
 
     def counts(self) -> dict[str, int]:
         """How decode steps ran, and how many."""
@@ -64,8 +64,8 @@ class Steps:
         plan = self._backend.plan
         if not plan.decodes:
             return call(*args, **kwargs)
-        kinds, keeping = self._of_plan(plan)
-        prepared = prepare(args, kwargs, self.pool, lambda layer: kinds, keeping)
+        states, keeping = self._of_plan(plan)
+        prepared = prepare(args, kwargs, self.pool, states, keeping)
         self._tell(prepared)
         rows = _rows(_tokens(kwargs) if not args else args[0])
         verifies = 1 < rows <= VERIFY_ROWS and _verifies(plan) and _has_rows(prepared) and keeping is None
@@ -93,10 +93,10 @@ class Steps:
             layer.advance(rows)
         return result
 
-    def _of_plan(self, plan: Plan) -> tuple[tuple[KvState, ...], Any]:
-        """`states_of` and `keeping_of`, the same objects for the same plan."""
+    def _of_plan(self, plan: Plan) -> tuple[Callable[[int], Kinds], Any]:
+        """`states_for` and `keeping_of`, the same objects for the same plan."""
         if self._known_plan is None or self._known_plan[0] is not plan:
-            self._known_plan = (plan, states_of(plan), keeping_of(plan))
+            self._known_plan = (plan, states_for(plan), keeping_of(plan))
         return self._known_plan[1:]
 
     def _named(self, args: Sequence[Any]) -> dict[str, Any]:
@@ -189,13 +189,6 @@ class Steps:
             self._told |= new
         for reason in sorted(new):
             self._backend.warn(f"the cache, or a layer of it, stays as it is: {reason}")
-
-
-def states_of(plan: Plan) -> tuple[KvState, ...]:
-    """What the cache keeps for the policies of a plan, each kind once."""
-    policies = [plan.decode, plan.verify, plan.draft, *(rule.policy for rule in plan.rules)]
-    kinds = {kind.name: kind for policy in policies if policy is not None for kind in policy.states()}
-    return tuple(kinds.values())
 
 
 def is_decode_step(kwargs: Mapping[str, Any]) -> bool:

@@ -30,6 +30,7 @@ PART_OF = {
     "rules": "plan",
     "plan_format": "plan",
     "reuse": "plan",
+    "plan_states": "plan",
     "owners": "backend",
     "traced": "backend",
     "entry_point": "backend",
