@@ -94,7 +94,7 @@ def test_the_ptx_of_the_tensorrt_plugins_runs_with_inputs_sizes_and_outputs(site
     indices, counts, heavy = torch.ops.tsa.select_tokens(q, k, None, None, *numbers, s["heavy"])
     driver = ctypes.CDLL("libcuda.so.1")
 
-    def launch(name, inputs, sizes, outputs, by_rows):
+    def launch(name, inputs, sizes, outputs):
         settings = {"scale": site.scale, "window": s["strip_window"], "sinks": s["strip_sinks"]}
         kernel = compile_plugin(name, torch.float16, 64, 64, settings, torch.cuda.get_device_capability())
         module, function = ctypes.c_void_p(), ctypes.c_void_p()
@@ -104,23 +104,22 @@ def test_the_ptx_of_the_tensorrt_plugins_runs_with_inputs_sizes_and_outputs(site
         pointers = [[ctypes.c_uint64(x.data_ptr()) for x in part] for part in (inputs, outputs)]
         arguments = [*pointers[0], *map(ctypes.c_int32, sizes), *pointers[1]]
         packed = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
-        rows = -(-700 // kernel.block_m)
-        grid = (rows, 8) if by_rows else (8 * rows, 1)
+        programs = 8 * -(-700 // kernel.block_m)
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        assert driver.cuLaunchKernel(function, *grid, 1, kernel.threads, 1, 1, kernel.shared, stream, packed, None) == 0
+        assert driver.cuLaunchKernel(function, programs, 1, 1, kernel.threads, 1, 1, kernel.shared, stream, packed, None) == 0
         torch.cuda.synchronize()
 
     out, sizes = torch.full_like(q, float("nan")), [4, 2, 700, 700]
     if strip:
         part, lse = torch.full_like(q, float("nan")), torch.full((2, 4, 700), float("nan"), device="cuda")
-        launch("sparse_prefill_lse", [q, k, v, indices, counts], sizes, [part, lse], by_rows=False)
+        launch("sparse_prefill_lse", [q, k, v, indices, counts], sizes, [part, lse])
         slots = torch.full((2, 4, 700), -1, dtype=torch.int32, device="cuda")
         for b in range(2):
             n = int(counts[b])
             slots[b].scatter_(1, indices[b, :, :n].long(), torch.arange(n, dtype=torch.int32, device="cuda").expand(4, -1))
-        launch("sparse_strip", [q, k, v, part, lse, slots, heavy], [*sizes, heavy.shape[2]], [out], by_rows=True)
+        launch("sparse_strip", [q, k, v, part, lse, slots, heavy], [*sizes, heavy.shape[2]], [out])
     else:
-        launch("sparse_prefill", [q, k, v, indices, counts], sizes, [out], by_rows=False)
+        launch("sparse_prefill", [q, k, v, indices, counts], sizes, [out])
     strip_numbers = (s["strip_window"], s["strip_sinks"], s["heavy"])
     expected = torch.ops.tsa.token_sparse_attention(q, k, v, None, *numbers, *strip_numbers, "reference")
     torch.testing.assert_close(out, expected, rtol=1e-2, atol=1e-2)

@@ -71,7 +71,7 @@ if capability == 90:
         compile_kernel(append.append_pages_kernel, 90, dtype, 4, 3, none | {"PAGES": 4}, sums="*" + sums, **numbers)
         shape = dict(BLOCK_M=16, CHUNK=64, PRECISION="ieee" if sums == "bf16" else "tf32x3")
         del none["key_mask"], none["k_sd"]
-        compile_kernel(scores.page_scores_kernel, 90, dtype, 4, 3, none | shape, sums="*" + sums, **numbers)
+        compile_kernel(scores.page_scores_kernel, 90, dtype, 4, 1, none | shape, sums="*" + sums, **numbers)
     for mass in (False, True):
         none = dict(start=None, blocks=None, keep=None, QUERIES=4, BLOCK=2048, MASS=mass)
         compile_kernel(select.top_pages_kernel, 90, "bf16", 8, 3, none, **numbers)

@@ -35,8 +35,15 @@ def both(x, *view, scale=0.5, seeds=None, samples=8, form="prop", key_mask=None,
     q, k, v = x
     given = (*view, key_mask, scale, seed() if seeds is None else seeds, samples, form)
     got = sampled_value_attention(q, k, v, *given, **masks)
-    exact = {n: m.double() if isinstance(m, torch.Tensor) and m.is_floating_point() else m for n, m in masks.items()}
-    return got, sampled_value_attention_reference(q.double(), k.double(), v.double(), *given, **exact)
+    want = sampled_value_attention_reference(*map(exact, (q, k, v, *given)), **{n: exact(m) for n, m in masks.items()})
+    return got, [x.to(DEVICE) for x in want]
+
+
+def exact(x):
+    """In float64 on the CPU, as no kernel computes in it; numbers and integers as they are."""
+    if not isinstance(x, torch.Tensor):
+        return x
+    return x.cpu().double() if x.is_floating_point() else x.cpu()
 
 
 def check(got, want, dtype=torch.float32):

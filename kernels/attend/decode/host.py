@@ -104,7 +104,8 @@ def launch(
     mask, sinks, softcap, window, causal = masks
     group = heads // kv_heads
     block_d, block_dv = (max(16, triton.next_power_of_2(x)) for x in (dim, v_dim))
-    config = config or decode_config(group * rows, block_d, block_dv, q.dtype, capability_of(q.device), mask is not None)
+    given = mask is not None, pages is not None
+    config = config or decode_config(group * rows, block_d, block_dv, q.dtype, capability_of(q.device), *given)
     tiles_m = triton.cdiv(group * rows, config.block_m)
     programs = batch * kv_heads * tiles_m
     out = q.new_empty(batch, rows, heads, v_dim).transpose(1, 2)

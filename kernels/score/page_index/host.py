@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from tsa_compile.kernels.common.launch import multiprocessors
 from tsa_compile.kernels.common.pages import CHUNK, PAGE, pages_of
 from tsa_compile.kernels.common.tiles import precision
 
 Tensor = torch.Tensor
-WARPS, STAGES = 4, 3
-PER_PROCESSOR, MOST_CHUNKS = 8, 8
 
 
 def page_scores(
@@ -38,19 +35,11 @@ def page_scores(
         return logits, parts
     block_m = min(64, max(16, triton.next_power_of_2(group * rows)))
     tiles_m, block_pages = triton.cdiv(group * rows, block_m), max(1, block // PAGE)
-    programs = batch * kv_heads * tiles_m
-    span = chunks_of_program(programs, chunks, q.device)
-    page_scores_kernel[(programs, triton.cdiv(chunks, span))](
+    page_scores_kernel[(batch * kv_heads * tiles_m, chunks)](
         q, sums, counts, logits, parts, blocks, start, lengths,
         *q.stride(), *sums.stride()[:3], counts.stride(0), 0 if blocks is None else blocks.stride(0),
-        block_pages, max(1, sums.shape[2] // block_pages), kv_heads, group, rows, tiles_m, capacity, pages, chunks, span, scale,
+        block_pages, max(1, sums.shape[2] // block_pages), kv_heads, group, rows, tiles_m, capacity, pages, chunks, scale,
         D=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_M=block_m, CHUNK=CHUNK,
-        PRECISION=precision(sums.dtype), num_warps=WARPS, num_stages=STAGES,
+        PRECISION=precision(sums.dtype), num_warps=4, num_stages=1,
     )  # fmt: skip
     return logits, parts
-
-
-def chunks_of_program(programs: int, chunks: int, device: torch.device) -> int:
-    """As many as leave each multiprocessor PER_PROCESSOR programs: from the second chunk on a program copies ahead."""
-    wanted = PER_PROCESSOR * (multiprocessors(device) if device.type == "cuda" else 1)
-    return max(1, min(MOST_CHUNKS, programs * chunks // wanted))
