@@ -320,6 +320,21 @@ def test_a_host_without_memory_is_an_error_and_the_rows_wait(monkeypatch):
     run.step()
 
 
+def test_a_layer_that_is_not_there_is_named():
+    run = Run(Resident(pages=6, layers=(0, 2)))
+    run.prompt(40)
+    with pytest.raises(ValueError, match=r"Resident.layers: \(0, 2\), but the cache has 2 layers"):
+        run.step()
+
+
+def test_keys_that_are_no_pool_are_an_error():
+    run = Run(Resident(pages=6))
+    run.prompt(40)
+    q, other = torch.randn(BATCH, HEADS, 1, DIM), torch.randn(BATCH, KV_HEADS, 16, DIM)
+    with run.resident.around_step(run.layers), pytest.raises(RuntimeError, match="keys that are not a pool of the cache"):
+        torch.ops.tsa.resident_attention(q, other, other, None, None, None, 0.7)
+
+
 def test_what_is_not_built_says_so():
     run = Run(Resident(pages=6))
     run.prompt(40)

@@ -57,9 +57,16 @@ class HostPages:
         return keys.nbytes + values.nbytes
 
     def select_batch(self, index: torch.Tensor) -> None:
-        """Batch row `i` becomes what row `index[i]` was."""
+        """Batch row `i` becomes what row `index[i]` was.
+
+        Raises:
+            HostMemoryError: the host has not the memory.
+        """
         index = index.cpu()
-        self.keys, self.values, self.real = (x.index_select(0, index) for x in (self.keys, self.values, self.real))
+        chosen = self._allocate(len(index), self.keys.shape[1])
+        for new, old in zip(chosen, (self.keys, self.values, self.real), strict=True):
+            torch.index_select(old, 0, index, out=new)
+        self.keys, self.values, self.real = chosen
 
     def reserve(self, pages: int) -> None:
         """Room for so many pages, with those that are there.
@@ -70,25 +77,25 @@ class HostPages:
         held = self.keys.shape[1]
         if pages <= held:
             return
-        wanted = max(pages, held + max(MIN_PAGES, held // 8))
-        batch = self.keys.shape[0]
-        needed, free = wanted * batch * self.page_bytes, available_memory()
-        message = f"{needed / 2**30:.3f} GiB of host memory for one layer's {wanted} pages, batch {batch}"
+        grown = self._allocate(self.keys.shape[0], max(pages, held + max(MIN_PAGES, held // 8)))
+        for new, old in zip(grown, (self.keys, self.values, self.real), strict=True):
+            new[:, : self.pages] = old[:, : self.pages]
+        self.keys, self.values, self.real = grown
+
+    def _allocate(self, batch: int, pages: int) -> list[torch.Tensor]:
+        """Keys, values and real of so many pages, uninitialised."""
+        needed, free = pages * batch * self.page_bytes, available_memory()
+        message = f"{needed / 2**30:.3f} GiB of host memory for one layer's {pages} pages, batch {batch}"
         if free is not None and needed > free:
-            raise HostMemoryError(
-                f"{message}: {free / 2**30:.3f} GiB are free. Use a shorter sequence, a smaller batch or more hosts"
-            )
+            raise HostMemoryError(f"{message}: {free / 2**30:.3f} GiB are free. Use shorter sequences, or a smaller batch")
         try:
-            grown = [
-                torch.empty((batch, wanted, *x.shape[2:]), dtype=x.dtype, pin_memory=self._pinned and x is not self.real)
+            return [
+                torch.empty((batch, pages, *x.shape[2:]), dtype=x.dtype, pin_memory=self._pinned and x is not self.real)
                 for x in (self.keys, self.values, self.real)
             ]
         except RuntimeError as error:
             pinned = "pinned (page-locked) memory, see `ulimit -l`: " if self._pinned else ""
             raise HostMemoryError(f"{message}: the system refused {pinned}{error}") from error
-        for new, old in zip(grown, (self.keys, self.values, self.real), strict=True):
-            new[:, : self.pages] = old[:, : self.pages]
-        self.keys, self.values, self.real = grown
 
 
 def available_memory() -> int | None:

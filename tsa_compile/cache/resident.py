@@ -90,7 +90,9 @@ class ResidentSet:
         asked = self._asked(len(layers))
 
         def watch(q: torch.Tensor, k: torch.Tensor, scale: float, part: Attended) -> Attended:
-            n = by_address[k.data_ptr()]
+            n = by_address.get(k.data_ptr())
+            if n is None:
+                raise RuntimeError("Resident: an attention reads keys that are not a pool of the cache: was its dtype changed?")
             if scores and n in asked:
                 self._queries[n] = q.clone(), scale
             if not (sampled or reads_all):
@@ -106,7 +108,9 @@ class ResidentSet:
     def _asked(self, layers: int) -> frozenset[int]:
         """The layers whose queries predict."""
         if self.rule.layers is not None:
-            return frozenset(n for n in self.rule.layers if n < layers)
+            if max(self.rule.layers) >= layers:
+                raise ValueError(f"Resident.layers: {self.rule.layers}, but the cache has {layers} layers")
+            return frozenset(self.rule.layers)
         return frozenset({layers // 4, layers // 2, 3 * layers // 4})
 
     def _begin(self, layers: Sequence[Any]) -> None:
