@@ -1,14 +1,16 @@
-"""What hosts ask before they launch a kernel: whether Triton takes the call, how large the GPU is."""
+"""What hosts ask before they launch a kernel: whether Triton takes the call, how large the GPU is and what fills it."""
 
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 
 from tsa_compile.kernels.checks import MAX_HEAD_DIM
 
 Tensor = torch.Tensor
+MAX_SPLITS = 128  # parts of the keys of a KV head
 
 
 def check_triton(q: Tensor, v: Tensor, scale: float, engine: str) -> None:
@@ -47,3 +49,24 @@ def multiprocessors(device: torch.device) -> int:
 def constant(values: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """The numbers on the device; copied there once, so that no captured step copies from the host."""
     return torch.tensor(values, dtype=dtype, device=device)
+
+
+@functools.lru_cache(maxsize=4096)
+def split_count(programs: int, tiles: int, slots: int) -> int:
+    """Parts of the keys of each KV head, so that all programs together fill whole waves of the GPU.
+
+    The fewest parts that come within 5 % of the best filling (as the heuristic of flash-decoding).
+
+    Args:
+        programs: of one part.
+        tiles: of the longest row.
+        slots: programs that the GPU holds at a time.
+    """
+    most = max(1, min(tiles, MAX_SPLITS, 4 * slots // max(1, programs) + 1))
+    filled = [_filling(programs * n, slots) for n in range(1, most + 1)]
+    return next(n for n, share in enumerate(filled, 1) if share >= 0.95 * max(filled))
+
+
+def _filling(programs: int, slots: int) -> float:
+    waves = programs / slots
+    return waves / math.ceil(waves)

@@ -309,7 +309,7 @@ def test_scores_of_the_first_and_the_last_row(host):
 
 
 def test_parts_fill_whole_waves():
-    from tsa_compile.kernels.attend.decode.config import split_count
+    from tsa_compile.kernels.common.launch import split_count
 
     assert 31 <= split_count(8, 2048, 264) <= 33  # one row of 128K: one wave
     assert split_count(264, 2048, 264) == 1

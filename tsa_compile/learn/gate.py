@@ -74,20 +74,10 @@ def choose_schedule(
     candidates = _candidates(SCHEDULES if schedules is None else schedules)
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold must be in (0, 1], got {threshold!r}")
-    if model.training or model._compiled_call_impl is not None:
-        raise ValueError(
-            "the model is in training mode, transformed or compiled; call model.eval() and tsa_compile.restore(model)"
-        )
     texts = texts_of(model, prompts, last)
-    key = {
-        "prompts and model": fingerprint(model, [{"input_ids": ids} for ids in texts]),
-        "last": last,
-        "dense layers": dense_layers,
-    }
-    measured, decoder = (
-        Measured(state, key),
-        TextDecoder(model, schedule_plan(next(iter(candidates.values())), dense_layers), last),
-    )
+    fits = fingerprint(model, [{"input_ids": ids} for ids in texts])
+    measured = Measured(state, {"prompts and model": fits, "last": last, "dense layers": dense_layers})
+    decoder = TextDecoder(model, schedule_plan(next(iter(candidates.values())), dense_layers), last)
     positions = [p for ids in texts for p in range(ids.shape[1] - last, ids.shape[1])]
     order = sorted(candidates, key=lambda name: pages_read(candidates[name], positions))
     tried: dict[str, Any] = {}

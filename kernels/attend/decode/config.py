@@ -1,10 +1,8 @@
-"""How decode attention is cut into programs: tiles by head dim, dtype and GPU, parts of the keys by what fills the GPU."""
+"""How decode attention is cut into programs: tiles by head dim, dtype and GPU."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import math
 
 import torch
 
@@ -14,7 +12,6 @@ STAGE_BYTES = 32 << 10  # of keys and values that one step of a program's loop c
 #: half of it are 4 % ahead.
 HOPPER_STAGE_BYTES = 64 << 10
 QUERY_BYTES = 16 << 10  # of a tile's query rows
-MAX_SPLITS = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,27 +60,6 @@ def decode_config(
         resident = 1
     wide = block_n * row_bytes > stage_bytes or dtype == torch.float32 or (biased and resident == 1)
     return DecodeConfig(block_m, block_n, 4, 2 if wide else 3, resident)
-
-
-@functools.lru_cache(maxsize=4096)
-def split_count(programs: int, tiles: int, slots: int) -> int:
-    """Parts of the keys of each KV head, so that all programs together fill whole waves of the GPU.
-
-    The fewest parts that come within 5 % of the best filling (as the heuristic of flash-decoding).
-
-    Args:
-        programs: of one part.
-        tiles: of the longest row.
-        slots: programs that the GPU holds at a time.
-    """
-    most = max(1, min(tiles, MAX_SPLITS, 4 * slots // max(1, programs) + 1))
-    filled = [_filling(programs * n, slots) for n in range(1, most + 1)]
-    return next(n for n, share in enumerate(filled, 1) if share >= 0.95 * max(filled))
-
-
-def _filling(programs: int, slots: int) -> float:
-    waves = programs / slots
-    return waves / math.ceil(waves)
 
 
 def _floor_power_of_2(x: int) -> int:

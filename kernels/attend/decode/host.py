@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from tsa_compile.kernels.attend.decode.config import DecodeConfig, decode_config, split_count
-from tsa_compile.kernels.common.launch import constant, multiprocessors
+from tsa_compile.kernels.attend.decode.config import DecodeConfig, decode_config
+from tsa_compile.kernels.common.launch import constant, multiprocessors, split_count
 from tsa_compile.kernels.common.tiles import capability_of, precision
 from tsa_compile.kernels.common.view import capacity_of
 from tsa_compile.kernels.types import KvView

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tsa_compile.kernels.attend.sampled.draw import TILE, spare_bits
-from tsa_compile.kernels.common.launch import multiprocessors
+from tsa_compile.kernels.common.launch import multiprocessors, split_count
 from tsa_compile.kernels.common.results import empty_result
 from tsa_compile.kernels.common.tiles import capability_of, precision, small_shared
 from tsa_compile.kernels.common.view import capacity_of
@@ -16,7 +16,6 @@ from tsa_compile.kernels.types import KvView
 
 Tensor = torch.Tensor
 RESIDENT = 4  # programs that a multiprocessor is to hold at a time
-MOST_SPLITS = 128
 MERGED_AT_ONCE = 64  # parts of a query row
 QUERY_BYTES = 16 << 10  # of a program's query rows
 
@@ -56,9 +55,9 @@ class _Step(NamedTuple):
         return torch.empty(shape, dtype=dtype, device=self.q.device)
 
     def splits(self, programs: int, most: int) -> int:
-        """Parts of something of at most `most` parts, so that all programs together fill the GPU."""
+        """Parts of something of at most `most` parts, so that all programs together fill whole waves of the GPU."""
         processors = multiprocessors(self.q.device) if self.q.is_cuda else 2  # the interpreter
-        return max(1, min(-(-RESIDENT * processors // programs), most, MOST_SPLITS))
+        return split_count(programs, most, RESIDENT * processors)
 
 
 def sampled_value_attention(
