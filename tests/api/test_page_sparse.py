@@ -59,6 +59,8 @@ def test_the_state_of_the_cache_gives_the_same_selection():
     kept = attended(tsa.PageSparse(0.2), site, {"sums": sums, "counts": counts})
     assert torch.equal(fresh[1].indices, kept[1].indices)
     assert torch.equal(fresh[0], kept[0])
+    others = attended(tsa.PageSparse(0.2), site, {"seed": torch.zeros(2, dtype=torch.long)})  # a state of another policy's
+    assert torch.equal(fresh[0], others[0])
 
 
 def test_in_one_graph():

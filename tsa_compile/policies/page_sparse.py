@@ -128,7 +128,7 @@ class PageSparse(Policy):
         """(sums, counts, rows that the index is for)."""
         x = site.operands
         capacity = site.k_len if isinstance(site.k_len, int) else emit(torch.ops.aten.sym_size.int, x.k, 2)
-        if isinstance(state, Mapping):
+        if isinstance(state, Mapping) and "sums" in state:
             return state["sums"], state["counts"], capacity
         return *emit(torch.ops.tsa.page_sums.default, x.k, *where(emit, site), x.key_mask), capacity
 
