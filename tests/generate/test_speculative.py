@@ -262,6 +262,7 @@ def test_drafts_and_verify_steps_are_recorded_side_by_side(models):
     assert after[REPLAYED] - before[REPLAYED] > 20
 
 
+@pytest.mark.slow
 def test_the_plan_is_the_models_own_again(models):
     session, plan = attached(models[1]), attached(models[1]).plan
     both(models)
@@ -328,9 +329,10 @@ def test_recorded_on_a_gpu(draft):
         (dict(num_beams=2), "speculation does not go with beams"),
         (dict(use_cache=False), "use_cache=False"),
         (dict(output_attentions=True, return_dict_in_generate=True), "output_attentions"),
-        (
+        pytest.param(
             dict(cache_implementation="static", disable_compile=True),
             "a DynamicCache that can be cropped, got a StaticCache",
+            marks=pytest.mark.slow,
         ),
     ],
 )
