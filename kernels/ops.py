@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from tsa_compile.kernels import arguments, checks, decode_checks, fakes, key_block_checks, page_checks, routed_checks
+from tsa_compile.kernels import arguments, checks, decode_checks, fakes, kept, key_block_checks, page_checks, routed_checks
 from tsa_compile.kernels.registry import LIBRARY, Operator, add, observing, register
 
 _RULE = "float coverage, int window, int pool, int min_tokens"
@@ -41,7 +41,7 @@ OPERATORS = (
         reference="compose_reference:select_tokens_reference",
         host="compose:select_tokens",
         arguments=arguments.select_tokens,
-        selects=True,
+        kept=kept.keys,
     ),
     Operator(
         f"sparse_attention(Tensor q, Tensor k, Tensor v, {_LISTS}, Tensor heavy_indices, {_ORDER}, float scale, {_STRIP},"
@@ -69,7 +69,7 @@ OPERATORS = (
         reference="compose_reference:select_keys_reference",
         host="compose:select_keys",
         arguments=arguments.select_keys,
-        selects=True,
+        kept=kept.keys,
     ),
     Operator(
         "remember_keys(Tensor q, Tensor k, float scale, int queries, int count) -> (Tensor indices, Tensor counts)",
@@ -78,7 +78,7 @@ OPERATORS = (
         reference="compose_reference:remember_keys_reference",
         host="compose:remember_keys",
         arguments=arguments.remember_keys,
-        selects=True,
+        kept=kept.keys,
     ),
     Operator(
         f"key_attention(Tensor q, Tensor k, Tensor v, {_LISTS}, float scale, bool need_lse=False) -> {_ATTENDED}",
@@ -249,6 +249,7 @@ OPERATORS = (
         reference="select.threshold_pages.reference:select_key_blocks_reference",
         host="select.threshold_pages.host:select_key_blocks",
         arguments=arguments.select_key_blocks,
+        kept=kept.key_blocks,
     ),
     Operator(
         f"key_block_attention(Tensor q, Tensor k, Tensor v, Tensor bits, {_CACHE}, bool need_lse, *, {_K_LEN}) -> {_ATTENDED}",

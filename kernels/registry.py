@@ -32,7 +32,8 @@ class Operator(NamedTuple):
         reference: "module:function" below `tsa_compile.kernels`, in plain PyTorch: what runs on CPU tensors.
         host: "module:function" that launches the kernels: what runs on CUDA tensors. Both are imported at the first call.
         arguments: from the arguments of the schema to those of the four functions above; None: they take the schema's own.
-        selects: whether recorders see its calls: its second result are the kept counts `[B]`, its second argument the keys.
+        kept: what recorders are told of its calls, from the result and the schema's arguments: (how much is kept, `[B]`, of how
+            much); None: it selects nothing.
     """
 
     schema: str
@@ -41,7 +42,7 @@ class Operator(NamedTuple):
     reference: str
     host: str
     arguments: Callable[..., tuple[Any, ...]] | None = None
-    selects: bool = False
+    kept: Callable[[Any, tuple[Any, ...], dict[str, Any]], tuple[Tensor, int]] | None = None
 
     @property
     def name(self) -> str:
@@ -68,8 +69,8 @@ def add(operator: Operator) -> None:
         def call(*flat: Any, **named: Any) -> Any:
             args, kwargs = checked(flat, named)
             result = resolve(where)(*args, **kwargs)
-            if operator.selects:
-                _observe(result[1], flat[1].shape[2])
+            if operator.kept is not None and _observers.get():
+                _observe(*operator.kept(result, flat, named))
             return tuple(result) if isinstance(result, tuple) else result  # the dispatcher takes no NamedTuple
 
         return call
@@ -144,7 +145,7 @@ _observers: contextvars.ContextVar[tuple[Observer, ...]] = contextvars.ContextVa
 
 @contextlib.contextmanager
 def observing(observer: Observer) -> Iterator[None]:
-    """Inside, `observer(counts [B], k_len)` is called for each selection of this thread (or asyncio task), and of no other."""
+    """Inside, `observer(kept [B], of)` is called for each selection of this thread (or asyncio task), and of no other."""
     token = _observers.set((*_observers.get(), observer))
     try:
         yield
@@ -152,6 +153,6 @@ def observing(observer: Observer) -> Iterator[None]:
         _observers.reset(token)
 
 
-def _observe(counts: Tensor, k_len: int) -> None:
+def _observe(kept: Tensor, of: int) -> None:
     for observer in _observers.get():
-        observer(counts, k_len)
+        observer(kept, of)

@@ -1,4 +1,4 @@
-"""Watch what the selections of a run keep, and in which module."""
+"""Watch what the selections of a run keep, and in which module: tokens, or key blocks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tsa_compile.dynamo import called
 from tsa_compile.kernels import ops
 from tsa_compile.passes.facts.names import module_path
 
-_SELECTIONS = frozenset(op.name for op in ops.OPERATORS if op.selects)
+_SELECTIONS = frozenset(op.name for op in ops.OPERATORS if op.kept is not None)
 _threads = threading.local()
 
 
@@ -26,7 +26,7 @@ class _Graph(NamedTuple):
 
 
 class KeptTokens:
-    """Kept tokens of every selection, in order of execution; counts stay on the device until they are read."""
+    """What every selection keeps, in order of execution; numbers stay on the device until they are read."""
 
     def __init__(self, model: nn.Module | None = None) -> None:
         self._model = None if model is None else called(model)
@@ -34,22 +34,22 @@ class KeptTokens:
         self._next = 0
         self._counts: list[tuple[str, torch.Tensor, int]] = []
 
-    def _observe(self, counts: torch.Tensor, k_len: int) -> None:
+    def _observe(self, counts: torch.Tensor, of: int) -> None:
         graph: _Graph | None = getattr(_threads, "graph", None)
         if graph is not self._graph:
             self._graph, self._next = graph, 0
         module = graph.modules[self._next] if graph is not None and self._next < len(graph.modules) else ""
         self._next += 1
         if self._model is None or (graph is not None and graph.model is self._model):
-            self._counts.append((module, counts, k_len))
+            self._counts.append((module, counts, of))
 
     def shares(self) -> list[float]:
-        """Kept share of the keys of each selection, in [0, 1], averaged over the batch. Waits for the device."""
-        return [_share(counts, k_len) for _, counts, k_len in self._counts]
+        """Kept share of each selection's keys, or key blocks, in [0, 1], averaged over the batch. Waits for the device."""
+        return [_share(counts, of) for _, counts, of in self._counts]
 
     def by_module(self) -> list[tuple[str, float]]:
         """(path of the attention module, kept share) of each selection; the path is "" outside of a compiled graph."""
-        return [(module, _share(counts, k_len)) for module, counts, k_len in self._counts]
+        return [(module, _share(counts, of)) for module, counts, of in self._counts]
 
 
 @contextlib.contextmanager
@@ -91,5 +91,5 @@ def selecting_modules(gm: fx.GraphModule) -> list[str]:
     return [module_path(node) for node in gm.graph.nodes if node.target in targets]
 
 
-def _share(counts: torch.Tensor, k_len: int) -> float:
-    return counts.float().mean().item() / k_len if k_len else 0.0
+def _share(counts: torch.Tensor, of: int) -> float:
+    return counts.float().mean().item() / of if of else 0.0

@@ -28,7 +28,7 @@ class SiteReport:
     policy: str
     replaced: bool
     reason: str
-    kept: float | None = None  # kept share of the tokens, in [0, 1]; None: not measured
+    kept: float | None = None  # kept share of the tokens, or of the key blocks, in [0, 1]; None: not measured
 
     @classmethod
     def of(cls, graph: int, decision: Decision, module: str, fallen: str | None) -> SiteReport:
@@ -103,7 +103,7 @@ class Report:
         return both
 
     def with_kept(self, kept: list[float]) -> Report:
-        """A copy whose replaced sites carry the kept share of their tokens, given in order of execution.
+        """A copy whose replaced sites carry the kept share of their tokens or key blocks, given in order of execution.
 
         Raises:
             ValueError: not one number for each replaced site.

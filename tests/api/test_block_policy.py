@@ -9,6 +9,7 @@ import torch
 
 import tsa_compile as tsa
 from tests.api.tiny import tiny_llama, token_ids
+from tsa_compile.kernels.kept import key_blocks
 from tsa_compile.passes.site import AttentionSite, MaskFacts, Operands
 from tsa_compile.policies.base import call, from_dict, why_dense
 
@@ -47,6 +48,23 @@ def test_a_pool_too_fine_for_a_gpu_is_refused_with_the_reason(dim, finest):
         too_fine = tsa.BlockSparse(0.1, pool=finest // 2)
         wanted = f"pool {finest // 2}; from {finest} on with head dim {dim} on a GPU"
         assert too_fine.refuse(site) == tsa.TokenSparse(inner=too_fine).refuse(site) == wanted
+
+
+@pytest.mark.parametrize(("policy", "low"), [(tsa.BlockSparse(alpha=0), 1.0), (SPARSE, 7 / 11)])
+def test_the_report_has_the_share_of_the_key_blocks_that_are_read(policy, low):
+    """Of those that begin before a row block's end; at least the own ones and the heaviest of the others."""
+    measured = tsa.compare(tiny_llama(), input_ids=token_ids(300, batch=2), use_cache=False, policy=policy, repeats=1)
+    assert all(low - 1e-6 <= site.kept <= 1 for site in measured.report.sites)
+
+
+def test_the_share_of_a_bitmap():
+    bits = torch.tensor([[0b11, 0b1011, 1 << 4], [0b11, 0b1111, 0b11111]])[None, :, :, None]  # row blocks 1 to 3 of 300 keys
+    kept, of = key_blocks(bits.expand(2, -1, -1, -1), (torch.empty(2, 2, 300, 8), torch.empty(2, 2, 300, 8)), {})
+    assert (kept.tolist(), of) == ([(6 + 11) / 2] * 2, 2 + 4 + 5)
+    later = key_blocks(bits[:, :, 1:], (torch.empty(1, 2, 100, 8), torch.empty(1, 2, 300, 8)), {"k_len": 290})
+    assert (later[0].tolist(), later[1]) == ([(4 + 9) / 2], 4 + 5)
+    top = torch.tensor([[[[-1, 1]]]])  # 65 key blocks, the 64th bit is the sign
+    assert key_blocks(top, (torch.empty(1, 1, 1, 8), torch.empty(1, 1, 4160, 8)), {})[0].tolist() == [65]
 
 
 def test_later_tokens_do_not_reach_back_beyond_their_row_block():

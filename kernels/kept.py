@@ -1,0 +1,27 @@
+"""How much a selection keeps, as recorders are told it: a number for each batch row, and of how much. Read by no kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from tsa_compile.kernels.common.row_blocks import KEYS, ROWS
+
+Tensor = torch.Tensor
+
+
+def keys(result: tuple[Tensor, ...], arguments: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Tensor, int]:
+    """Of lists of keys: their counts `[B]`, the second result, of the keys, the second argument."""
+    return result[1], arguments[1].shape[2]
+
+
+def key_blocks(bits: Tensor, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Tensor, int]:
+    """Of a bitmap `[B, H or Hk, row blocks, words]`: key blocks that row blocks read, the mean over heads `[B]`, of those that begin
+    before a row block's end; padding counts among the latter alone."""
+    q_len, k_len = arguments[0].shape[2], named.get("k_len") or arguments[1].shape[2]
+    ones = torch.tensor([n.bit_count() for n in range(256)], dtype=torch.int32, device=bits.device)
+    kept = ones[bits.view(torch.uint8).int()].sum((2, 3)).float().mean(1)
+    ends = (min(end + ROWS, k_len) for end in range((k_len - q_len) // ROWS * ROWS, k_len, ROWS))
+    return kept, sum(-(-end // KEYS) for end in ends)
