@@ -50,7 +50,7 @@ def trace(
         model: a module, exported with `torch.export` without gradients; or an ExportedProgram, of which a copy is
             rewritten (it shares the weights).
         args, kwargs: example inputs (not read for an ExportedProgram).
-        policy: a policy, a plan, either as a dict, or None for the default plan, `TokenSparse()`.
+        policy: a policy, a plan, either as a dict, or None for `TokenSparse()`.
         dynamic_shapes: as for `torch.export.export`.
         require_sites: raise if no site takes the policy.
         one_node: make each site one node `tsa::token_sparse_attention`, as targets outside PyTorch need it.
@@ -65,7 +65,7 @@ def trace(
 
     if isinstance(model, nn.Module) and model._compiled_call_impl is not None and policy is None:
         raise ValueError("the model is transformed; an export starts from its forward, so pass the policy or plan again")
-    plan = without_session(as_plan(policy))
+    plan = without_session(as_plan(TokenSparse() if policy is None else policy))
     program = _copy(model) if isinstance(model, ExportedProgram) else _export(model, args, kwargs, dynamic_shapes)
     bound = plan.bind_to(_modules(program))
     result = run_pipeline(program.graph_module, bound.policy_for, constants=_constants(program))

@@ -18,8 +18,8 @@ def keys(result: tuple[Tensor, ...], arguments: tuple[Any, ...], named: Mapping[
 
 
 def key_blocks(bits: Tensor, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Tensor, int]:
-    """Of a bitmap `[B, H or Hk, row blocks, words]`: key blocks that row blocks read, the mean over heads `[B]`, of those that begin
-    before a row block's end; padding counts among the latter alone."""
+    """Of a bitmap `[B, H or Hk, row blocks, words]`: key blocks that row blocks read, `[B]`, the mean over heads, of those that
+    begin before a row block's end; padding counts among the latter alone."""
     q_len, k_len = arguments[0].shape[2], named.get("k_len") or arguments[1].shape[2]
     ones = torch.tensor([n.bit_count() for n in range(256)], dtype=torch.int32, device=bits.device)
     kept = ones[bits.view(torch.uint8).int()].sum((2, 3)).float().mean(1)

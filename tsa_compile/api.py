@@ -40,7 +40,7 @@ def transform(
 
     Args:
         model: any module; attention is found in its traced graphs, not by its class.
-        policy_or_plan: a policy for all layers, a plan, either as a dict, or None for the default: prefill by `TokenSparse()`.
+        policy_or_plan: a policy for all layers, a plan, either as a dict, or None for the default: prefill by `BlockSparse()`.
         compiler: "eager" runs the rewritten graphs as they are (starts fastest); "inductor" compiles them.
         fullgraph: raise if the model's forward does not trace to one graph.
         inductor_options: Inductor configuration for `compiler="inductor"`.

@@ -14,6 +14,7 @@ from torch import nn
 from tsa_compile import plan_format
 from tsa_compile.passes.site import PHASES
 from tsa_compile.policies.base import Policy, from_dict
+from tsa_compile.policies.block_sparse import BlockSparse
 from tsa_compile.policies.dense import Dense
 from tsa_compile.policies.token_sparse import TokenSparse
 from tsa_compile.reuse import Reuse, bind_reuse, read_reuse, route_of
@@ -153,7 +154,7 @@ class Plan:
             raise ValueError(f"{path}: {error}") from error
 
 
-DEFAULTS: Mapping[str, Policy] = {phase: Dense() for phase in PHASES} | {"prefill": TokenSparse()}
+DEFAULTS: Mapping[str, Policy] = {phase: Dense() for phase in PHASES} | {"prefill": BlockSparse()}
 
 
 def as_plan(policy_or_plan: Policy | Plan | Mapping[str, Any] | None) -> Plan:
@@ -177,9 +178,9 @@ def as_plan(policy_or_plan: Policy | Plan | Mapping[str, Any] | None) -> Plan:
     raise TypeError(f"expected a policy, a plan, a dict of either, or None; got {type(policy_or_plan).__name__}")
 
 
-def default_policy(coverage: float | None = None) -> TokenSparse:
-    """The prefill policy of `transform(model)`, or the same with another coverage."""
-    return TokenSparse() if coverage is None else TokenSparse(coverage=coverage)
+def default_policy(coverage: float | None = None) -> Policy:
+    """The prefill policy of `transform(model)`; with a coverage, `TokenSparse` of it."""
+    return BlockSparse() if coverage is None else TokenSparse(coverage=coverage)
 
 
 def _check_policy(field: str, phase: str, policy: object) -> None:

@@ -56,7 +56,7 @@ def export_onnx(
         model: a module, or an ExportedProgram (it stays as it is).
         args, kwargs: example inputs.
         path: the file; weights above 2 GB go beside it, as ONNX external data.
-        policy: a policy, a plan, either as a dict, or None for the default plan, `TokenSparse()`.
+        policy: a policy, a plan, either as a dict, or None for `TokenSparse()`.
         form: "portable": each node carries a body of standard operators, so any runtime executes it. "custom": no
             body; the session must register the native library (`tsa_compile.export.native`).
         target: whose limits the portable body respects, "onnxruntime" or "tensorrt"; or "tensorrt_plugin", whose attention

@@ -41,7 +41,7 @@ def test_a_bare_policy_goes_where_its_phases_say():
 
 
 def test_the_default_plan_runs_where_it_pays():
-    assert as_plan(None) == tsa.Plan(prefill=tsa.TokenSparse(), where="pays")
+    assert as_plan(None) == tsa.Plan(prefill=tsa.BlockSparse(), where="pays")
 
 
 def test_the_first_rule_that_matches_decides():

@@ -163,12 +163,14 @@ def export_command(
     import torch
 
     from tsa_compile.export import export_cli
-    from tsa_compile.plan import Plan, as_plan, default_policy
+    from tsa_compile.plan import Plan, as_plan
+    from tsa_compile.policies.token_sparse import TokenSparse
     from tsa_compile.tools.load_models import load_causal_lm
 
     if dtype not in ("float32", "float16", "bfloat16"):
         raise ValueError(f"--dtype must be float32, float16 or bfloat16, got {dtype!r}")
-    chosen = Plan.load(plan) if plan else as_plan(default_policy(coverage))
+    own = TokenSparse() if coverage is None else TokenSparse(coverage=coverage)  # what can be exported
+    chosen = Plan.load(plan) if plan else as_plan(own)
     request = export_cli.Request(
         to, out, chosen, graph, form, tokens, max_tokens, max_batch, native, cuda, check, runtime, tuple(capability or ())
     )

@@ -22,7 +22,7 @@ from tsa_compile.learn.model_inputs import as_inputs, fingerprint
 from tsa_compile.learn.search import Step
 from tsa_compile.learn.state import Measured
 from tsa_compile.learn.target import Target
-from tsa_compile.plan import Plan, default_policy
+from tsa_compile.plan import Plan
 from tsa_compile.policies.token_sparse import TokenSparse
 from tsa_compile.progress import Advance, Start
 from tsa_compile.progress import progress as progress_bar
@@ -54,7 +54,7 @@ def calibrate(
             `policy.min_tokens + policy.window` tokens. Take your own, as long as in use.
         target: "kl<=X": mean KL(dense || sparse) of the last predictions, in nats; "sparsity>=X": mean share of tokens that
             the layers do not keep, over all layers that can be sparse.
-        policy: what a sparse layer gets, but for its coverage; None: `plan.default_policy()`.
+        policy: what a sparse layer gets, but for its coverage; None: `TokenSparse()`.
         coverages: what a layer may get, each in (0, 1).
         method: "loss": the order of steps that single layers' losses give; "drift": the paper's order, with far fewer runs.
         last: predictions at the end of each prompt that are compared.
@@ -70,7 +70,7 @@ def calibrate(
         RuntimeError: the model is transformed, or part of it ran untraced.
     """
     goal = Target.parse(target)
-    base = default_policy() if policy is None else policy
+    base = TokenSparse() if policy is None else policy
     ladder = tuple(sorted({float(c) for c in coverages}))
     _check(model, base, ladder, method, last)
     inputs = as_inputs(model, prompts, last, base.min_tokens + base.window)

@@ -162,10 +162,10 @@ def bench_prefill(
     json: JsonFile = None,
 ) -> None:
     """Time to the first token of a random-weight Llama-3.1-8B, dense and transformed."""
-    from tsa_compile.plan import default_policy
+    from tsa_compile.policies.token_sparse import TokenSparse
     from tsa_compile.tools.bench import output, prefill
 
-    policy = default_policy(coverage)
+    policy = TokenSparse(coverage=coverage)
     gpu, versions = _gpu()
     rows = prefill.bench_prefill(prefill.build_llama(layers), [int(n) for n in lengths.split(",")], policy, repeats, compiler)
     console.print(output.prefill_table(rows))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from tsa_compile import export
-from tsa_compile.plan import default_policy
 from tsa_compile.policies.token_sparse import TokenSparse
 from tsa_compile.tools.bench.prefill import LLAMA_8B
 
@@ -28,7 +26,7 @@ DTYPES = {"SmolLM2-135M shape": ("float32", "float16")}  # of the others: both h
 LAYERS = 4
 POLICIES = {  # random weights attend flatly, so `coverage` drops about as large a share of the tokens
     "paper": TokenSparse.paper(coverage=0.5, engine="fused"),
-    "completed": dataclasses.replace(default_policy(0.5), engine="fused"),
+    "completed": TokenSparse(coverage=0.5, engine="fused"),
 }
 
 

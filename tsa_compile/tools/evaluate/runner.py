@@ -10,7 +10,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from tsa_compile.plan import Plan, default_policy
+from tsa_compile.plan import Plan
+from tsa_compile.policies.token_sparse import TokenSparse
 from tsa_compile.recorder import record_kept
 from tsa_compile.rules import layer_number
 from tsa_compile.session import Session
@@ -42,7 +43,7 @@ class Runner:
         self.model = model
         self.decoder = model.get_decoder()
         self.device = next(model.parameters()).device
-        self.widest = Plan(default_policy())
+        self.widest = Plan(TokenSparse())
         self._session = Session(self.decoder, self.widest)
         self._head = model.get_output_embeddings()
         self._softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
