@@ -1,4 +1,4 @@
-"""Torch-TensorRT on a real GPU: export, run, compare. Not run so far.
+"""Torch-TensorRT on a real GPU: export, run, compare. Run once, on an H200 with releases 2.11: docs/export.md says what came.
 
 On a machine with an RTX card (or any GPU, for the record): `make test-torch-tensorrt`, then
 `.venv-torch-tensorrt/bin/python -m pytest -m gpu -s tests/torch_tensorrt/test_gpu.py`.
