@@ -42,7 +42,9 @@ def select_key_blocks(
     name = "tsa::select_key_blocks"
     if means.dim() != 4 or not 1 <= means.shape[1] <= q.shape[1]:
         raise ValueError(f"{name}: means must be [B, Hk, key blocks, D], got {tuple(means.shape)}")
-    check_attention(name, q, q[:, : means.shape[1]], None, None)
+    check_attention(name, q, q, None, None)
+    if q.shape[1] % means.shape[1]:
+        raise ValueError(f"{name}: {q.shape[1]} query heads are no multiple of {means.shape[1]} KV heads")
     exact = torch.float64 if q.dtype == torch.float64 else torch.float32
     blocks = (q.shape[0], key_block_count(k_len))
     if means.dtype != exact or (means.shape[0], *means.shape[2:]) != (*blocks, q.shape[3]) or means.device != q.device:
