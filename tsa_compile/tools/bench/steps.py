@@ -96,7 +96,9 @@ def bench_steps(model: Any, case: StepCase, copy_tbps: float, compiler: str = "e
 
 def recorded(model: Any, cache: Any) -> CudaReplay:
     """The CUDA graph of the steps over this cache."""
-    (recording,) = attached(model).steps.recordings.of(cache.layers[0].storage)
+    session = attached(model)
+    assert session is not None
+    (recording,) = session.steps.recordings.of(cache.layers[0].storage)
     assert isinstance(recording.replay, CudaReplay)
     return recording.replay
 
