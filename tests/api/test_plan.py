@@ -166,7 +166,8 @@ LEAVES = st.sampled_from(
 LEAVES |= st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3)
 JSON = st.recursive(LEAVES, lambda x: st.lists(x, max_size=3) | st.dictionaries(KEYS, x, max_size=5), max_leaves=12)
 FIELDS = re.compile(
-    r"has no field '|plan|phases|rules|default|layers|Plan\.|policy|coverage|window|completion|Completion|inner|BlockSparse|alpha|sinks|last_dense|heavy|pool|share|engine|probes|min_"
+    r"has no field '|plan|phases|rules|default|layers|Plan\.|policy|coverage|window|completion|Completion|inner|BlockSparse"
+    r"|alpha|sinks|last_dense|heavy|pool|share|engine|probes|min_"
 )
 
 
