@@ -87,7 +87,10 @@ def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[A
 def select_key_blocks(
     q: Tensor, k: Tensor, means: Tensor, counts: Tensor, start: MaybeTensor, lengths: MaybeTensor, key_mask: MaybeTensor,
     scale: float, alpha: Sequence[float], pool: int, window: int, sinks: int, last_dense: int, share: str = "head",
-    lookahead: bool = True, k_len: int | None = None,
+    lookahead: bool = True, k_len: int | None = None, min_queries: int = 0,
 ) -> tuple[Any, ...]:  # fmt: skip
-    rule = (scale, alpha, pool, window, sinks, last_dense, share, lookahead)
-    return q, means, counts, start, lengths, key_mask, k.shape[2] if k_len is None else k_len, *rule
+    """Up to `min_queries` queries over a cache keep every key block, as an alpha of 0 does. Symbols are not asked."""
+    rows, keys = q.shape[2], k.shape[2] if k_len is None else k_len
+    if isinstance(rows, int) and isinstance(keys, int) and rows <= min_queries and rows < keys:
+        alpha = [0.0]
+    return q, means, counts, start, lengths, key_mask, keys, scale, alpha, pool, window, sinks, last_dense, share, lookahead

@@ -243,7 +243,7 @@ OPERATORS = (
     ),
     Operator(
         f"select_key_blocks(Tensor q, Tensor k, Tensor means, Tensor counts, {_PADDING}, float scale, float[] alpha,"
-        f" {_BLOCK_RULE}, *, str share='head', bool lookahead=True, {_K_LEN}) -> Tensor",
+        f" {_BLOCK_RULE}, *, str share='head', bool lookahead=True, {_K_LEN}, int min_queries=0) -> Tensor",
         check=key_block_checks.select_key_blocks,
         fake=fakes.select_key_blocks,
         reference="select.threshold_pages.reference:select_key_blocks_reference",

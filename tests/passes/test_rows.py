@@ -90,6 +90,24 @@ def test_a_number_of_rows_that_varies(policy):
     assert site.reason == f"dense for up to {exact} queries over a cache"
 
 
+def test_a_number_of_rows_that_varies_by_blocks():
+    torch._dynamo.reset()
+    backend = Backend(Plan(tsa.BlockSparse(0.999, pool=32, window=1, sinks=0, last_dense=0)), "eager")
+    compiled = torch.compile(cached, backend=backend, fullgraph=True)
+    for rows in (200, 2, 16, 17, 128, 129, 400):
+        x = operands(rows)
+        with torch.no_grad(), record_kept() as kept:
+            actual, expected = compiled(*with_dynamic_lengths(*x)), cached(*x)
+        if rows <= 128:
+            torch.testing.assert_close(actual, expected)
+            assert kept.shares() == [1.0]
+        else:
+            assert (actual - expected).abs().max() > 1e-2
+            assert kept.shares()[0] < 0.95
+    (site,) = backend.report.sites
+    assert (site.replaced, site.reason) == (True, "dense for up to 128 queries over a cache")
+
+
 def test_an_empty_cache_is_prefill_for_any_number_of_rows():
     def attention(q):
         return F.scaled_dot_product_attention(q, q, q, is_causal=True)

@@ -15,7 +15,7 @@ from tsa_compile.kernels import ops  # noqa: F401 - registers torch.ops.tsa
 from tsa_compile.kernels.checks import SHARES
 from tsa_compile.kernels.common.row_blocks import KEYS, ROWS, finest_pool
 from tsa_compile.kernels.types import Edges, PageBitmap, Selection
-from tsa_compile.passes.site import AttentionSite
+from tsa_compile.passes.site import VERIFY_ROWS, AttentionSite
 from tsa_compile.policies.base import Emit, Policy, check_int
 
 Padding = tuple[Any, Any, Any]  # start, lengths and key_mask of the operators
@@ -43,6 +43,7 @@ class BlockSparse(Policy):
         ValueError: a field is outside its range; the message names it.
     """
 
+    by_rows: ClassVar[bool] = True
     reads_blocks: ClassVar[bool] = True
     shareable: ClassVar[bool] = True
 
@@ -96,10 +97,10 @@ class BlockSparse(Policy):
         means, counts = emit(torch.ops.tsa.key_block_means.default, x.k, *real, blocks, block, **length)
         alphas = [float(a) for a in (self.alpha if isinstance(self.alpha, tuple) else (self.alpha,))]
         rule = (site.scale, alphas, self.pool, self.window, self.sinks, self.last_dense)
-        choose = torch.ops.tsa.select_key_blocks.default
-        return PageBitmap(
-            emit(choose, x.q, x.k, means, counts, *real, *rule, share=self.share, lookahead=self.lookahead, **length)
-        )
+        options: dict[str, Any] = {"share": self.share, "lookahead": self.lookahead, **length}
+        if site.past and not isinstance(site.q_len, int):  # the operator alone knows how many rows there are
+            options["min_queries"] = max(self.min_queries, VERIFY_ROWS)
+        return PageBitmap(emit(torch.ops.tsa.select_key_blocks.default, x.q, x.k, means, counts, *real, *rule, **options))
 
     def attend(self, emit: Emit, site: AttentionSite, selection: Selection | None) -> Any:
         assert isinstance(selection, PageBitmap)
