@@ -35,7 +35,7 @@ types: $(VENV)/.dev
 	cd build/types && $(abspath $(VENV))/bin/mypy --config-file $(CURDIR)/pyproject.toml
 
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 # vLLM's CPU build pins torch, and has no use for Triton. Another version: make test-vllm VLLM=0.27.1 VLLM_VENV=.venv-vllm-0.27
 VLLM      ?= 0.32.0

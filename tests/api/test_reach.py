@@ -98,9 +98,11 @@ def test_reach_of_plans():
     dense = tsa.reach(model, tsa.Dense(), 4096)
     assert (dense.distance, dense.pair, dense.needed) == (None, None, 1)
     assert [layer.module for layer in dense.layers] == ["layers.0", "layers.1"]
-    default = tsa.reach(model, None, 4096)  # a strip of 256 in two layers
-    assert (default.distance, default.pair, default.needed) == (511, (0, 511), 17)
-    assert "17 attentions would be enough" in str(default)
+    default = tsa.reach(model, None, 4096)  # the key blocks of a window of 256 in two layers
+    assert (default.distance, default.pair, default.needed) == (513, (127, 640), 16)
+    assert "16 attentions would be enough" in str(default)
+    strip = tsa.reach(model, tsa.TokenSparse(), 4096)  # of 256 in two layers
+    assert (strip.distance, strip.pair, strip.needed) == (511, (0, 511), 17)
     paper = tsa.reach(model, tsa.TokenSparse.paper(), 4096)
     assert (paper.distance, paper.pair, paper.needed) == (1, (0, 1), None)
     assert "no depth is enough" in str(paper)

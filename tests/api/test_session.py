@@ -151,6 +151,7 @@ def test_a_layer_that_cannot_be_told_stays_dense():
     assert [("do not tell" in s.reason, s.replaced) for s in tsa.report(model).sites] == [(False, True), (True, False)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [72])
 def test_there_is_room_for_all_layers(layers):
     model, x = Stack(layers, guarded=True).eval(), torch.randn(1, 30, 32)

@@ -77,6 +77,7 @@ def test_generate_prefills_sparse_and_decodes_dense(model):
     assert (report.graphs, len(report.replaced), len(report.dense)) == (1, LAYERS, 0)
 
 
+@pytest.mark.slow  # by Inductor
 def test_decode_steps_are_compiled_where_the_user_asks_for_it(model):
     ids, options = token_ids(40), dict(max_new_tokens=4, do_sample=False)
     expected = model.generate(ids, **options)

@@ -52,8 +52,15 @@ def padded(batch, length):
     return ids(batch, length), mask
 
 
-@pytest.mark.parametrize("policy", [PAPER, COMPLETED], ids=["paper", "completed"])
-@pytest.mark.parametrize("inputs", [ids, padded], ids=["plain", "padded"])
+@pytest.mark.parametrize(
+    ("inputs", "policy"),
+    [
+        pytest.param(ids, PAPER, id="plain-paper"),
+        pytest.param(padded, COMPLETED, id="padded-completed"),
+        pytest.param(ids, COMPLETED, id="plain-completed", marks=pytest.mark.slow),
+        pytest.param(padded, PAPER, id="padded-paper", marks=pytest.mark.slow),
+    ],
+)
 def test_llama_equals_pytorch_at_unseen_sizes(tmp_path, policy, inputs):
     model, path = llama(), tmp_path / "llama.onnx"
     args = inputs(2, 100)

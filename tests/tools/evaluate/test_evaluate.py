@@ -104,6 +104,7 @@ def tiny_gemma(window, vocabulary=90):
     return transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**sizes, **rest)).eval()
 
 
+@pytest.mark.slow
 def test_a_window_of_any_length_is_no_layer_that_can_be_sparse(tmp_path):
     model = tiny_gemma(window=300, vocabulary=258)
     use_local_attention(model)

@@ -122,7 +122,7 @@ def test_without_the_package_the_error_says_what_to_install(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("task", ["niah_single_2", "niah_multikey_3", "vt", "cwe", "fwe", "qa_1"])
-@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("chat", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_public_generators(task, chat, tmp_path):
     for package in ("long_context_eval", "wonderwords", "scipy", "numpy", "yaml"):
         if importlib.util.find_spec(package) is None:
