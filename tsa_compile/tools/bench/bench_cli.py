@@ -88,9 +88,8 @@ def bench_whole_steps(
     model, rows = prefill.build_llama(layers), list[steps.StepRow]()
     for kind in compiler.split(","):
         for share in keep.split(","):
-            for size in cases.split(","):
-                batch, _, length = size.partition("x")
-                case = steps.StepCase(int(batch), int(length), None if share == "all" else float(share))
+            for batch, length in _sizes(cases):
+                case = steps.StepCase(batch, length, None if share == "all" else float(share))
                 rows.append(steps.bench_steps(model, case, gpu["copy_tbps"], kind))
                 console.print(steps.told(rows[-1]), markup=False, highlight=False)
                 if json:
@@ -142,10 +141,9 @@ def bench_round(
 
     loaded, rows = load_causal_lm(model), list[round_costs.RoundCost]()
     device = torch.cuda.get_device_name() if loaded.device.type == "cuda" else "cpu"
-    for size in cases.split(","):
-        batch, _, length = size.partition("x")
-        made = acceptance.DRAFTS[draft](share, int(length))
-        rows.append(round_costs.measure_round(loaded, made, int(batch), int(length), gamma))
+    for batch, length in _sizes(cases):
+        made = acceptance.DRAFTS[draft](share, length)
+        rows.append(round_costs.measure_round(loaded, made, batch, length, gamma))
         console.print(rows[-1], markup=False, highlight=False)
         if json:
             environment = dict(device=device, torch=torch.__version__)
@@ -228,6 +226,12 @@ def _tune_distributed() -> None:
         console.print(json.dumps(dataclasses.asdict(link)), markup=False, soft_wrap=True)
         for (rows, tokens), (expected, taken) in checks.items():
             console.print(f"{rows} rows, {tokens} tokens: {1e6 * expected:.0f} us by these, {1e6 * taken:.0f} us measured")
+
+
+def _sizes(cases: str) -> list[tuple[int, int]]:
+    """(batch, length) of each of "batch x length, comma separated"."""
+    pairs = [size.partition("x") for size in cases.split(",")]
+    return [(int(batch), int(length)) for batch, _, length in pairs]
 
 
 def _gpu() -> tuple[dict[str, float], dict[str, str]]:
