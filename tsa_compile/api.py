@@ -29,7 +29,7 @@ def transform(
     inductor_options: Mapping[str, Any] | None = None,
     front: str = "auto",
 ) -> M:
-    """Make the attention of `model` token-sparse, in place; returns the same module.
+    """Make the attention of `model` sparse, in place; returns the same module.
 
     Works as `nn.Module.compile` does: parameters, `state_dict`, `.to()`, hooks (also those added later) and `generate()` work as
     before; a copy or a pickle of the model is dense again. Decode steps (`input_ids` of one token) run as before, unless the plan
@@ -51,7 +51,8 @@ def transform(
     Raises:
         TypeError: `model` is not a module, or `policy_or_plan` is none of the above.
         ValueError: a rule of the plan matches no module, or names a layer by a number that several stacks of layers have; or the
-            policy is for denoising alone, which `generate.diffusion.diffuse` does.
+            policy is for denoising alone, which `generate.diffusion.diffuse` does; or `front` is none of these, or "interface"
+            where the model, the plan or another option rules that out.
         RuntimeError: the model is transformed or compiled already; `restore` it first.
     """
     if not isinstance(model, nn.Module):
