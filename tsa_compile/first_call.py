@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
+from tsa_compile.cache.names import CACHES
+
 _TOKENS = ("input_ids", "inputs_embeds")
-_CACHES = ("past_key_values", "cache")  # transformers up to 5.23, from 5.24
 _BY_TOKEN = frozenset({"position_ids", "cache_position", "token_type_ids", "mm_token_type_ids"})  # last dimension: tokens
 
 
@@ -25,7 +26,7 @@ def parts(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | 
     images, goes to the first.
     """
     rows, logits = _rows(kwargs), kwargs.get("logits_to_keep")
-    fills_cache = kwargs.get("use_cache") is not False and any(kwargs.get(name) is not None for name in _CACHES)
+    fills_cache = kwargs.get("use_cache") is not False and any(kwargs.get(name) is not None for name in CACHES)
     if type(logits) is not int or not fills_cache or not 1 < logits < rows or kwargs.get("output_attentions"):
         return None
     if kwargs.get("return_dict") is False:

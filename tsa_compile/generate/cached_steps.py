@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
+from tsa_compile.cache.names import cache_name
 from tsa_compile.cache.pinned import PinnableRows
 from tsa_compile.session import Session
 
 Tensor = torch.Tensor
-CACHES = ("cache", "past_key_values")  # transformers from 5.24, up to 5.23
 
 
 class CachedSteps:
@@ -29,7 +28,9 @@ class CachedSteps:
 
     def __init__(self, model: Any, session: Session, cache: Any, given: Mapping[str, Any], new: int) -> None:
         self.model, self.session, self.cache = model, session, cache
-        self._name = next(name for name in CACHES if name in inspect.signature(model.forward).parameters)
+        name = cache_name(model)
+        assert name is not None
+        self._name = name
         self._mask: Tensor | None = given.get("attention_mask")
         positions = given.get("position_ids")
         self._positions: Tensor | None = None if positions is None else positions[..., -1:]  # of the last token of the prompt

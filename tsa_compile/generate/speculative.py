@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from tsa_compile.generate.cached_steps import CACHES, CachedSteps
+from tsa_compile.cache.names import CACHES
+from tsa_compile.generate.cached_steps import CachedSteps
 from tsa_compile.generate.drafts import Draft, Request, as_draft
 from tsa_compile.generate.gate import Cost, as_costs
 from tsa_compile.generate.hf_generate import check_cache, check_request, result_of

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import nn
 
 from tsa_compile.cache import Cache
+from tsa_compile.cache.names import cache_name
 from tsa_compile.learn.model_inputs import as_inputs
 from tsa_compile.plan import Plan
 from tsa_compile.session import Session
@@ -34,8 +34,7 @@ class TextDecoder:
             raise ValueError(
                 "the model is in training mode, transformed or compiled: call model.eval(), tsa_compile.restore(model)"
             )
-        names = inspect.signature(model.forward).parameters
-        found = next((name for name in ("past_key_values", "cache") if name in names), None)
+        found = cache_name(model)
         if found is None:
             raise ValueError(f"{type(model).__name__} takes no cache of transformers (past_key_values)")
         self._model, self._last, self._cache_name = model, last, found

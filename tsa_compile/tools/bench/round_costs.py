@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import statistics
 import time
 from typing import Any
 
 import torch
 
-from tsa_compile.generate.cached_steps import CACHES, CachedSteps
+from tsa_compile.cache.names import CACHES, cache_name
+from tsa_compile.generate.cached_steps import CachedSteps
 from tsa_compile.generate.drafts import as_draft
 from tsa_compile.generate.gate import Cost
 from tsa_compile.generate.speculative_plan import plan_of, session_of
@@ -71,7 +71,8 @@ def _filled(model: Any, session: Any, batch: int, length: int, gamma: int) -> tu
 
 
 def _cache(model: Any, make: Any) -> dict[str, Any]:
-    name = next(name for name in CACHES if name in inspect.signature(model.forward).parameters)
+    name = cache_name(model)
+    assert name is not None
     return {name: make(config=model.config)}
 
 

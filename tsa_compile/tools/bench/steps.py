@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import tsa_compile as tsa
+from tsa_compile.cache.names import cache_name
 from tsa_compile.cuda_graphs import CudaReplay
 from tsa_compile.kernels.common.pages import pages_of
 from tsa_compile.session import attached
@@ -119,10 +120,13 @@ def filled(model: Any, case: StepCase) -> Any:
 def stepper(model: Any, cache: Any, ids: torch.Tensor) -> Callable[[], Any]:
     """One more token: a call that makes the cache a row longer."""
 
+    name = cache_name(model)
+    assert name is not None
+
     def step() -> Any:
         at = cache.get_seq_length()
         with torch.no_grad():
-            return model(ids, position_ids=torch.full_like(ids, at), past_key_values=cache)
+            return model(ids, position_ids=torch.full_like(ids, at), **{name: cache})
 
     return step
 
