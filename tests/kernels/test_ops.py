@@ -184,3 +184,17 @@ def test_tensors_on_a_gpu_that_is_not_the_current_one():
         assert torch.cuda.current_device() == 0
     expected = torch.ops.tsa.token_sparse_attention(q.cpu(), k.cpu(), v.cpu(), None, *args)
     torch.testing.assert_close(out.cpu(), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_cuda_graph_on_a_gpu_that_is_not_the_current_one():
+    q, k, v = qkv(device="cuda:1")
+    args = (*SELECT[:5], 8, 2, 4, "auto")
+    expected = torch.ops.tsa.token_sparse_attention(q, k, v, None, *args)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(1), torch.cuda.graph(graph), torch.cuda.device(0):
+        out = torch.ops.tsa.token_sparse_attention(q, k, v, None, *args)
+    out.zero_()
+    graph.replay()
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)
