@@ -66,7 +66,7 @@ class CachedSteps:
             kwargs["position_ids"] = self._next_positions(n)
         if self._mask is not None or self.apart is not None:
             kwargs["attention_mask"] = self._mask_with(n, tokens)
-        logits: Tensor = self.model(**kwargs).logits
+        logits: Tensor = self.session(**kwargs).logits
         self._ahead = self._ahead + n
         if self.apart is not None:
             self.apart = [length + n for length in self.apart]
@@ -80,6 +80,19 @@ class CachedSteps:
         else:
             self.apart = [self._prompt + n for n in new]
             self._set_lengths()
+
+    def restart(self, rows: Tensor, mask: Tensor, positions: Tensor) -> None:
+        """Batch rows `rows` `[n]` have other prompts: their `mask` and `positions`, `[n, L]`, as many places as the ones before.
+
+        Rows may differ. The caller writes the keys and values of these prompts, and calls `keep` then.
+        """
+        assert self.apart is not None
+        assert self._mask is not None
+        assert self._positions is not None
+        self._mask[rows], self._positions[rows] = mask, positions[:, -1:]
+        longest = self._mask_with(0, self._mask)
+        for layer in self.cache.layers:
+            layer.key_mask = longest.bool()
 
     def _set_lengths(self) -> None:
         assert self.apart is not None
