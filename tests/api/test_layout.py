@@ -23,6 +23,7 @@ ROWS = (
     ("api",),
     ("check", "reach"),
     ("generate", "learn", "export", "frontends"),
+    ("rl",),
     ("tools",),
     ("top",),  # what users start from: the package, and every command (`*cli.py`)
 )

@@ -1,8 +1,8 @@
 """Rollouts for reinforcement learning: many samples of many prompts, decoded under a sparse policy, scored by the dense model.
 
 Sparrow (arXiv 2606.08446): decode reads pages by a schedule, and training is corrected by the ratio of both policies'
-probabilities (`corrections.py`). The model is not transformed: its own calls, as training makes them, stay as they are. Weights
-are read where they lie, so each rollout is of the model as it is then, and nothing is compiled or recorded anew for it.
+probabilities (`rl/corrections.py`). The model is not transformed: its own calls, as training makes them, stay as they are.
+Weights are read where they lie, so each rollout is of the model as it is then, and nothing is compiled or recorded anew for it.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Rollouts:
         look_every: steps between two looks at which rows have ended; each look waits for the device.
         rows_at_once: sequences of one prefill, and of one scoring pass.
         compiler: as of `transform`.
-        decoding: what is to be in force while tokens are drawn, and not while they are scored (`learn.distill_sparse`).
+        decoding: what is to be in force while tokens are drawn, and not while they are scored (`rl.distill`).
 
     Raises:
         ValueError: a number is out of range, the plan has no policy for decode, or the model is transformed or takes no cache.
@@ -133,7 +133,7 @@ class Rollouts:
         """Draw `samples` continuations of each prompt, and score them.
 
         Args:
-            prompts: token ids, without padding.
+            prompts: token ids, without padding. Equal ones are read once.
             samples: of each prompt.
             new_tokens: of each sample, at most.
             generator: on the model's device; None: torch's own.
@@ -144,12 +144,9 @@ class Rollouts:
         _check_count("samples", samples)
         _check_count("new_tokens", new_tokens)
         device = next(self.model.parameters()).device
-        given = [torch.as_tensor(p, dtype=torch.int64, device=device) for p in prompts]
-        if not given or not all(map(len, given)):
-            raise ValueError("prompts must be one or more, each with a token")
-        rows = [p for p in given for _ in range(samples)]
+        rows = _as_rows(prompts, samples, device)
         how = Drawing(self.temperature, self.ends, self.top, self.look_every, self.rows_at_once, generator)
-        with evaluating(self.model):
+        with untrained(self.model):
             with self.decoding(), self.session.backend.under(self.plan):
                 batch = RolloutBatch(self.model, self.session, rows, self.batch, new_tokens, how)
                 batch.run()
@@ -173,16 +170,34 @@ class Rollouts:
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, no module of the model is in training mode; those that were are again afterwards."""
+def untrained(model: Any) -> Iterator[None]:
+    """Inside, no module of the model is in training mode, and no hook makes its embeddings require gradients, as gradient
+    checkpointing of transformers has it (more of them at each rollout of TRL, for each of which steps would be traced anew)."""
     training = [module for module in model.modules() if module.training]
+    hooks = model.get_input_embeddings()._forward_hooks
+    stashed = {key: hook for key, hook in hooks.items() if getattr(hook, "__name__", "") == "make_inputs_require_grads"}
     for module in training:
         module.training = False
+    for key in stashed:
+        del hooks[key]
     try:
         yield
     finally:
+        hooks.update(stashed)
         for module in training:
             module.training = True
+
+
+def _as_rows(prompts: Sequence[Sequence[int] | Tensor], samples: int, device: torch.device) -> list[Tensor]:
+    """The prompt of each sample, int64 `[L]`; equal prompts are the same tensor."""
+    known: dict[tuple[int, ...], Tensor] = {}
+    keys = [tuple(p.tolist()) if isinstance(p, Tensor) else tuple(p) for p in prompts]
+    if not keys or not all(keys):
+        raise ValueError("prompts must be one or more, each with a token")
+    for key in keys:
+        if key not in known:
+            known[key] = torch.tensor(key, dtype=torch.int64, device=device)
+    return [known[key] for key in keys for _ in range(samples)]
 
 
 def _check_count(name: str, number: int) -> None:

@@ -9,7 +9,7 @@ import torch
 
 import tsa_compile as tsa
 from tsa_compile.learn.gate import schedule_plan
-from tsa_compile.learn.rollout_gate import RolloutGate, tighter
+from tsa_compile.rl.rollout_gate import RolloutGate, tighter
 
 MASK = torch.ones(2, 200, dtype=torch.bool)
 POSITIONS = torch.arange(1900, 2100).expand(2, -1)  # two bins of 200 tokens each

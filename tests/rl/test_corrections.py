@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from tsa_compile.generate.corrections import CAPS, effective_size, importance_weights, ratios
+from tsa_compile.rl.corrections import CAPS, effective_size, importance_weights, ratios
 
 
 @pytest.fixture

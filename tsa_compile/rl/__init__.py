@@ -1,0 +1,1 @@
+"""Training on sparse rollouts: corrections, a gate, a hook for TRL, an adapter."""
