@@ -1,4 +1,4 @@
-"""How much a selection keeps, as recorders are told it: a number for each batch row, and of how much. Read by no kernel."""
+"""How much a selection keeps, as recorders are told it: an integer for each batch row, and of how much. Read by no kernel."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def keys(result: tuple[Tensor, ...], arguments: tuple[Any, ...], named: Mapping[
 
 
 def key_blocks(bits: Tensor, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Tensor, int]:
-    """Of a bitmap `[B, H or Hk, row blocks, words]`: key blocks that row blocks read, `[B]`, the mean over heads, of those that
+    """Of a bitmap `[B, H or Hk, row blocks, words]`: key blocks that row blocks read, `[B]`, over all heads, of those that
     begin before a row block's end; padding counts among the latter alone."""
     q_len, k_len = arguments[0].shape[2], named.get("k_len") or arguments[1].shape[2]
     ones = torch.tensor([n.bit_count() for n in range(256)], dtype=torch.int32, device=bits.device)
-    kept = ones[bits.view(torch.uint8).int()].sum((2, 3)).float().mean(1)
+    kept = ones[bits.view(torch.uint8).int()].sum((1, 2, 3))
     ends = (min(end + ROWS, k_len) for end in range((k_len - q_len) // ROWS * ROWS, k_len, ROWS))
-    return kept, sum(-(-end // KEYS) for end in ends)
+    return kept, bits.shape[1] * sum(-(-end // KEYS) for end in ends)

@@ -32,8 +32,8 @@ class Operator(NamedTuple):
         reference: "module:function" below `tsa_compile.kernels`, in plain PyTorch: what runs on CPU tensors.
         host: "module:function" that launches the kernels: what runs on CUDA tensors. Both are imported at the first call.
         arguments: from the arguments of the schema to those of the four functions above; None: they take the schema's own.
-        kept: what recorders are told of its calls, from the result and the schema's arguments: (how much is kept, `[B]`, of how
-            much); None: it selects nothing.
+        kept: what recorders are told of its calls, from the result and the schema's arguments: (how much is kept, integers `[B]`,
+            of how much); None: it selects nothing.
     """
 
     schema: str

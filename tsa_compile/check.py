@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from tsa_compile import api
+from tsa_compile.kernels.common.group import rank_and_size
+from tsa_compile.parallel import head_group
 from tsa_compile.recorder import record_kept
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ class Measurement:
     """What `compare` saw: the sites with the share of the tokens that each kept, times of one call, and closeness.
 
     Args:
-        report: the sites; replaced ones carry their kept share.
+        report: the sites; replaced ones carry their kept share, of a tensor-parallel model over all ranks.
         dense_seconds, sparse_seconds: medians of one call.
         relative_error: `||sparse - dense|| / ||dense||` of the compared output.
         predictions: closeness of the predictions; None for a model without logits.
@@ -82,6 +84,8 @@ def compare(
 ) -> Measurement:
     """Run `model(*args, **kwargs)` dense and under `policy`, without gradients; the model is left as it was.
 
+    Every rank of a tensor-parallel model must call it, and gets the same kept shares.
+
     Args:
         model: any module that is not transformed; its output has `logits`, `last_hidden_state`, or is a tensor.
         policy: as for `transform`.
@@ -106,13 +110,14 @@ def compare(
         (dense, has_logits), dense_seconds = call(), median_seconds(call, repeats)
     finally:
         api.restore(model)
+    group = head_group(model)
     api.transform(model, policy, compiler=compiler)
     try:
-        with record_kept(model) as kept:
+        with record_kept(model, group) as kept:
             sparse, _ = call()
         report, shares = api.report(model), kept.shares()
         if len(shares) == len(report.replaced):  # a policy may select in another way
-            report = report.with_kept(shares)
+            report = report.with_kept(shares, 1 if group is None else rank_and_size(group)[1])
         sparse_seconds = median_seconds(call, repeats)
     finally:
         api.restore(model)

@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from tsa_compile.dynamo import called
 from tsa_compile.kernels import ops
+from tsa_compile.kernels.common.group import check_agreement, total
 from tsa_compile.passes.facts.names import module_path
 
 _SELECTIONS = frozenset(op.name for op in ops.OPERATORS if op.kept is not None)
@@ -28,7 +29,8 @@ class _Graph(NamedTuple):
 class KeptTokens:
     """What every selection keeps, in order of execution; numbers stay on the device until they are read."""
 
-    def __init__(self, model: nn.Module | None = None) -> None:
+    def __init__(self, model: nn.Module | None = None, group: str | None = None) -> None:
+        self._group = group
         self._model = None if model is None else called(model)
         self._graph: _Graph | None = None
         self._next = 0
@@ -45,20 +47,31 @@ class KeptTokens:
 
     def shares(self) -> list[float]:
         """Kept share of each selection's keys, or key blocks, in [0, 1], averaged over the batch. Waits for the device."""
-        return [_share(counts, of) for _, counts, of in self._counts]
+        return [share for _, share in self.by_module()]
 
     def by_module(self) -> list[tuple[str, float]]:
         """(path of the attention module, kept share) of each selection; the path is "" outside of a compiled graph."""
-        return [(module, _share(counts, of)) for module, counts, of in self._counts]
+        found = [(int(kept.sum()), of * len(kept)) for _, kept, of in self._counts]
+        if self._group is not None and found:
+            on = self._counts[0][1].device
+            check_agreement("record_kept", {"selections": len(found)}, on, self._group)
+            found = total(torch.tensor(found, device=on), self._group).tolist()
+        modules = (module for module, _, _ in self._counts)
+        return [(module, kept / of if of else 0.0) for module, (kept, of) in zip(modules, found, strict=True)]
 
 
 @contextlib.contextmanager
-def record_kept(model: nn.Module | None = None) -> Iterator[KeptTokens]:
+def record_kept(model: nn.Module | None = None, group: str | None = None) -> Iterator[KeptTokens]:
     """`with record_kept(model) as kept: model(ids)`, then `kept.shares()`.
 
     Of this thread only, and of `model` only where one is given. Replays of CUDA graphs are not seen.
+
+    Args:
+        model: whose selections are counted; None: those of all.
+        group: name of a process group over whose ranks the heads are spread (`parallel.head_group(model)`): shares are of the
+            heads of all ranks, the same number on each, and every rank must read them. None: of the heads in this process.
     """
-    kept = KeptTokens(model)
+    kept = KeptTokens(model, group)
     with ops.observing(kept._observe):
         yield kept
 
@@ -89,7 +102,3 @@ def selecting_modules(gm: fx.GraphModule) -> list[str]:
     """The module of each selection of a rewritten graph, in order of execution."""
     targets = {getattr(torch.ops.tsa, name).default for name in _SELECTIONS}
     return [module_path(node) for node in gm.graph.nodes if node.target in targets]
-
-
-def _share(counts: torch.Tensor, of: int) -> float:
-    return counts.float().mean().item() / of if of else 0.0

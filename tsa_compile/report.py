@@ -73,6 +73,7 @@ class Report:
         steps: how decode steps ran, and how many; of a transformed model whose plan has a policy for them.
         speculation: what speculative generation came to; None: there was none.
         front: "trace", or "interface": a transformers model's own attention interface, without graphs.
+        ranks: kept shares are of the heads of so many processes.
     """
 
     sites: list[SiteReport] = dataclasses.field(default_factory=list)
@@ -84,6 +85,7 @@ class Report:
     steps: dict[str, int] = dataclasses.field(default_factory=dict)
     speculation: Speculation | None = None
     front: str = "trace"
+    ranks: int = 1
 
     @property
     def replaced(self) -> list[SiteReport]:
@@ -102,8 +104,12 @@ class Report:
             both.passes[name] = both.passes.get(name, PassReport()).plus(p.count, p.seconds)
         return both
 
-    def with_kept(self, kept: list[float]) -> Report:
+    def with_kept(self, kept: list[float], ranks: int = 1) -> Report:
         """A copy whose replaced sites carry the kept share of their tokens or key blocks, given in order of execution.
+
+        Args:
+            kept: the shares.
+            ranks: whose heads they are of.
 
         Raises:
             ValueError: not one number for each replaced site.
@@ -112,7 +118,7 @@ class Report:
             raise ValueError(f"{len(kept)} kept shares for {len(self.replaced)} replaced sites")
         shares = iter(kept)
         sites = [dataclasses.replace(s, kept=next(shares)) if s.replaced else s for s in self.sites]
-        return dataclasses.replace(self, sites=sites, warnings=list(self.warnings))
+        return dataclasses.replace(self, sites=sites, warnings=list(self.warnings), ranks=ranks)
 
     def summary(self) -> str:
         if self.front == "interface":
@@ -158,6 +164,8 @@ class Report:
             console.print(self.to_table())
             for warning in self.warnings:
                 console.print(f"warning: {warning}", markup=False)
+            if self.ranks > 1:
+                console.print(f"kept: of the heads of all {self.ranks} ranks", markup=False, highlight=False)
             if self.passes:
                 ran = ", ".join(f"{name} {p.count} in {p.seconds:.2f} s" for name, p in self.passes.items())
                 console.print(f"passes: {ran}", markup=False, highlight=False)

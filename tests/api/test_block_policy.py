@@ -60,9 +60,9 @@ def test_the_report_has_the_share_of_the_key_blocks_that_are_read(policy, low):
 def test_the_share_of_a_bitmap():
     bits = torch.tensor([[0b11, 0b1011, 1 << 4], [0b11, 0b1111, 0b11111]])[None, :, :, None]  # row blocks 1 to 3 of 300 keys
     kept, of = key_blocks(bits.expand(2, -1, -1, -1), (torch.empty(2, 2, 300, 8), torch.empty(2, 2, 300, 8)), {})
-    assert (kept.tolist(), of) == ([(6 + 11) / 2] * 2, 2 + 4 + 5)
+    assert (kept.tolist(), of) == ([6 + 11] * 2, 2 * (2 + 4 + 5))
     later = key_blocks(bits[:, :, 1:], (torch.empty(1, 2, 100, 8), torch.empty(1, 2, 300, 8)), {"k_len": 290})
-    assert (later[0].tolist(), later[1]) == ([(4 + 9) / 2], 4 + 5)
+    assert (later[0].tolist(), later[1]) == ([4 + 9], 2 * (4 + 5))
     top = torch.tensor([[[[-1, 1]]]])  # 65 key blocks, the 64th bit is the sign
     assert key_blocks(top, (torch.empty(1, 1, 1, 8), torch.empty(1, 1, 4160, 8)), {})[0].tolist() == [65]
 

@@ -17,7 +17,7 @@ ROWS = (
     ("policies",),
     ("passes", "plan"),
     ("dynamo",),
-    ("recorder", "report", "watched", "first_call"),
+    ("recorder", "report", "watched", "first_call", "parallel"),
     ("backend", "interface"),
     ("session",),
     ("api",),

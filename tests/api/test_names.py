@@ -67,7 +67,7 @@ NAMES = {
     "session.Session": "model, plan, compiler='eager', inductor_options=None, fullgraph=False",
     "backend.Backend": "plan, compiler='inductor', inductor_options=None, model=None",
     "backend.Backend.sites": "self",  # [SiteReport] of the current plan
-    "recorder.record_kept": "model=None",
+    "recorder.record_kept": "model=None, group=None",
     "generate.diffusion.diffuse": (
         "model, ids, new_tokens, *, mask_id, block=32, steps=None, threshold=None, plan=None, temperature=0.0, watch=None"
     ),

@@ -11,6 +11,7 @@ from torch import nn
 
 from tsa_compile.check import compare_logits
 from tsa_compile.learn.drift import decoder_layer, record_drift
+from tsa_compile.parallel import head_group
 from tsa_compile.plan import Plan
 from tsa_compile.policies.dense import Dense
 from tsa_compile.policies.token_sparse import TokenSparse
@@ -41,6 +42,7 @@ class Meter:
 
     def __init__(self, model: nn.Module, policy: TokenSparse, last: int) -> None:
         self._model, self._last = model, last
+        self._group = head_group(model)
         self._widest = Plan(prefill=policy)
         self._session = Session(model, self._widest)
         self.layers: list[str] = []
@@ -78,7 +80,7 @@ class Meter:
     def sample(self, inputs: Mapping[str, Any], dense: Tensor, plan: Plan) -> Sample:
         """The model under a plan that makes some of the layers sparse, as `transform(model, plan)` runs it."""
         self._session.plan = plan
-        with record_kept(self._model) as kept:
+        with record_kept(self._model, self._group) as kept:
             logits = self._predict(self._session, inputs)
         shares = kept.by_module()
         expected, ran = {layer for layer in self.layers if plan.policy_at(layer, "prefill") != Dense()}, {m for m, _ in shares}
