@@ -146,3 +146,32 @@ def test_weights_reach_the_gradient(parts):
     assert not torch.equal(plain, begin)
     assert not torch.equal(plain, wide)
     assert not torch.equal(wide, tight)
+
+
+@pytest.mark.slow
+def test_an_adapter_is_trained_beside_and_is_in_no_step_of_the_trainer(parts):
+    pytest.importorskip("peft", reason="the extra `rl` is not installed")
+    from tsa_compile.rl.distill import SparseAdapter
+
+    Trainer, made = parts
+    torch.manual_seed(0)
+    model = tiny_llama(initializer_range=0.12, eos_token_id=1)
+    adapter = SparseAdapter(model, rank=2, lr=1e-2)
+    rollouts = SparseRollouts(schedule_plan((0,), dense_layers=1), batch=8, adapter=adapter)
+    trainer = Trainer(model=model, rollout_func=rollouts, **made)
+    own = {id(p) for p in adapter.parameters}
+    before = [p.clone() for p in model.parameters()]
+    switched = []
+    compute = trainer._compute_loss
+
+    def watched(model_, inputs):
+        switched.append(any(not layer.disable_adapters for layer in adapter._layers))
+        return compute(model_, inputs)
+
+    trainer._compute_loss = watched
+    trainer.train()
+    assert switched == [False] * 3
+    assert not own & {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    changed = {id(p): not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True)}
+    assert all(changed.values())  # both are trained
+    assert [row["distill_kl"] > 0 for row in rollouts.history] == [True] * 3

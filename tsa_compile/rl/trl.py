@@ -37,7 +37,7 @@ class SparseRollouts:
     Args:
         decode: a gate, which may change the plan after each rollout, or a plan that stays.
         cap, level, drop: of the weights; see `corrections.importance_weights`. `cap=None`: no weights.
-        adapter: LoRA weights that only the sparse policy has.
+        adapter: LoRA weights that only the sparse policy has (`rl.distill`); it needs `SparseGRPO`.
         options: of `generate.rollout.Rollouts`, such as `batch`; temperature and ends are the trainer's.
 
     Attributes:
@@ -83,8 +83,18 @@ class SparseRollouts:
             "logprobs": [row[:n] for row, n in zip(found.sparse.tolist(), lengths, strict=True)],
         }
 
+    def distill(self, trainer: Any, prompts: Tensor, mask: Tensor, advantages: Tensor) -> None:
+        """The adapter's step on the latest rollout; prompts and mask int64 `[N, L]`, advantages `[N]`."""
+        assert self.adapter is not None
+        assert self._rollouts is not None
+        assert self.last is not None
+        terms = self.adapter.learn(self.last, prompts, mask, advantages, self._rollouts.plan, trainer.temperature)
+        for name, value in terms.items():
+            trainer._log_metric(f"rollout/distill_{name}", value)
+            self.history[-1][f"distill_{name}"] = value
+
     def _begin(self, trainer: Any) -> Rollouts:
-        check_trainer(trainer, self.cap)
+        check_trainer(trainer, self.cap, self.adapter is not None)
         model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
         around = contextlib.nullcontext if self.adapter is None else self.adapter.decoding
         plan = self._plan if self.gate is None else self.gate.plan
@@ -125,7 +135,7 @@ class SparseGRPO:
         if isinstance(rollouts, SparseRollouts):
             assert rollouts.last is not None
             if rollouts.adapter is not None and self.model.training:
-                rollouts.adapter.learn(rollouts.last, output["prompt_ids"], output["prompt_mask"], output["advantages"])
+                rollouts.distill(self, output["prompt_ids"], output["prompt_mask"], output["advantages"])
             output["advantages"] = weighted(output["advantages"], rollouts.weights, output["completion_ids"].shape[1])
         return output
 
@@ -146,7 +156,7 @@ def tokenized(prompts: Sequence[Any], trainer: Any) -> list[list[int]]:
     return [make(list(p), add_generation_prompt=True, tokenize=True, return_dict=True, **options)["input_ids"] for p in prompts]
 
 
-def check_trainer(trainer: Any, cap: float | None) -> None:
+def check_trainer(trainer: Any, cap: float | None, adapter: bool = False) -> None:
     """Raise a ValueError that names what does not go with sparse rollouts."""
     args = trainer.args
     cut = [f"{name}={getattr(args, name)}" for name, whole in WHOLE.items() if getattr(args, name) not in whole]
@@ -156,8 +166,9 @@ def check_trainer(trainer: Any, cap: float | None) -> None:
         "tools": bool(trainer.tools),
         "weights that are sharded (FSDP, ZeRO-3)": trainer.is_fsdp_enabled or _is_zero3(trainer),
         "loss_type='vespo', which weights sequences itself": cap is not None and trainer.loss_type == "vespo",
-        "a trainer without tsa_compile.rl.trl.SparseGRPO before GRPOTrainer: cap must be None": cap is not None
-        and not isinstance(trainer, SparseGRPO),
+        "a trainer without tsa_compile.rl.trl.SparseGRPO before GRPOTrainer: cap and adapter must be None": (
+            (cap is not None or adapter) and not isinstance(trainer, SparseGRPO)
+        ),
     }
     wrong = [what for what, is_asked in asked.items() if is_asked]
     if wrong:
