@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from tsa_compile.tools.zoo import all_entries, jobs, support_table
-from tsa_compile.tools.zoo.check_model import Result, check, difference
+from tsa_compile.tools.zoo.check_model import check, difference
 from tsa_compile.tools.zoo.entries import Entry
+from tsa_compile.tools.zoo.result import Result
 from tsa_compile.tools.zoo.scenarios import SCENARIOS
 from tsa_compile.tools.zoo.sdpa_reference import causal_with_padding
 

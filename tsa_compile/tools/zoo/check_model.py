@@ -1,9 +1,8 @@
-"""One model, one attention implementation, one scenario: dense, keeping every token, and sparse against the reference."""
+"""One model, one attention implementation, one scenario: dense, keeping every token, and sparse against references."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -15,53 +14,21 @@ from torch import Tensor, fx, nn
 
 from tsa_compile.dynamo import isolated
 from tsa_compile.plan import Plan
+from tsa_compile.policies.base import Policy
+from tsa_compile.policies.block_sparse import BlockSparse
 from tsa_compile.policies.token_sparse import Completion, TokenSparse
 from tsa_compile.report import Report
 from tsa_compile.session import Session
 from tsa_compile.tools.zoo.entries import FLEX, NO_FAST_PATH, Entry, NotOffered
+from tsa_compile.tools.zoo.result import CheckFailed, Result
 from tsa_compile.tools.zoo.scenarios import Scenario
-from tsa_compile.tools.zoo.sdpa_reference import SdpaReference
+from tsa_compile.tools.zoo.sdpa_reference import reference_outputs
 
 KEEP_ALL = TokenSparse.paper(coverage=0.0, window=1, pool=1, min_tokens=1, min_queries=0)
-SPARSE = TokenSparse(coverage=0.4, window=4, pool=3, min_tokens=4, min_queries=0, completion=Completion(3, 2, 3))
+TOKENS = TokenSparse(coverage=0.4, window=4, pool=3, min_tokens=4, min_queries=0, completion=Completion(3, 2, 3))
+BLOCKS = BlockSparse(alpha=0.99, pool=16, window=1, sinks=0, last_dense=0)  # the default's kind, strict enough for short prompts
 TOLERANCE = 2e-4  # of the largest output, fp32
-NOT_RUN = "not run"
-
-
-@dataclasses.dataclass
-class Result:
-    """What happened; errors are the largest difference over the largest output.
-
-    Args:
-        status: "ok", "failed", "not offered" (the model has not this implementation or call) or `NOT_RUN`.
-        detail: why it is not "ok".
-        calls: how often the model was called.
-        sites, replaced: attentions found and replaced, over all graphs.
-        reasons: reason -> how many sites stay dense for it.
-        graphs, breaks: traced graphs and graph breaks, the model's own.
-        error: at coverage 0, against dense.
-        sparse_error: at coverage > 0, against the eager reference; None: not compared.
-    """
-
-    model: str
-    library: str
-    implementation: str
-    scenario: str
-    status: str = "ok"
-    detail: str = ""
-    calls: int = 0
-    sites: int = 0
-    replaced: int = 0
-    reasons: dict[str, int] = dataclasses.field(default_factory=dict)
-    graphs: int = 0
-    breaks: int = 0
-    error: float | None = None
-    sparse_error: float | None = None
-    warnings: list[str] = dataclasses.field(default_factory=list)
-
-
-class CheckFailed(Exception):
-    """A model does not do what it should; the message says what."""
+FEW = "queries over a cache: "  # reason of a site with too few rows for the policy, which it would take otherwise
 
 
 def check(entry: Entry, implementation: str, scenario: Scenario) -> Result:
@@ -89,24 +56,30 @@ def _check(entry: Entry, implementation: str, scenario: Scenario, result: Result
     result.calls = len(dense)
     own = _own_graphs(model, scenario, entry) if scenario.counted else None
     session = Session(model, Plan(prefill=KEEP_ALL))
+    sparse = {}
     with _compiled(model, session) as breaks:
         kept = scenario.run(model, entry)
-        report = session.report
-        session.plan = Plan(prefill=SPARSE)
-        sparse = scenario.run(model, entry) if scenario.sparse else []
+        _describe(result, session.report)
+        for policy in (TOKENS, BLOCKS) if scenario.sparse else ():
+            session.plan = Plan(prefill=policy)
+            sparse[policy] = scenario.run(model, entry), session.report
         result.breaks = breaks()
-    _describe(result, report)
     result.error = difference(kept, dense)
     if own is not None and (result.graphs > own[0] or result.breaks > own[1]):
         seen = f"{result.graphs} graphs and {result.breaks} graph breaks"
         raise CheckFailed(f"{seen}, where the model alone gives {own[0]} and {own[1]}")
-    _check_sites(result, 0 if implementation == FLEX else entry.causal * scenario.prefills)
+    expected = 0 if implementation == FLEX else entry.causal * scenario.prefills
+    _check_sites(result, expected)
     if result.error > TOLERANCE:
         raise CheckFailed(f"at coverage 0 the output differs from dense by {result.error:.1e} of its size")
-    if scenario.sparse:
-        expected = _reference(entry, scenario, report) if result.replaced else dense
-        result.sparse_error = difference(sparse, expected)
-        _check_sparse(result, difference(sparse, dense))
+    for policy, (outputs, report) in sparse.items():
+        taken = [s.replaced or FEW in s.reason for s in report.sites]
+        if sum(taken) != expected:
+            raise CheckFailed(f"{policy.name} takes {sum(taken)} of {len(taken)} sites, expected {expected}")
+        reference = reference_outputs(policy, _build(entry, "sdpa"), entry, scenario, taken) if expected else dense
+        result.sparse_errors[policy.name] = difference(outputs, reference)
+        moved = difference(outputs, dense) if expected and (policy is TOKENS or scenario.long) else None
+        _check_sparse(policy, result.sparse_errors[policy.name], moved)
 
 
 def _dense(entry: Entry, implementation: str, scenario: Scenario) -> list[Tensor]:
@@ -151,28 +124,12 @@ def _check_sites(result: Result, expected: int) -> None:
         raise CheckFailed(f"{result.replaced} of {result.sites} sites replaced, expected {expected}: {result.reasons}")
 
 
-def _check_sparse(result: Result, moved: float) -> None:
-    assert result.sparse_error is not None
-    if result.sparse_error > TOLERANCE:
-        raise CheckFailed(f"at coverage > 0 the output differs from the reference by {result.sparse_error:.1e} of its size")
-    if result.replaced and moved < 5 * TOLERANCE:
-        raise CheckFailed(f"at coverage > 0 the output is dense: {moved:.1e}")
-
-
-def _reference(entry: Entry, scenario: Scenario, report: Report) -> list[Tensor]:
-    """The scenario, uncompiled, with the reference algorithm where a site was replaced."""
-    model = _build(entry, "sdpa")
-    with SdpaReference(SPARSE, lambda call, causal: False) as dense:
-        scenario.run(model, entry)
-    replaced = [s.replaced for s in report.sites]
-    in_order = dense.calls == len(replaced)  # else a graph served several calls; their masks then say which
-    with SdpaReference(SPARSE, lambda call, causal: replaced[call] if in_order else causal) as reference:
-        outputs = scenario.run(model, entry)
-    if reference.taken != len(report.replaced):
-        raise CheckFailed(
-            f"{len(report.replaced)} sites replaced, but {reference.taken} of {reference.calls} calls of SDPA are causal"
-        )
-    return outputs
+def _check_sparse(policy: Policy, error: float, moved: float | None) -> None:
+    """`moved`: the difference from dense, where there must be one."""
+    if error > TOLERANCE:
+        raise CheckFailed(f"with {policy.name} the output differs from the reference by {error:.1e} of its size")
+    if moved is not None and moved < 5 * TOLERANCE:
+        raise CheckFailed(f"with {policy.name} the output is dense: {moved:.1e}")
 
 
 @contextlib.contextmanager

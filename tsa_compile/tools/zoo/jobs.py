@@ -12,8 +12,9 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from tsa_compile.tools.zoo.all_entries import ENTRIES, missing
-from tsa_compile.tools.zoo.check_model import NOT_RUN, Result, check
+from tsa_compile.tools.zoo.check_model import check
 from tsa_compile.tools.zoo.entries import FLEX, Entry
+from tsa_compile.tools.zoo.result import NOT_RUN, Result
 from tsa_compile.tools.zoo.scenarios import SCENARIOS
 
 Job = tuple[int, str]  # an entry's place among `ENTRIES`, and an implementation

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from tsa_compile.tools.zoo.all_entries import LIBRARIES, missing, version
-from tsa_compile.tools.zoo.check_model import NOT_RUN, TOLERANCE, Result
+from tsa_compile.tools.zoo.check_model import TOLERANCE
+from tsa_compile.tools.zoo.result import NOT_RUN, Result
 
 _HEAD = f"""# Models
 
@@ -24,10 +25,10 @@ attention implementation that it offers:
 - flex attention: the first of these only, as it stays dense.
 
 A scenario passes if no graph and no graph break is added to the model's own, the expected sites are replaced, the output at
-coverage 0 is the dense one, and the output at coverage > 0 is that of an eager run of the reference algorithm (both to
-{TOLERANCE:.0e} of the largest output). *Sites* and *replaced* count one prefill. Decode steps stay dense in every model, and so
-do packed sequences, whose mask is data. What a model itself cannot do (packed sequences, or a cache that fails uncompiled) does
-not count; "not offered" is an implementation that it has not.
+coverage 0 is the dense one, and the outputs by `TokenSparse` and by `BlockSparse`, the default, set to leave keys out of short
+prompts too, are those of an eager run by the same policy (all to {TOLERANCE:.0e} of the largest output). *Sites* and *replaced*
+count one prefill. Decode steps stay dense in every model, and so do packed sequences, whose mask is data. What a model itself
+cannot do (packed sequences, or a cache that fails uncompiled) does not count; "not offered" is an implementation that it has not.
 """
 Run = tuple[dict[str, str], list[Result]]  # environment, results
 _NODE = re.compile(r": \w+ \(\w+\)$")  # the name of a node in one graph
