@@ -24,8 +24,6 @@ class Buffered:
         states: kinds of state that follow the rows.
     """
 
-    keeping: Any = None  # how rows are kept beside the buffers (`Policy.keeping`); None: the buffers hold all
-
     def __init__(self, lease: Lease | None = None, states: tuple[KvState, ...] = (), **kwargs: Any) -> None:
         self.lease = Lease(Pool()) if lease is None else lease
         self.number = self.lease.enter()
@@ -42,6 +40,11 @@ class Buffered:
         super().__init__(**kwargs)
 
     @property
+    def keeping(self) -> Any:
+        """How rows are kept beside the buffers (`Policy.keeping`); None: the buffers hold all."""
+        return None
+
+    @property
     def keys(self) -> torch.Tensor | None:
         return self._rows("keys")
 
@@ -56,6 +59,13 @@ class Buffered:
     @values.setter
     def values(self, tensor: torch.Tensor | None) -> None:
         self._assign("values", tensor)
+
+    def views(self) -> Pair:
+        """Keys and values of a layer that has rows, or had some."""
+        keys, values = self.keys, self.values
+        assert keys is not None
+        assert values is not None
+        return keys, values
 
     def count(self) -> int:
         """Rows of the view, with those that wait."""
@@ -121,6 +131,9 @@ class Buffered:
         return self.buffers
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, at: torch.Tensor | None = None) -> Pair:
+        raise NotImplementedError
+
+    def select_batch(self, index: torch.Tensor) -> None:
         raise NotImplementedError
 
     def reserve(self, keys: torch.Tensor, values: torch.Tensor, rows: int) -> Buffers:
@@ -193,6 +206,11 @@ class Buffered:
             self._assigned[which] = tensor
         elif self.count():
             self.clear()
+
+
+def joined(past: Pair, new: Pair) -> Pair:
+    """Rows `[B, Hk, n, D]` of both, one behind the other."""
+    return torch.cat([past[0], new[0]], -2), torch.cat([past[1], new[1]], -2)
 
 
 def shares(a: torch.Tensor, b: torch.Tensor) -> bool:

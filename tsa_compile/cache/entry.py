@@ -12,6 +12,7 @@ import torch
 from tsa_compile.cache.buffered import Buffered
 from tsa_compile.cache.hf_layers import layer_types
 from tsa_compile.cache.kv_state import KvState
+from tsa_compile.cache.layer_methods import LayerMethods
 from tsa_compile.cache.lease import Lease
 from tsa_compile.cache.storage import Pool
 
@@ -94,7 +95,7 @@ def _give_up(cache: Any) -> None:
     """Layers of ours become those of transformers again, with the same rows: autograd forbids writes in place."""
     types = layer_types()
     for n, layer in enumerate(cache.layers):
-        if isinstance(layer, Buffered):
+        if isinstance(layer, LayerMethods):
             cache.layers[n] = layer.as_plain()
             layer.release()
     if isinstance(cache.layer_class_to_replicate, functools.partial):

@@ -14,22 +14,20 @@ import torch
 
 from tsa_compile.cache.buffered import Pair
 from tsa_compile.cache.host_pages import HostPages
+from tsa_compile.cache.layer_methods import PartMethods
 from tsa_compile.cache.resident import ResidentSet
 from tsa_compile.cache.resident_pages import ResidentPages
 from tsa_compile.cache.resident_rule import ResidentRule
 from tsa_compile.kernels.common.pages import PAGE, empty_index
 
 
-class ResidentMethods(ResidentPages):
-    """What a layer of transformers that keeps all rows does otherwise where they lie in host memory.
+class ResidentMethods(ResidentPages, PartMethods):
+    """What a layer of transformers that keeps all rows does otherwise where they lie in host memory."""
 
-    Attributes:
-        total: rows of the sequence; `length` are those of the pool.
-    """
+    where = "lie in host memory"
 
     def __init__(self, resident: ResidentSet, **kwargs: Any) -> None:
         self.resident = resident
-        self.total = 0
         self.stored = None
         super().__init__(**kwargs)
 
@@ -37,12 +35,9 @@ class ResidentMethods(ResidentPages):
     def keeping(self) -> ResidentRule:
         return self.resident.rule
 
-    def count(self) -> int:
-        return self.total + (0 if self._late is None else self._late[0].shape[-2])
-
     def clear(self) -> None:
         super().clear()
-        self.total, self.stored = 0, None
+        self.stored = None
         self.resident.reset()
 
     def settle(self) -> None:
@@ -65,7 +60,7 @@ class ResidentMethods(ResidentPages):
             self.stored = HostPages(keys, values)
             self.sums, self.counts = empty_index(keys[:, :, :0])
         self._fit(keys, values, PAGE)
-        seen = (keys, values) if self.total == 0 else self._joined(keys, values)
+        seen = self._joined(keys, values)
         inside = self.total % PAGE
         rows = [torch.cat([old, new.to(old.dtype)], 2) for old, new in zip(self._open_rows(inside), (keys, values), strict=True)]
         whole = rows[0].shape[2] // PAGE * PAGE
@@ -76,13 +71,6 @@ class ResidentMethods(ResidentPages):
         self.total += keys.shape[2]
         self.resident.reset()
         return seen
-
-    def update_traced(self, keys: torch.Tensor, values: torch.Tensor) -> Pair:
-        """As `append`, in a traced graph: the rows wait for the end of the call."""
-        if self._late is not None:
-            keys, values = (torch.cat([past, new], -2) for past, new in zip(self._late, (keys, values), strict=True))
-        self._late = (keys, values)
-        return (keys, values) if self.total == 0 else self._joined(keys, values)
 
     def remove_last(self, rows: int) -> None:
         self.settle()
@@ -155,11 +143,6 @@ class ResidentMethods(ResidentPages):
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
         self._refuse("copies")
 
-    def _assign(self, which: str, tensor: torch.Tensor | None) -> None:
-        if tensor is not None:
-            self._refuse("assigned keys or values")
-        super()._assign(which, tensor)
-
     def _fit(self, keys: torch.Tensor, values: torch.Tensor, rows: int) -> None:
         """A pool of at least so many rows; new slots are zero."""
         held = self.length
@@ -169,12 +152,10 @@ class ResidentMethods(ResidentPages):
             pool[:, :, held:] = 0
 
     def _joined(self, keys: torch.Tensor, values: torch.Tensor) -> Pair:
-        """The rows so far and these behind them."""
+        if self.total == 0:
+            return keys, values
         pages, full = self.host.pages, []
         for host, pool, new in zip((self.host.keys, self.host.values), self.buffers[:2], (keys, values), strict=True):
             past = host[:, :pages].to(pool.device).transpose(1, 2).flatten(2, 3)
             full.append(torch.cat([past, pool[:, :, : self.total - pages * PAGE], new], 2))
         return full[0], full[1]
-
-    def _refuse(self, what: str) -> NoReturn:
-        raise NotImplementedError(f"a cache whose rows lie in host memory takes no {what}")

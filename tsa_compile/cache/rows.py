@@ -55,10 +55,7 @@ class Rows(Buffered):
             ends = self.row_lengths()
             self.states.append(buffers.keys, buffers.values, ends - keys.shape[-2], ends, self.key_mask, keys.shape[-2])
             self.states.settle(buffers.keys, buffers.values)
-        all_keys, all_values = self.keys, self.values
-        assert all_keys is not None
-        assert all_values is not None
-        return all_keys, all_values
+        return self.views()
 
     def remember(self, name: str) -> dict[str, torch.Tensor]:
         """The tensors of a remembered state, which the caller fills now."""

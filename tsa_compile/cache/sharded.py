@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 
-from tsa_compile.cache.buffered import Pair
+from tsa_compile.cache.buffered import Pair, joined
+from tsa_compile.cache.layer_methods import PartMethods
 from tsa_compile.kernels import ops  # noqa: F401 - registers torch.ops.tsa
 from tsa_compile.kernels.common.group import rank_and_size
 from tsa_compile.kernels.common.spread import positions, rows_held
@@ -57,30 +58,16 @@ class Shard(NamedTuple):
         return whole
 
 
-class SpreadMethods:
-    """What a layer of transformers that keeps all rows does otherwise where they are spread over ranks.
-
-    Attributes:
-        total: rows of the whole sequence that are in the ranks' buffers; `length` are this rank's.
-    """
-
-    shard: Shard
+class SpreadMethods(PartMethods):
+    """What a layer of transformers that keeps all rows does otherwise where they are spread over ranks."""
 
     def __init__(self, shard: Shard, **kwargs: Any) -> None:
-        self.shard = shard
-        self.total = 0
+        self.shard, self.where = shard, f"are {shard}"
         super().__init__(**kwargs)
 
     @property
     def keeping(self) -> Shard:
         return self.shard
-
-    def count(self) -> int:
-        return self.total + (0 if self._late is None else self._late[0].shape[-2])
-
-    def clear(self) -> None:
-        super().clear()
-        self.total = 0
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, at: torch.Tensor | None = None) -> Pair:
         """Keep this rank's of the new rows; returns the rows of the whole sequence."""
@@ -89,17 +76,10 @@ class SpreadMethods:
         self.settle()
         begin, end = self.total, self.total + keys.shape[-2]
         place = positions(self.shard.held(end), self.shard.rank, self.shard.ranks, keys.device)[self.length :] - begin
-        seen = (keys, values) if begin == 0 else self._joined(keys, values)
+        seen = self._joined(keys, values)
         self.total = end
         super().append(keys[:, :, place], values[:, :, place])
         return seen
-
-    def update_traced(self, keys: torch.Tensor, values: torch.Tensor) -> Pair:
-        """As `append`, in a traced graph: the rows wait for the next call."""
-        if self._late is not None:
-            keys, values = (torch.cat([past, new], -2) for past, new in zip(self._late, (keys, values), strict=True))
-        self._late = (keys, values)
-        return (keys, values) if self.total == 0 else self._joined(keys, values)
 
     def remove_last(self, rows: int) -> None:
         self.settle()
@@ -127,7 +107,7 @@ class SpreadMethods:
         """A layer of transformers with every row; all ranks call it."""
         layer = self.plain()
         if self.has_rows():
-            rows = [self.shard.fetch(t, self.total) for t in (self.keys, self.values)]
+            rows = [self.shard.fetch(t, self.total) for t in self.views()]
             layer.lazy_initialization(*rows)
             layer.keys, layer.values = rows
         return layer
@@ -136,19 +116,12 @@ class SpreadMethods:
         self._refuse("pickles: the other ranks' rows are not here")
 
     def _joined(self, keys: torch.Tensor, values: torch.Tensor) -> Pair:
+        if self.total == 0:
+            return keys, values
         assert self.buffers is not None
-        past = (self.shard.fetch(t[:, :, : self.length], self.total) for t in self.buffers[:2])
-        full = [torch.cat([old, new], -2) for old, new in zip(past, (keys, values), strict=True)]
-        return full[0], full[1]
-
-    def _assign(self, which: str, tensor: torch.Tensor | None) -> None:
-        if tensor is not None:
-            self._refuse("assigned keys or values")
-        super()._assign(which, tensor)
+        past = [self.shard.fetch(t[:, :, : self.length], self.total) for t in self.buffers[:2]]
+        return joined((past[0], past[1]), (keys, values))
 
     def _padding(self) -> torch.Tensor | None:
         mask = super()._padding()
         return None if mask is None else self.shard.columns(mask, self.shard.held(self.total))
-
-    def _refuse(self, what: str) -> NoReturn:
-        raise NotImplementedError(f"a cache whose rows are spread over group {self.shard.group!r} takes no {what}")

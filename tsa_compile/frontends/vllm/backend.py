@@ -16,13 +16,14 @@ from tsa_compile.frontends.vllm import counts
 from tsa_compile.frontends.vllm.decode import append, new_index, sparse_decode
 from tsa_compile.frontends.vllm.layers import Layer, decide, tell
 from tsa_compile.frontends.vllm.options import Options, read
+from tsa_compile.frontends.vllm.parents import ParentBuilder, ParentImpl
 from tsa_compile.frontends.vllm.prefill import pages, reserve, sparse_prefill
 from tsa_compile.frontends.vllm.rows import Split, Wants, split
 
 Tensor = torch.Tensor
 
 
-class Builder:
+class Builder(ParentBuilder):
     """Mixin of a metadata builder."""
 
     supports_update_block_table = False  # a split holds the table of blocks
@@ -49,7 +50,7 @@ class Builder:
         return super().build_for_cudagraph_capture(dataclasses.replace(common_attn_metadata, is_prefilling=None))
 
 
-class Impl:
+class Impl(ParentImpl):
     """Mixin of an attention's implementation. `tsa` says what was decided, once the cache is there; None before."""
 
     supports_dcp = False
@@ -100,7 +101,8 @@ class Impl:
 
     def dense(self, *args: Any) -> Tensor:
         """The parent's attention."""
-        return super().forward(*args)
+        out: Tensor = super().forward(*args)
+        return out
 
 
 def asked(config: Any) -> bool:

@@ -59,5 +59,6 @@ def _check_before_the_engine(arguments: Any) -> None:
         check_model(config)
         return config
 
-    checked.checks_tsa = True
-    arguments.EngineArgs.create_engine_config = checked
+    marked: Any = checked
+    marked.checks_tsa = True
+    arguments.EngineArgs.create_engine_config = marked

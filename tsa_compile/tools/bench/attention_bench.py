@@ -20,6 +20,7 @@ from tsa_compile.tools.bench.stages import packed_stages, selection_stages
 from tsa_compile.tools.bench.timing import GRAPHED_BELOW, graph_ms, median_ms, peak_extra_bytes
 
 Tensor = torch.Tensor
+Selected = tuple[Tensor, Tensor, Tensor]  # indices, counts, heavy
 Dense = Callable[[Tensor, Tensor, Tensor], Tensor]
 TOLERANCE = 1e-2  # relative error in bf16
 COMPLETION = Completion()
@@ -103,7 +104,7 @@ def bench_case(case: AttentionCase, peers: Mapping[str, Dense], repeats: int | N
     scale = case.dim**-0.5
     numbers = (POLICY.coverage, POLICY.window, POLICY.pool, POLICY.min_tokens)
 
-    def select() -> tuple[Tensor, Tensor, Tensor]:
+    def select() -> Selected:
         return torch.ops.tsa.select_tokens(q, k, None, None, scale, *numbers, COMPLETION.heavy)
 
     chosen = select()
@@ -144,15 +145,13 @@ def window_scores_of(q: Tensor, k: Tensor, scale: float) -> Tensor:
     return window_scores(q, k, dummy, dummy, False, scale, POLICY.window)
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, selection: tuple[Tensor, Tensor, Tensor], scale: float, engine: str, strip: bool
-) -> Callable[[], Tensor]:
+def attend(q: Tensor, k: Tensor, v: Tensor, selection: Selected, scale: float, engine: str, strip: bool) -> Callable[[], Tensor]:
     """Token-sparse attention of a given selection, as a call that can be timed."""
     tail = _strip_arguments(selection, strip)
     return lambda: torch.ops.tsa.sparse_attention(q, k, v, *tail[0], None, None, scale, *tail[1], 0, engine)[0]
 
 
-def _strip_arguments(selection: tuple[Tensor, Tensor, Tensor], strip: bool) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
+def _strip_arguments(selection: Selected, strip: bool) -> tuple[Selected, tuple[int, int]]:
     indices, counts, heavy = selection
     if strip:
         return selection, (COMPLETION.window, COMPLETION.sinks)
@@ -163,7 +162,7 @@ def _check(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    selection: tuple[Tensor, Tensor, Tensor],
+    selection: Selected,
     scale: float,
     engine: str,
     strip: bool,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,6 +13,7 @@ from tsa_compile.kernels.score.page_mass.reference import key_block_means_refere
 from tsa_compile.kernels.select.threshold_pages.reference import select_key_blocks_reference, unpack_bits
 
 Tensor = torch.Tensor
+Padding = tuple[Tensor | None, Tensor | None, Tensor | None]  # start, lengths and key_mask of the operators
 TOLERANCE = {torch.float16: 1.5e-3, torch.bfloat16: 1e-2}
 
 
@@ -43,7 +44,7 @@ CHECKS = {
 }
 
 
-def make(check: Check) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor | None, ...]]:
+def make(check: Check) -> tuple[Tensor, Tensor, Tensor, Padding]:
     """q, k, v of `check`, strided as models have them, and (start, lengths, key_mask)."""
     draw = lambda length, heads: torch.randn(check.batch, length, heads, check.dim, device="cuda").transpose(1, 2)  # noqa: E731
     q, k, v = draw(check.q_len, check.heads), draw(check.k_len, check.kv_heads), draw(check.k_len, check.kv_heads)
@@ -79,7 +80,7 @@ def attention_error(check: Check, share: float) -> float:
 def selection_error(check: Check, pool: int) -> float:
     """Share of the free key blocks on which the choice differs from the rule in float64."""
     q, k, _, padding = make(check)
-    rule = (check.dim**-0.5, [0.3], pool, 128, 4, 128)
+    rule: tuple[Any, ...] = (check.dim**-0.5, [0.3], pool, 128, 4, 128)
     got = torch.ops.tsa.select_key_blocks(q, k, *torch.ops.tsa.key_block_means(k, *padding), *padding, *rule)
     means = key_block_means_reference(k.double(), *padding)
     want = select_key_blocks_reference(q.double(), *means, *padding, check.k_len, *rule)
