@@ -16,7 +16,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from tsa_compile.kernels.types import Edges
+from tsa_compile.kernels.edges import Edges
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,7 @@ from tsa_compile.report import PassReport, Report, SiteReport
 from tsa_compile.traced import Form, Owner, TracedGraph
 
 if TYPE_CHECKING:
-    from tsa_compile.kernels.types import Edges
+    from tsa_compile.kernels.edges import Edges
     from tsa_compile.passes.context import Decision, PipelineResult
     from tsa_compile.passes.site import AttentionSite
 

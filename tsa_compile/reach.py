@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tsa_compile.kernels.types import Edges
+from tsa_compile.kernels.edges import Edges
 from tsa_compile.passes.check_reach import Reach, check_reach, depth_needed
 from tsa_compile.passes.site import PHASES, AttentionSite
 from tsa_compile.plan import Plan, as_plan

@@ -18,6 +18,7 @@ from tsa_compile.dynamo import called, isolated, room, settings, skips, traced_b
 from tsa_compile.interface.front import front_of
 from tsa_compile.model_state import ModelState
 from tsa_compile.plan import Plan
+from tsa_compile.refuse_traces import RefuseTraces, refuse_to_be_traced
 from tsa_compile.report import Report
 from tsa_compile.speculation import Speculation
 from tsa_compile.steps import Steps, is_decode_step
@@ -119,34 +120,11 @@ class Entry:
         if is_decode_step(kwargs) and not self.session.plan.decodes:
             return self._own(*args, **kwargs)
         if traced_by_others():
-            _refuse_to_be_traced()
+            refuse_to_be_traced()
         two = None if args else first_call.parts(kwargs)
         if two is not None:
             return first_call.joined(self(**two[0]), self(**two[1]))
         return self.session(*args, **kwargs)
-
-
-class RefuseTraces:
-    """A forward pre-hook of a transformed model: traces that go around its call, as of `torch.export` or of a larger model, are
-    refused too. A copy or a pickle of the model has one that does nothing."""
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if torch.compiler.is_dynamo_compiling() and not is_decode_step(kwargs):
-            _refuse_unless_ours()
-
-    def __deepcopy__(self, memo: Any) -> Callable[..., None]:
-        return allow_traces
-
-    def __reduce__(self) -> Any:
-        return _allowing, ()
-
-
-def allow_traces(module: nn.Module, args: Any, kwargs: Any) -> None:
-    """The hook of a copy of a transformed model."""
-
-
-def _allowing() -> Callable[..., None]:
-    return allow_traces
 
 
 def attach(model: nn.Module, make: Callable[[], Session]) -> None:
@@ -194,17 +172,3 @@ def detach(model: nn.Module) -> bool:
     if hook is not None:
         hook.remove()
     return hook is not None
-
-
-@torch._dynamo.assume_constant_result  # both run while they are traced
-def _refuse_unless_ours() -> None:
-    if not skips.in_call:
-        _refuse_to_be_traced()
-
-
-@torch._dynamo.assume_constant_result
-def _refuse_to_be_traced() -> None:
-    raise RuntimeError(
-        "torch.compile or torch.export of a module that was transformed by tsa_compile: it is compiled already. Use "
-        'torch.compile(model, backend="tsa") instead of transform, tsa_compile.export for exports, or tsa_compile.restore(model).'
-    )

@@ -7,7 +7,8 @@ import torch.fx as fx
 
 from tsa_compile.passes.facts.names import arg, source, tensor
 from tsa_compile.passes.prove_mask.element import Elements, Index, transfer
-from tsa_compile.passes.prove_mask.values import Number, Value, arithmetic, as_numeric, cast, lift, number
+from tsa_compile.passes.prove_mask.number import Number, arithmetic, number
+from tsa_compile.passes.prove_mask.values import Value, as_numeric, cast, lift
 
 
 def _at(index: Index, dim: int, i: sympy.Expr) -> Index:

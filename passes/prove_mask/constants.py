@@ -8,8 +8,9 @@ import torch.fx as fx
 
 from tsa_compile.passes.prove_mask.element import Elements, Index, transfer
 from tsa_compile.passes.prove_mask.formula import AtMostZero, both
+from tsa_compile.passes.prove_mask.number import number
 from tsa_compile.passes.prove_mask.patterns import Band, Progression, Scalar, Uniform
-from tsa_compile.passes.prove_mask.values import Value, number, select
+from tsa_compile.passes.prove_mask.values import Value, select
 
 
 @transfer("constant")

@@ -9,7 +9,8 @@ from tsa_compile.passes.facts.names import arg, op_name, source, tensor, tensor_
 from tsa_compile.passes.facts.sizes import known_size, size_expr
 from tsa_compile.passes.prove_mask.element import Elements, Index, Transfer, transfer
 from tsa_compile.passes.prove_mask.formula import AtMostZero
-from tsa_compile.passes.prove_mask.values import Value, cast, number, select
+from tsa_compile.passes.prove_mask.number import number
+from tsa_compile.passes.prove_mask.values import Value, cast, select
 
 
 @transfer("arange")

@@ -20,8 +20,9 @@ import torch.fx as fx
 from tsa_compile.passes.facts.names import Unreadable, op_name, tensor, tensor_of, value_of
 from tsa_compile.passes.facts.sizes import Bounds, SizeProver, known_size, size_expr
 from tsa_compile.passes.prove_mask.formula import AtMostZero, Data, Formula, IsZero
+from tsa_compile.passes.prove_mask.number import Number, fits, number
 from tsa_compile.passes.prove_mask.patterns import Constants
-from tsa_compile.passes.prove_mask.values import Number, Value, Where, fits, is_formula, number
+from tsa_compile.passes.prove_mask.values import Value, Where, is_formula
 
 Index: TypeAlias = tuple[sympy.Expr, ...]
 Transfer: TypeAlias = "Callable[[Elements, fx.Node, Index], Value | None]"

@@ -11,18 +11,8 @@ import torch.fx as fx
 from tsa_compile.passes.facts.names import SAME_VALUE, arg, tensor
 from tsa_compile.passes.prove_mask.element import Elements, Index, Transfer, transfer
 from tsa_compile.passes.prove_mask.formula import Data, Formula, both, either, opposite
-from tsa_compile.passes.prove_mask.values import (
-    Number,
-    Value,
-    arithmetic,
-    cast,
-    compare,
-    divide,
-    is_formula,
-    lift,
-    number,
-    select,
-)
+from tsa_compile.passes.prove_mask.number import Number, arithmetic, compare, divide, number
+from tsa_compile.passes.prove_mask.values import Value, cast, is_formula, lift, select
 
 
 def _cast_to(node: fx.Node, value: Value | None) -> Value | None:

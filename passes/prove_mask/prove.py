@@ -13,7 +13,7 @@ import torch.fx as fx
 from tsa_compile.passes.facts.graph_facts import GraphFacts
 from tsa_compile.passes.facts.names import Unreadable, describe, tensor_of
 from tsa_compile.passes.facts.sizes import known_size
-from tsa_compile.passes.prove_mask import along_a_dim, constants, creation, indexing, pointwise  # noqa: F401  (register transfers)
+from tsa_compile.passes.prove_mask import along_a_dim, constants, creation, indexing, pointwise, reshaping  # noqa: F401  (transfers)
 from tsa_compile.passes.prove_mask.classify import Lengths, classify
 from tsa_compile.passes.prove_mask.element import Elements, Index
 from tsa_compile.passes.prove_mask.formula import BATCH, FORMULAS, HEAD, KEY, QUERY, AtMostZero, Data, Formula, both, opposite

@@ -7,7 +7,7 @@ import torch
 
 import tsa_compile as tsa
 from tests.api.tiny import Layers, tiny_llama, token_ids
-from tsa_compile.kernels.types import Edges
+from tsa_compile.kernels.edges import Edges
 from tsa_compile.passes.check_reach import depth_needed
 from tsa_compile.policies.base import from_dict
 

@@ -39,6 +39,7 @@ PART_OF = {
     "steps": "session",
     "partial_steps": "session",
     "model_state": "session",
+    "refuse_traces": "session",
     "cuda_graphs": "session",
 }
 RANK = {part: rank for rank, row in enumerate(ROWS) for part in row}

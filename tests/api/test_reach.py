@@ -9,7 +9,8 @@ import torch
 
 import tsa_compile as tsa
 from tests.api.tiny import SPARSE, Attention, Layers, token_ids
-from tsa_compile.kernels.types import ALL_KEYS, Edges, Operands
+from tsa_compile.kernels.edges import ALL_KEYS, Edges
+from tsa_compile.kernels.types import Operands
 from tsa_compile.passes.site import AttentionSite, MaskFacts
 from tsa_compile.policies.base import call, edges_of
 

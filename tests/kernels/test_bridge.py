@@ -14,7 +14,7 @@ from tests.kernels.page_cases import SHAPES, dense_attention, make_case, moved
 from tests.kernels.test_prefill_views import scattered
 from tsa_compile.kernels import ops  # noqa: F401 - registers torch.ops.tsa
 from tsa_compile.kernels.common.row_blocks import valid_keys, valid_range
-from tsa_compile.kernels.types import Edges
+from tsa_compile.kernels.edges import Edges
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float16: 1.5e-3, torch.bfloat16: 1e-2, torch.float32: 1e-5}

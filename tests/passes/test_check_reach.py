@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tsa_compile.kernels.types import Edges
+from tsa_compile.kernels.edges import Edges
 from tsa_compile.passes.check_reach import check_reach, depth_needed, never_connected
 
 

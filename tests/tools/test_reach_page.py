@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from tests.api.tiny import tiny_llama
-from tsa_compile.kernels.types import Edges
+from tsa_compile.kernels.edges import Edges
 from tsa_compile.passes.check_reach import check_reach
 from tsa_compile.policies.token_sparse import TokenSparse
 from tsa_compile.tools import reach_cli

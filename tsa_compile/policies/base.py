@@ -11,7 +11,8 @@ import torch
 
 from tsa_compile.cache.kv_state import KvState
 from tsa_compile.kernels.checks import MAX_HEAD_DIM
-from tsa_compile.kernels.types import Edges, Selection
+from tsa_compile.kernels.edges import Edges
+from tsa_compile.kernels.types import Selection
 from tsa_compile.passes.site import VERIFY_ROWS, AttentionSite
 
 T = TypeVar("T")

@@ -14,7 +14,8 @@ import torch
 from tsa_compile.kernels import ops  # noqa: F401 - registers torch.ops.tsa
 from tsa_compile.kernels.checks import SHARES
 from tsa_compile.kernels.common.row_blocks import KEYS, ROWS, finest_pool
-from tsa_compile.kernels.types import Edges, PageBitmap, Selection
+from tsa_compile.kernels.edges import Edges
+from tsa_compile.kernels.types import PageBitmap, Selection
 from tsa_compile.passes.site import VERIFY_ROWS, AttentionSite
 from tsa_compile.policies.base import Emit, Policy, check_int
 

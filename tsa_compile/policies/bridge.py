@@ -13,8 +13,9 @@ from typing import Any, ClassVar
 import torch
 
 from tsa_compile.kernels import ops  # noqa: F401 - registers torch.ops.tsa
+from tsa_compile.kernels.edges import Edges
 from tsa_compile.kernels.key_block_checks import MAX_SOURCES
-from tsa_compile.kernels.types import Edges, Selection
+from tsa_compile.kernels.types import Selection
 from tsa_compile.passes.site import VERIFY_ROWS, AttentionSite
 from tsa_compile.policies.base import Emit, Policy, check_int
 from tsa_compile.policies.block_sparse import padding, places

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-from tsa_compile.kernels.types import Edges
+from tsa_compile.kernels.edges import Edges
 from tsa_compile.passes.site import MASKS, PHASES, AttentionSite
 from tsa_compile.policies.base import Policy, own_edges, step
 

@@ -13,7 +13,8 @@ import torch
 
 from tsa_compile.kernels import ops  # noqa: F401 - registers torch.ops.tsa
 from tsa_compile.kernels.decode_checks import MAX_ROWS
-from tsa_compile.kernels.types import Edges, Selection
+from tsa_compile.kernels.edges import Edges
+from tsa_compile.kernels.types import Selection
 from tsa_compile.passes.site import AttentionSite
 from tsa_compile.policies.base import Emit, Policy, own_edges
 

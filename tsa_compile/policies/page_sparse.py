@@ -17,7 +17,8 @@ from tsa_compile.cache.kv_state import KvState
 from tsa_compile.cache.page_sums import PageSums
 from tsa_compile.kernels import ops  # noqa: F401 - registers torch.ops.tsa
 from tsa_compile.kernels.common.pages import PAGE
-from tsa_compile.kernels.types import Edges, Pages, Selection
+from tsa_compile.kernels.edges import Edges
+from tsa_compile.kernels.types import Pages, Selection
 from tsa_compile.passes.site import AttentionSite
 from tsa_compile.policies.base import Emit, Policy, check_int
 from tsa_compile.policies.exact import too_many_rows, where

@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 import torch
 
 from tsa_compile.kernels import ops  # noqa: F401 - registers torch.ops.tsa
-from tsa_compile.kernels.types import Edges, Keys, Selection
+from tsa_compile.kernels.edges import Edges
+from tsa_compile.kernels.types import Keys, Selection
 from tsa_compile.passes.site import AttentionSite
 from tsa_compile.policies.base import Emit, Policy, check_int, check_share
 

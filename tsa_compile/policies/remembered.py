@@ -21,7 +21,8 @@ import torch
 from tsa_compile.cache.kv_state import KvState
 from tsa_compile.cache.listed_keys import ListedKeys
 from tsa_compile.kernels import ops  # noqa: F401 - registers torch.ops.tsa
-from tsa_compile.kernels.types import Edges, Keys, Listed, Selection
+from tsa_compile.kernels.edges import Edges
+from tsa_compile.kernels.types import Keys, Listed, Selection
 from tsa_compile.passes.site import AttentionSite
 from tsa_compile.policies.base import Emit, Policy, check_int, own_edges
 from tsa_compile.policies.exact import too_many_rows, where

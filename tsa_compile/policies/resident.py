@@ -15,7 +15,8 @@ import torch
 from tsa_compile.cache.resident_rule import ResidentRule
 from tsa_compile.kernels import ops  # noqa: F401 - registers torch.ops.tsa
 from tsa_compile.kernels.common.pages import PAGE
-from tsa_compile.kernels.types import Edges, Selection
+from tsa_compile.kernels.edges import Edges
+from tsa_compile.kernels.types import Selection
 from tsa_compile.passes.site import AttentionSite
 from tsa_compile.policies.base import Emit, Policy, check_int
 from tsa_compile.policies.exact import where

@@ -16,7 +16,8 @@ from tsa_compile.cache.kv_state import KvState
 from tsa_compile.cache.sharded import Shard
 from tsa_compile.kernels import ops  # noqa: F401 - registers torch.ops.tsa
 from tsa_compile.kernels.common.group import default_group
-from tsa_compile.kernels.types import Edges, Pages, Selection
+from tsa_compile.kernels.edges import Edges
+from tsa_compile.kernels.types import Pages, Selection
 from tsa_compile.passes.site import AttentionSite
 from tsa_compile.policies.base import Emit, Policy, from_dict
 from tsa_compile.policies.exact import Exact, where

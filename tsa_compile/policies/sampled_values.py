@@ -17,7 +17,8 @@ from tsa_compile.cache.kv_state import KvState
 from tsa_compile.cache.sample_seed import LIMIT, SampleSeed
 from tsa_compile.kernels import ops  # noqa: F401 - registers torch.ops.tsa
 from tsa_compile.kernels.decode_checks import FORMS, MAX_SAMPLES
-from tsa_compile.kernels.types import Draws, Edges, Selection
+from tsa_compile.kernels.edges import Edges
+from tsa_compile.kernels.types import Draws, Selection
 from tsa_compile.passes.site import AttentionSite
 from tsa_compile.policies.base import Emit, Policy, check_int, own_edges
 from tsa_compile.policies.exact import where

@@ -13,7 +13,8 @@ import torch
 
 from tsa_compile.kernels import ops  # noqa: F401 - registers torch.ops.tsa
 from tsa_compile.kernels.checks import SHARES
-from tsa_compile.kernels.types import ALL_KEYS, Edges, Selection, Strip, TokenRule, Tokens
+from tsa_compile.kernels.edges import ALL_KEYS, Edges
+from tsa_compile.kernels.types import Selection, Strip, TokenRule, Tokens
 from tsa_compile.passes.site import VERIFY_ROWS, AttentionSite
 from tsa_compile.policies.base import Emit, Policy, build, check_int, check_share
 from tsa_compile.policies.block_sparse import BlockSparse
