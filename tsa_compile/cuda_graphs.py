@@ -39,7 +39,8 @@ class CudaReplay(Again):
 
     def __init__(self, call: Callable[[], Any], cache: Any) -> None:
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # other threads may go on
+        own = torch.cuda.Stream()  # of the current device, which torch's own choice need not be
+        with torch.cuda.graph(self.graph, stream=own, capture_error_mode="thread_local"):  # other threads may go on
             result = call()
         self._result = pytree.tree_map(lambda x: _CACHE if x is cache else x, result, is_leaf=lambda x: x is cache)
 

@@ -193,7 +193,7 @@ def test_a_cuda_graph_on_a_gpu_that_is_not_the_current_one():
     args = (*SELECT[:5], 8, 2, 4, "auto")
     expected = torch.ops.tsa.token_sparse_attention(q, k, v, None, *args)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(1), torch.cuda.graph(graph), torch.cuda.device(0):
+    with torch.cuda.graph(graph, stream=torch.cuda.Stream(1)), torch.cuda.device(0):
         out = torch.ops.tsa.token_sparse_attention(q, k, v, None, *args)
     out.zero_()
     graph.replay()
