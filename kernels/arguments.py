@@ -94,3 +94,16 @@ def select_key_blocks(
     if isinstance(rows, int) and isinstance(keys, int) and rows <= min_queries and rows < keys:
         alpha = [0.0]
     return q, means, counts, start, lengths, key_mask, keys, scale, alpha, pool, window, sinks, last_dense, share, lookahead
+
+
+def block_sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, blocks: MaybeTensor, block: int, start: MaybeTensor, lengths: MaybeTensor,
+    key_mask: MaybeTensor, scale: float, alpha: Sequence[float], pool: int, window: int, sinks: int, last_dense: int,
+    share: str = "head", lookahead: bool = True, k_len: int | None = None, min_queries: int = 0, dense_below: int = 0,
+) -> tuple[Any, ...]:  # fmt: skip
+    """Fewer keys than `dense_below` are all read, as by an alpha of 0; `min_queries` as in `select_key_blocks`."""
+    x = Operands(q, k, v, key_mask, KvView(blocks, block, start, lengths))
+    rows, keys = q.shape[2], length_of(k, x.view, k_len)
+    if isinstance(rows, int) and isinstance(keys, int) and (keys < dense_below or (rows <= min_queries and rows < keys)):
+        alpha = [0.0]
+    return x, k_len, scale, alpha, pool, window, sinks, last_dense, share, lookahead

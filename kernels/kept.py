@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
+from tsa_compile.kernels.arguments import block_sparse_attention
 from tsa_compile.kernels.common.row_blocks import KEYS, ROWS
+from tsa_compile.kernels.registry import resolve
 
 Tensor = torch.Tensor
 
@@ -25,3 +27,9 @@ def key_blocks(bits: Tensor, arguments: tuple[Any, ...], named: Mapping[str, Any
     kept = ones[bits.view(torch.uint8).int()].sum((1, 2, 3))
     ends = (min(end + ROWS, k_len) for end in range((k_len - q_len) // ROWS * ROWS, k_len, ROWS))
     return kept, bits.shape[1] * sum(-(-end // KEYS) for end in ends)
+
+
+def chosen_again(out: Tensor, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Tensor, int]:
+    """Of `tsa::block_sparse_attention`, which keeps no bitmap: it is made once more, at a recorder's cost."""
+    x, k_len, *rule = block_sparse_attention(*arguments, **named)
+    return key_blocks(resolve("compose_blocks:chosen_blocks")(x, k_len, *rule), (x.q, x.k), {"k_len": k_len})

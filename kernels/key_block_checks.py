@@ -14,6 +14,7 @@ from tsa_compile.kernels.types import KeyBlockRule, KvView, Operands, Strip, Tok
 
 Tensor = torch.Tensor
 Optional = Tensor | None
+NO_LAST = "without lookahead last_dense must be 0, as it follows the end of the keys"
 MAX_SOURCES = 1 << 30  # tokens before a block: positions are int32
 
 
@@ -57,7 +58,7 @@ def select_key_blocks(
         raise ValueError(f"{name}: {q.shape[2]} queries for {k_len} keys; queries are the last positions")
     _check_padding(name, q, k_len, start, lengths, key_mask)
     if not lookahead and last_dense:
-        raise ValueError(f"{name}: without lookahead last_dense must be 0, as it follows the end of the keys, got {last_dense}")
+        raise ValueError(f"{name}: {NO_LAST}, got {last_dense}")
     check_rule(name, q.shape[1], alpha, pool, window, sinks, last_dense, share)
 
 
@@ -89,6 +90,19 @@ def key_block_attention(
         raise ValueError(f"{name}: bits must be contiguous 4-d int64 on {q.device}, got {bits.dtype} {tuple(bits.shape)}")
     if bits.shape[0] != q.shape[0] or bits.shape[1] not in (q.shape[1], k.shape[1]) or tuple(bits.shape[2:]) != shape:
         raise ValueError(f"{name}: bits must be [B, H or Hk, {shape[0]}, {shape[1]}], got {tuple(bits.shape)}")
+
+
+def block_sparse_attention(
+    x: Operands, k_len: int | None, scale: float, alpha: Sequence[float], pool: int, window: int, sinks: int, last_dense: int,
+    share: str, lookahead: bool,
+) -> None:  # fmt: skip
+    name = "tsa::block_sparse_attention"
+    _check_attended(name, x.q, x.k, x.v, x.view.blocks)
+    k_len = _check_length(name, x.q, x.k, KvView(x.view.blocks, x.view.block, None, None), k_len, x.q.shape[2])
+    _check_padding(name, x.q, k_len, x.view.start, x.view.lengths, x.key_mask)
+    if not lookahead and last_dense:
+        raise ValueError(f"{name}: {NO_LAST}, got {last_dense}")
+    check_rule(name, x.q.shape[1], alpha, pool, window, sinks, last_dense, share)
 
 
 def token_block_attention(

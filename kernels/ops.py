@@ -259,6 +259,16 @@ OPERATORS = (
         host="attend.pages.host:key_block_attention",
     ),
     Operator(
+        f"block_sparse_attention(Tensor q, Tensor k, Tensor v, {_CACHE}, float[] alpha, {_BLOCK_RULE}, *, str share='head',"
+        f" bool lookahead=True, {_K_LEN}, int min_queries=0, int dense_below=0) -> Tensor",
+        check=key_block_checks.block_sparse_attention,
+        fake=fakes.token_sparse_attention,
+        reference="compose_blocks:block_sparse_attention_reference",
+        host="compose_blocks:block_sparse_attention",
+        arguments=arguments.block_sparse_attention,
+        kept=kept.chosen_again,
+    ),
+    Operator(
         f"bridge_attention(Tensor q, Tensor k, Tensor v, {_CACHE}, int width, int rows, int sources, int offset, bool need_lse,"
         f" *, {_K_LEN}, int min_queries=0) -> {_ATTENDED}",
         check=key_block_checks.bridge_attention,

@@ -85,6 +85,7 @@ class Context:
     constants: Mapping[str, torch.Tensor]
     drafting: bool = False
     route_for: Callable[[AttentionSite], Route | None] = lambda site: None
+    pays_from: Callable[[Policy, AttentionSite], int | None] = lambda policy, site: 0
     sites: list[GraphSite] = dataclasses.field(default_factory=list)
     patterns: dict[str, Pattern] = dataclasses.field(default_factory=dict)
     decisions: list[Decision] = dataclasses.field(default_factory=list)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from tsa_compile.passes.context import Context, Decision
-from tsa_compile.policies.base import why_dense
+from tsa_compile.policies.base import where_it_pays
 
 
 def decide_policy(context: Context) -> int:
     """Fill `context.decisions`; returns how many sites will be replaced."""
     for at in context.sites:
         policy = context.policy_for(at.site)
-        context.decisions.append(Decision(at, policy, why_dense(policy, at.site)))
+        site, reason = where_it_pays(policy, at.site, context.pays_from(policy, at.site))
+        context.decisions.append(Decision(dataclasses.replace(at, site=site), policy, reason))
     return sum(d.reason is None for d in context.decisions)

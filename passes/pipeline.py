@@ -50,6 +50,7 @@ def run_pipeline(
     constants: Mapping[str, torch.Tensor] | None = None,
     drafting: bool = False,
     route_for: Callable[[AttentionSite], Route | None] = lambda site: None,
+    pays_from: Callable[[Policy, AttentionSite], int | None] = lambda policy, site: 0,
 ) -> PipelineResult:
     """Rewrite `gm` in place.
 
@@ -61,11 +62,12 @@ def run_pipeline(
             caller must see to it that the result's `patterns` still hold.
         drafting: decode steps are drafts, which a verify step will judge.
         route_for: whose selection a site takes; None: its own.
+        pays_from: keys from which on a policy is to run at a site; None: at no length.
 
     Raises:
         VerificationError: the result is not what the passes promise (a bug of ours).
     """
-    context = Context(gm, policy_for, constants or {}, drafting, route_for)
+    context = Context(gm, policy_for, constants or {}, drafting, route_for, pays_from)
     dump = _Dump(example_inputs)
     dump.write(gm, "before")
     counts: dict[str, int] = {}

@@ -77,6 +77,7 @@ class AttentionSite:
         mask: what was proven about the mask.
         obstacle: why no policy may touch this site, such as a mask of which nothing was proven; or None.
         operands: graph nodes or tensors; `NOT_EMITTED` while policies are asked whether they take the site.
+        dense_below: with fewer keys the policy's operators read them all, as it does not pay to choose (`Plan.where`); 0: always.
     """
 
     module: str
@@ -98,6 +99,7 @@ class AttentionSite:
     mask: MaskFacts
     obstacle: str | None = None
     operands: Operands = NOT_EMITTED
+    dense_below: int = 0
 
     @classmethod
     def of(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from tsa_compile import plan_format
+from tsa_compile import pays, plan_format
 from tsa_compile.passes.site import PHASES
 from tsa_compile.policies.base import Policy, from_dict
 from tsa_compile.policies.block_sparse import BlockSparse
@@ -110,6 +110,11 @@ class Plan:
 
     def policy_for(self, site: AttentionSite) -> Policy:
         return self.policy_at(site.module, site.phase, site.index)
+
+    def pays_from(self, policy: Policy, site: AttentionSite) -> int | None:
+        """Keys from which on a policy is to run at a site: 0 with `where="always"`; None: at no length that was measured."""
+        shared = bool(self.reuse)  # a selection that others read is made at any length
+        return 0 if self.where == "always" or shared else pays.pays_from(policy.name, site)
 
     def route_for(self, site: AttentionSite) -> Route | None:
         """Whose selection the site takes; None: its own."""

@@ -197,7 +197,9 @@ class TracedGraph:
         gm = fx.GraphModule(self.gm, copy.deepcopy(self.gm.graph))
         whole = begins_at_root(self.gm)
         route_for = plan.route_for if whole else (lambda site: None)
-        result = run_pipeline(gm, policy_for, constants=dict(self._tensors), drafting=drafting, route_for=route_for)
+        result = run_pipeline(
+            gm, policy_for, constants=dict(self._tensors), drafting=drafting, route_for=route_for, pays_from=plan.pays_from
+        )
         if plan.reuse and result.decisions and not whole:
             result.warnings.append(MANY)
         self._backend.passed(result)
@@ -228,7 +230,7 @@ def phase_in(phase: str, drafting: bool) -> str:
 
 
 def _key(plan: Plan, policies: Sequence[Policy | None], drafting: bool) -> tuple[str, ...]:
-    return (str(drafting), repr(plan.reuse), *map(repr, policies))
+    return (str(drafting), plan.where, repr(plan.reuse), *map(repr, policies))
 
 
 def _guards(shapes: ShapeEnv | None) -> int:

@@ -32,6 +32,7 @@ PART_OF = {
     "plan_format": "plan",
     "reuse": "plan",
     "plan_states": "plan",
+    "pays": "plan",
     "owners": "backend",
     "traced": "backend",
     "entry_point": "backend",

@@ -14,7 +14,7 @@ from tsa_compile.interface.mask import shaped_mask
 from tsa_compile.kernels.types import KvView, Operands
 from tsa_compile.passes.site import AttentionSite, MaskFacts
 from tsa_compile.plan import Plan
-from tsa_compile.policies.base import Policy, call, why_dense
+from tsa_compile.policies.base import Policy, call, where_it_pays
 from tsa_compile.rules import layer_number
 
 log = logging.getLogger("tsa_compile")
@@ -118,7 +118,7 @@ def _sparse(
     mask = MaskFacts(causal, padded=key_mask is not None)
     site = AttentionSite.of(Operands(q, k, v, key_mask), mask, scale, module=path, layer=layer_number(path) or 0)
     policy = front.plan.policy_for(site)
-    reason = why_dense(policy, site)
+    site, reason = where_it_pays(policy, site, front.plan.pays_from(policy, site))
     front.tell(module, q, k, policy, reason)
     if reason is not None:
         return None

@@ -36,6 +36,7 @@ class Policy:
     needs_session: ClassVar[bool] = False  # does it need the cache that `tsa.transform` keeps around decode steps?
     shareable: ClassVar[bool] = False  # is what `select` gives right at any site with the same sizes and mask (`Plan.reuse`)?
     by_rows: ClassVar[bool] = False  # do the operators see to `min_queries` where only they know the number of rows?
+    by_length: ClassVar[bool] = False  # do they take `site.dense_below`?
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -111,6 +112,24 @@ def why_dense(policy: Policy, site: AttentionSite) -> str | None:
     return policy.refuse(site) or cannot_run(site) or _too_few_rows(policy, site)
 
 
+def where_it_pays(policy: Policy, site: AttentionSite, pays_from: int | None) -> tuple[AttentionSite, str | None]:
+    """The site as its policy is to take it, and `why_dense`, if it is to run with `pays_from` keys and more alone.
+
+    Args:
+        policy: of the site.
+        site: the site.
+        pays_from: 0: with any number; None: with none.
+    """
+    reason = why_dense(policy, site)
+    if reason is not None or pays_from == 0:
+        return site, reason
+    if pays_from is None:
+        return site, f"dense: {policy.name} was slower at every length measured on this GPU"
+    if isinstance(site.k_len, int) and site.k_len < pays_from:
+        return site, f"dense below {pays_from} tokens: {policy.name} does not pay here"
+    return (dataclasses.replace(site, dense_below=pays_from) if policy.by_length else site), None
+
+
 def edges_of(policy: Policy, site: AttentionSite) -> Edges:
     """What each row of `site` reads for certain under `policy`, or by the model's own attention where that leaves it dense."""
     return own_edges(site) if why_dense(policy, site) is not None else policy.guaranteed(site)
@@ -141,7 +160,9 @@ def _too_few_rows(policy: Policy, site: AttentionSite) -> str | None:
 def note(policy: Policy, site: AttentionSite) -> str:
     """What else the report says of a replaced site."""
     varies = site.phase == "prefill" and site.past and site.mask.causal and not isinstance(site.q_len, int)
-    return f"dense for up to {max(policy.min_queries, VERIFY_ROWS)} queries over a cache" if varies else ""
+    rows = f"dense for up to {max(policy.min_queries, VERIFY_ROWS)} queries over a cache" if varies else ""
+    length = f"dense below {site.dense_below} tokens: does not pay here" if site.dense_below else ""
+    return "; ".join(filter(None, (length, rows)))
 
 
 def cannot_run(site: AttentionSite) -> str | None:

@@ -45,6 +45,7 @@ class BlockSparse(Policy):
     """
 
     by_rows: ClassVar[bool] = True
+    by_length: ClassVar[bool] = True
     reads_blocks: ClassVar[bool] = True
     shareable: ClassVar[bool] = True
 
@@ -92,24 +93,34 @@ class BlockSparse(Policy):
         """Tokens before a row block, in whole key blocks, that all of its rows read."""
         return -(-(self.window - 1) // KEYS) * KEYS
 
-    def select(self, emit: Emit, site: AttentionSite, state: Any) -> PageBitmap:
+    def select(self, emit: Emit, site: AttentionSite, state: Any) -> PageBitmap | None:
+        if site.dense_below:
+            return None
         x, real = site.operands, padding(emit, site)
         blocks, block, length = places(site)
         means, counts = emit(torch.ops.tsa.key_block_means.default, x.k, *real, blocks, block, **length)
-        alphas = [float(a) for a in (self.alpha if isinstance(self.alpha, tuple) else (self.alpha,))]
-        rule = (site.scale, alphas, self.pool, self.window, self.sinks, self.last_dense)
-        options: dict[str, Any] = {"share": self.share, "lookahead": self.lookahead, **length}
-        if site.past and not isinstance(site.q_len, int):  # the operator alone knows how many rows there are
-            options["min_queries"] = max(self.min_queries, VERIFY_ROWS)
-        return PageBitmap(emit(torch.ops.tsa.select_key_blocks.default, x.q, x.k, means, counts, *real, *rule, **options))
+        chosen = (x.q, x.k, means, counts, *real, site.scale, *self._rule)
+        return PageBitmap(emit(torch.ops.tsa.select_key_blocks.default, *chosen, **self._options(site), **length))
 
     def attend(self, emit: Emit, site: AttentionSite, selection: Selection | None) -> Any:
-        assert isinstance(selection, PageBitmap)
         x, (start, lengths, key_mask) = site.operands, padding(emit, site)
-        attend = torch.ops.tsa.key_block_attention.default
         blocks, block, length = places(site)
-        rest = (blocks, block, start, lengths, key_mask, site.scale, False)
-        return emit(attend, x.q, x.k, x.v, selection.bits, *rest, **length)[0]
+        rest = (blocks, block, start, lengths, key_mask, site.scale)
+        if selection is None:
+            options = {**self._options(site), **length, "dense_below": site.dense_below}
+            return emit(torch.ops.tsa.block_sparse_attention.default, x.q, x.k, x.v, *rest, *self._rule, **options)
+        assert isinstance(selection, PageBitmap)
+        return emit(torch.ops.tsa.key_block_attention.default, x.q, x.k, x.v, selection.bits, *rest, False, **length)[0]
+
+    @property
+    def _rule(self) -> tuple[Any, ...]:
+        alphas = [float(a) for a in (self.alpha if isinstance(self.alpha, tuple) else (self.alpha,))]
+        return alphas, self.pool, self.window, self.sinks, self.last_dense
+
+    def _options(self, site: AttentionSite) -> dict[str, Any]:
+        varies = site.past and not isinstance(site.q_len, int)  # the operator alone knows how many rows there are
+        few = {"min_queries": max(self.min_queries, VERIFY_ROWS)} if varies else {}
+        return {"share": self.share, "lookahead": self.lookahead, **few}
 
 
 def places(site: AttentionSite) -> tuple[Any, int, dict[str, Any]]:

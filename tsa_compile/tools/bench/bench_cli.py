@@ -197,17 +197,23 @@ def tune(
     head_dims: Annotated[str, typer.Option(help="comma separated")] = "64,128",
     distributed: Annotated[bool, typer.Option("--distributed", help="of torchrun's ranks: what exchanges take")] = False,
 ) -> None:
-    """Measure on this GPU from which length on the packed engine is faster, and keep it for `engine="auto"`."""
+    """Measure on this GPU from which length on the packed engine, and the default policy, are faster, and keep it."""
     if distributed:
         _tune_distributed()
         return
+    from tsa_compile import pays
     from tsa_compile.kernels.attend.tokens.engines import tuned_file
+    from tsa_compile.tools.bench.pays import measure as pays_of
     from tsa_compile.tools.bench.tune import tune as measure
 
     _gpu()
-    table = measure([int(d) for d in head_dims.split(",")])
+    dims = [int(d) for d in head_dims.split(",")]
+    table = measure(dims)
     console.print(f"packed from (tokens, by compute capability and head dim): {table}", markup=False)
     console.print(f"written to {tuned_file()}", markup=False)
+    rows = pays_of(dims, tell=lambda row: console.print(f"{row}; pays from {row.pays_from}", markup=False))
+    pays.write(rows, pays.tuned_file())
+    console.print(f"written to {pays.tuned_file()}", markup=False)
 
 
 def _tune_distributed() -> None:

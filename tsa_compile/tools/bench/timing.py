@@ -1,8 +1,9 @@
-"""GPU times by CUDA events, and the ceilings of the GPU measured in the same run."""
+"""GPU times by CUDA events, times of launches by the clock, and the ceilings of the GPU measured in the same run."""
 
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -41,6 +42,21 @@ def graph_ms(work: Callable[[], Any], repeats: int = 9) -> float:
     with torch.cuda.graph(graph):
         work()
     return median_ms(graph.replay, repeats)
+
+
+def launched_ms(work: Callable[[], Any], calls: int = 32, rounds: int = 5) -> float:
+    """Milliseconds a call, of calls launched one after the other from Python: the GPU's time, or the host's if that is longer."""
+    for _ in range(3):
+        work()
+    times = []
+    for _ in range(rounds):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            work()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(times) / calls
 
 
 def peak_extra_bytes(work: Callable[[], Any]) -> int:
