@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import runpy
@@ -75,14 +76,14 @@ def test_speculative(monkeypatch, capsys, tmp_path):
     assert "1 of 1 attentions of draft steps by their policy" in out
 
 
-def _save_byte_tokenizer(folder: Path) -> None:
+def _save_byte_tokenizer(folder: Path, **special: str) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer = Tokenizer(models.BPE(vocab={c: n for n, c in enumerate(sorted(alphabet))}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
 
 
 @pytest.mark.slow  # two processes of torchrun; tests/api/test_routed_policy.py does the same in forked ones
@@ -104,6 +105,23 @@ def test_resident(monkeypatch, capsys):
     assert float(re.search(r"lost mass ([\d.]+)", out)[1]) > 0.1
 
 
+@pytest.mark.slow  # tests/rl/test_trl.py does the same
+def test_grpo_sparse(monkeypatch, capsys, tmp_path):
+    """Three steps, with a random model, and a tokenizer that reads bytes."""
+    pytest.importorskip("trl", reason="the extra `rl` is not installed")
+    tiny_llama(vocab_size=300, max_position_embeddings=4096, eos_token_id=1).save_pretrained(tmp_path / "model")
+    _save_byte_tokenizer(tmp_path / "model", eos_token="A")
+    sizes = ["--context", "700", "--steps", "3", "--prompts", "2", "--samples", "4", "--new", "8", "--micro", "8"]
+    where = [str(tmp_path / "out"), "--model", str(tmp_path / "model"), "--schedule", "8", "--dense-layers", "1", "--adapter"]
+    out = run("grpo_sparse.py", monkeypatch, capsys, *where, *sizes, "--dense-seeds", "2")
+    assert "dense 0.000 +- 0.000 (2 seeds)" in out  # what answers at random is never right
+    assert "polyline" in (tmp_path / "out" / "grpo_sparse.html").read_text()
+    sparse = json.loads((tmp_path / "out" / "sparse-0.json").read_text())
+    assert len(sparse["rewards"]) == 3
+    assert 0 < sparse["rollouts"][0]["acceptance"] < 1 - 1e-6
+    assert json.loads((tmp_path / "out" / "dense-0.json").read_text())["rollouts"][0]["acceptance"] > 1 - 1e-4
+
+
 def test_no_example_is_left_out():
     tested = {
         "resident.py",
@@ -113,6 +131,7 @@ def test_no_example_is_left_out():
         "block_diffusion.py",
         "compile_backend.py",
         "export_onnx.py",
+        "grpo_sparse.py",
         "hugging_face.py",
         "speculative.py",
     }
