@@ -77,6 +77,7 @@ def train(name: str, seed: int, given: argparse.Namespace) -> dict[str, Any]:
     if kept.exists():
         return json.loads(kept.read_text())
     model, tokenizer = load_causal_lm(given.model, torch.float32), load_tokenizer(given.model)
+    model.is_quantized = False  # the file of a packaged model is; its weights are float32 now
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     adapter = SparseAdapter(model) if given.adapter and name == "sparse" else None
     batch = given.prompts * given.samples

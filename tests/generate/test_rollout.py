@@ -15,6 +15,7 @@ from tsa_compile.generate.rollout_slots import draw
 from tsa_compile.generate.scoring import common_mass
 from tsa_compile.learn.acceptance import acceptance
 from tsa_compile.learn.gate import schedule_plan
+from tsa_compile.steps import FIXED, REPLAYED
 
 NEW = 20
 ENDS = tuple(range(5, 11))
@@ -229,3 +230,27 @@ def test_a_policy_that_takes_no_site_is_an_error(model, prompts):
     with pytest.raises(ValueError, match="no attention of a decode step takes PageSparse"):
         Rollouts(model, refused)(prompts[:1], new_tokens=2)
     Rollouts(model, every_layer_dense)(prompts[:1], new_tokens=2)  # exact in both layers, as the plan says
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("plan", [EXACT, SPARSE], ids=["exact", "pages"])
+def test_steps_are_replayed_on_a_gpu_and_read_new_weights(plan, prompts):
+    """From the second rollout on nothing is traced, and every step but the first ones of a cache is a replay."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = tiny_llama(initializer_range=0.12).cuda()
+    rollouts = Rollouts(model, plan, batch=3, ends=ENDS, look_every=4, rows_at_once=2)
+    for seed in range(3):
+        before = rollouts.session.steps.counts().get(FIXED, 0), len(rollouts.session.backend.graphs)
+        found = rollouts(prompts, 4, new_tokens=NEW, generator=torch.Generator("cuda").manual_seed(seed))
+        first = found.tokens[0, : int(found.lengths[0])]
+        want = scored(model, prompts[0].cuda(), first).log_softmax(-1).gather(1, first[:, None])[:, 0]
+        torch.testing.assert_close(found.dense[0, : len(first)], want, atol=1e-3, rtol=0)
+        if plan is EXACT:
+            torch.testing.assert_close(found.sparse, found.dense, atol=1e-3, rtol=0)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.01 * torch.randn_like(p))
+    counts = rollouts.session.steps.counts()
+    assert counts[REPLAYED] > found.steps
+    assert (counts[FIXED], len(rollouts.session.backend.graphs)) == before

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from tsa_compile.tools.bench.diffusion_cli import bench_diffusion
+from tsa_compile.tools.bench.rollout_cli import bench_rollout
 
 bench = typer.Typer(help="Time attention or a whole prefill on the GPU, dense against sparse.", no_args_is_help=True)
 console = Console(width=None if sys.stdout.isatty() else 160)  # a table in a file has room
@@ -18,6 +19,7 @@ JsonFile = Annotated[str | None, typer.Option("--json", help="write the results 
 
 
 bench.command("diffusion")(bench_diffusion)
+bench.command("rollout")(bench_rollout)
 
 
 @bench.command("attention")
