@@ -44,4 +44,5 @@ def describe_new(node: fx.Node, old: fx.Node) -> None:
     if "tensor_meta" in old.meta and isinstance(value, torch.Tensor):
         from torch.fx.passes.shape_prop import _extract_tensor_metadata
 
-        node.meta["tensor_meta"] = _extract_tensor_metadata(value)
+        known = all(isinstance(size, int) for size in value.shape)  # of a symbol it would be asked whether it is 1
+        node.meta["tensor_meta"] = _extract_tensor_metadata(value, include_contiguity=known)

@@ -27,7 +27,7 @@ def token_sparse_attention(
     order, ranks = (None, None) if key_mask is None else key_view(key_mask)
     chosen = select_tokens(q, k, order, ranks, scale, coverage, window, pool, min_tokens, heavy)
     rows = Rows(q, k, order, ranks)
-    return _stored(_attend(rows, ranks, (q, k, v), chosen, scale, Strip(strip_window, strip_sinks)).to(q.dtype))
+    return stored(_attend(rows, ranks, (q, k, v), chosen, scale, Strip(strip_window, strip_sinks)).to(q.dtype))
 
 
 def sparse_attention(
@@ -40,11 +40,11 @@ def sparse_attention(
     Raises:
         ExportError: `need_lse`.
     """
-    _no_lse_wanted("sparse_attention", need_lse)
+    no_lse_wanted("sparse_attention", need_lse)
     rows = Rows(q, k, order, ranks)
     kept = (indices, counts, heavy_indices)
     out = _attend(rows, ranks, (q, k, v), kept, scale, Strip(strip_window, strip_sinks)).to(q.dtype)
-    return _stored(attend_padding(rows, q, k, v, scale, out)), no_lse(q)
+    return stored(attend_padding(rows, q, k, v, scale, out)), no_lse(q)
 
 
 def _attend(
@@ -97,7 +97,7 @@ def key_attention(
     Raises:
         ExportError: `need_lse`.
     """
-    _no_lse_wanted("key_attention", need_lse)
+    no_lse_wanted("key_attention", need_lse)
     size, heads = kept_size(counts, k.shape[2]), q.shape[1]
     place = torch.arange(size, device=q.device)
     at = for_heads(indices, heads).index_select(2, place).long().clamp(min=0)
@@ -105,14 +105,14 @@ def key_attention(
     unused = place >= counts[:, None]
     scores = torch.where(unused[:, None, None], HIDDEN, (q @ keys.transpose(2, 3)).float() * scale)
     out = scores.softmax(-1).to(v.dtype) @ values
-    return _stored(torch.where(counts[:, None, None, None] > 0, out, 0.0).to(q.dtype)), no_lse(q)
+    return stored(torch.where(counts[:, None, None, None] > 0, out, 0.0).to(q.dtype)), no_lse(q)
 
 
-def _stored(out: Tensor) -> Tensor:
+def stored(out: Tensor) -> Tensor:
     """`[B, H, Lq, Dv]`, stored as `[B, Lq, H, Dv]`: what follows may view it."""
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def _no_lse_wanted(name: str, need_lse: bool) -> None:
+def no_lse_wanted(name: str, need_lse: bool) -> None:
     if need_lse:
         raise ExportError(f"tsa::{name}: its log-sum-exp is read; its lowering gives the attention's output alone")

@@ -37,10 +37,10 @@ def _least_of_largest(x: Tensor, count: Tensor) -> Tensor:
         hits = (x[:, :, None] >= candidates[..., None]).long().sum(3)
         return (hits >= count).long().sum(2, keepdim=True)
 
-    powers = _constants(_POWERS, x.device)
+    powers = constants(_POWERS, x.device)
     step = torch.arange(1, 16, device=x.device)
     base = _entry(powers, reached(powers[1:].expand(*x.shape[:2], -1)))
-    doubled = _constants([2.0**i for i in range(16)], x.device)
+    doubled = constants([2.0**i for i in range(16)], x.device)
     value = base * _entry(doubled, reached(base * doubled[1:]))
     delta = value
     for bits in (4, 4, 4, 4, 4, 3):  # the mantissa; all sums are exact
@@ -49,7 +49,7 @@ def _least_of_largest(x: Tensor, count: Tensor) -> Tensor:
     return value
 
 
-def _constants(values: list[float], device: torch.device) -> Tensor:
+def constants(values: list[float], device: torch.device) -> Tensor:
     """These numbers, float32 `[n]`: by fills, since a decomposition may make no tensor of data."""
     return torch.cat([torch.full((1,), x, device=device) for x in values])
 
@@ -69,7 +69,7 @@ def dropped(units: Tensor, candidate: Tensor, coverage: float) -> Tensor:
 
     def mass_below(value: Tensor) -> Tensor:
         """Sums of the units below each of value `[B, m]`."""
-        return torch.where(units[:, None] < value[..., None], units[:, None], 0).sum(2)
+        return (units[:, None] * (units[:, None] < value[..., None]).long()).sum(2)
 
     step = torch.arange(1, 16, device=units.device)
     value = torch.zeros_like(target)

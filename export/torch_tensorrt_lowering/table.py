@@ -9,7 +9,7 @@ import torch
 from torch._ops import OpOverload
 
 from tsa_compile.export.common import ExportError
-from tsa_compile.export.torch_tensorrt_lowering import attend, select
+from tsa_compile.export.torch_tensorrt_lowering import attend, attend_blocks, select, select_blocks
 from tsa_compile.kernels import ops  # noqa: F401  (registers the operators)
 
 LOWERINGS: dict[OpOverload, Callable[..., Any]] = {
@@ -19,6 +19,10 @@ LOWERINGS: dict[OpOverload, Callable[..., Any]] = {
     torch.ops.tsa.token_sparse_attention.default: attend.token_sparse_attention,
     torch.ops.tsa.select_keys.default: select.select_keys,
     torch.ops.tsa.key_attention.default: attend.key_attention,
+    torch.ops.tsa.padding_range.default: select_blocks.padding_range,
+    torch.ops.tsa.key_block_means.default: select_blocks.key_block_means,
+    torch.ops.tsa.select_key_blocks.default: select_blocks.select_key_blocks,
+    torch.ops.tsa.key_block_attention.default: attend_blocks.key_block_attention,
 }
 
 
@@ -27,6 +31,5 @@ def refuse_without_lowering(gm: torch.fx.GraphModule) -> None:
     for node in gm.graph.nodes:
         name = node.target.name() if isinstance(node.target, OpOverload) else ""
         if name.startswith("tsa::") and node.target not in LOWERINGS:
-            raise ExportError(
-                f"{node.name}: Torch-TensorRT has no form of {name}; it takes TokenSparse(inner=None) and ProbeSparse"
-            )
+            taken = "BlockSparse, TokenSparse(inner=None) and ProbeSparse"
+            raise ExportError(f"{node.name}: Torch-TensorRT has no form of {name}; it takes {taken}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -9,10 +10,13 @@ from torch import nn
 
 import tsa_compile as tsa
 from tsa_compile.export.language_model import language_graph
+from tsa_compile.policies.base import Policy
 
 MAX_LENGTH = 8192
 PAPER = tsa.TokenSparse.paper(coverage=0.3, window=16, min_tokens=32)
 COMPLETED = tsa.TokenSparse(coverage=0.3, window=16, min_tokens=32, completion=tsa.Completion(24, 4, 20))
+BLOCKS = tsa.BlockSparse()
+OTHER_BLOCKS = tsa.BlockSparse((0.2, 0.3, 0.4, 0.5), pool=32, window=100, sinks=0, last_dense=0, share="group", lookahead=False)
 BATCH, LENGTH = torch.export.Dim("batch", min=1, max=4), torch.export.Dim("length", min=2, max=MAX_LENGTH)
 SIZES = {
     "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128,
@@ -46,17 +50,16 @@ class Case(NamedTuple):
         return [package.Input(**dict(zip(names, shapes, strict=True)), dtype=dtype) for shapes, dtype in self.ranges]
 
 
-def llama() -> Case:
-    """A prefill that returns the cache: the paper's form in layer 0, the completed one in layer 1."""
+def llama(first: Policy = PAPER, second: Policy = COMPLETED) -> Case:
+    """A prefill that returns the cache: one policy in layer 0, another in layer 1."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     graph = language_graph(LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **SIZES)).eval(), "prefill", tokens=100)
-    plan = tsa.Plan(PAPER, rules=[("*.layers.1.*", "prefill", COMPLETED)])
     ranges = [(((1, 2), (1, 512), (2, MAX_LENGTH)), torch.int64)]
-    return Case(graph.module, graph.args, ({0: BATCH, 1: LENGTH},), ranges, plan)
+    return Case(graph.module, graph.args, ({0: BATCH, 1: LENGTH},), ranges, _by_layer(first, second))
 
 
-def qwen3() -> Case:
+def qwen3(first: Policy = PAPER, second: Policy = COMPLETED) -> Case:
     """Two layers over padded rows: the mask is an input."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -64,8 +67,11 @@ def qwen3() -> Case:
     args = (torch.randint(0, 128, (2, 100)), torch.ones(2, 100, dtype=torch.int64))
     args[1][1, :30] = 0
     ranges = [(((1, 2), (1, 512), (2, MAX_LENGTH)), torch.int64)] * 2
-    plan = tsa.Plan(PAPER, rules=[("*.layers.1.*", "prefill", COMPLETED)])
-    return Case(model, args, ({0: BATCH, 1: LENGTH},) * 2, ranges, plan)
+    return Case(model, args, ({0: BATCH, 1: LENGTH},) * 2, ranges, _by_layer(first, second))
+
+
+def _by_layer(first: Policy, second: Policy) -> tsa.Plan:
+    return tsa.Plan(first, rules=[("*.layers.1.*", "prefill", second)])
 
 
 def vit() -> Case:
@@ -88,4 +94,10 @@ def vit() -> Case:
     return Case(Classes(), (torch.randn(2, *image),), ({0: BATCH},), ranges, policy)
 
 
-CASES = {"llama": llama, "qwen3": qwen3, "vit": vit}
+CASES = {
+    "llama": llama,
+    "llama of blocks": functools.partial(llama, BLOCKS, OTHER_BLOCKS),
+    "qwen3": qwen3,
+    "qwen3 of blocks": functools.partial(qwen3, BLOCKS, OTHER_BLOCKS),
+    "vit": vit,
+}

@@ -78,8 +78,9 @@ def sites(network):
 
 
 @pytest.mark.parametrize("capability", ["SM80", "SM89", "SM120"])
-def test_a_decoder_is_one_engine_for_each_capability(programs, capability):
-    case, program = programs("llama")
+@pytest.mark.parametrize("name", ["llama", "llama of blocks"])
+def test_a_decoder_is_one_engine_for_each_capability(programs, name, capability):
+    case, program = programs(name)
     engine, network = build(program, case.inputs(PACKAGE), capability)
     assert len(engine) > 1_000_000
     found = sites(network)
@@ -89,13 +90,13 @@ def test_a_decoder_is_one_engine_for_each_capability(programs, capability):
     assert score_matrices(network, (1, PRIME)) == []
 
 
-@pytest.mark.parametrize("name", ["qwen3", "vit"])
+@pytest.mark.parametrize("name", ["qwen3", "qwen3 of blocks", "vit"])
 def test_other_models_are_one_engine_for_all_capabilities(programs, name):
     case, program = programs(name)
     engine, network = build(program, case.inputs(PACKAGE), "SM80", "SM89", "SM120")
     assert len(engine) > 1_000_000
     assert len(sites(network)) == 2
-    if name == "qwen3":
+    if name != "vit":
         assert score_matrices(network, (1, PRIME), (1, PRIME)) == []
 
 
@@ -135,16 +136,17 @@ def test_the_partitioner_takes_every_operator(programs, name, tmp_path):
 
 
 def test_the_partitioner_breaks_around_an_operator_without_a_lowering(tmp_path):
-    """The control: block-sparse prefill stays a PyTorch operator between two engines, or is refused by name."""
+    """The control: block selection among kept tokens stays a PyTorch operator between two engines, or is refused by name."""
     x, report = torch.randn(2, 300, 64), tmp_path / "report.txt"
-    program = export.program(Block().eval(), (x,), policy=tsa.BlockSparse())
+    policy = tsa.TokenSparse(inner=tsa.BlockSparse())
+    program = export.program(Block().eval(), (x,), policy=policy)
     torch._dynamo.reset()
     compiled = torch.compile(program.module(), backend="torch_tensorrt", options={"dryrun": str(report), "min_block_size": 1})
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), program.module()(x), atol=1e-4, rtol=0)
-    assert "tsa.key_block_attention" in report.read_text()
-    with pytest.raises(export.ExportError, match="Torch-TensorRT has no form of tsa::key_block_means"):
-        export.torch_tensorrt(Block(), (x,), tmp_path / "m.ep", policy=tsa.BlockSparse())
+    assert "tsa.token_block_attention" in report.read_text()
+    with pytest.raises(export.ExportError, match="Torch-TensorRT has no form of tsa::token_block_attention"):
+        export.torch_tensorrt(Block(), (x,), tmp_path / "m.ep", policy=policy)
 
 
 def test_every_lowering_is_known_to_the_package():

@@ -10,11 +10,13 @@ import torch
 import tsa_compile as tsa
 from tests.export.test_aoti import Block, Encoder
 from tsa_compile import export
+from tsa_compile.export.torch_tensorrt_lowering import attend_blocks
 from tsa_compile.export.torch_tensorrt_lowering.graph_passes import count_from_the_front, drop_empty_operands
 from tsa_compile.export.torch_tensorrt_lowering.rank import dropped, largest
 from tsa_compile.export.torch_tensorrt_lowering.table import LOWERINGS
 from tsa_compile.kernels.common.coverage_reference import count_dropped
 from tsa_compile.kernels.common.coverage_reference import largest as largest_reference
+from tsa_compile.kernels.select.threshold_pages.reference import unpack_bits
 
 OPS = torch.ops.tsa
 SCALE, RULE = 0.25, (0.3, 16, 7, 32)  # coverage, window, pool, min_tokens
@@ -61,6 +63,57 @@ def test_each_operator_equals_its_reference(q_len, k_len, masked):
     torch.testing.assert_close(actual, OPS.key_attention(*arguments)[0], atol=1e-4, rtol=0)
 
 
+BLOCK_RULES = [  # alpha, pool, window, sinks, last_dense, options
+    ([0.3], 128, 1, 0, 0, {}),
+    ([0.5], 32, 100, 4, 128, {}),
+    ([0.0], 128, 1, 0, 0, {}),
+    ([0.2, 0.4, 0.6, 0.8], 64, 1, 4, 0, {"share": "group"}),
+    ([0.3], 128, 1, 4, 0, {"lookahead": False}),
+    ([0.9], 128, 1, 0, 0, {"min_queries": 16}),
+]
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["full", "padded"])
+@pytest.mark.parametrize(("q_len", "k_len"), [(40, 40), (130, 130), (700, 700), (300, 700), (5, 300)])
+def test_block_selection_equals_its_reference(q_len, k_len, masked, monkeypatch):
+    """Lists of 1 to 11 key blocks in three widths."""
+    monkeypatch.setattr(attend_blocks, "WIDTHS", (2, 4))
+    torch.manual_seed(q_len)
+    q, k, v, mask = operands(q_len, k_len, masked)
+    real = (*OPS.padding_range(mask), mask) if masked else (None, None, None)
+    if masked:
+        assert all(map(torch.equal, LOWERINGS[OPS.padding_range.default](mask), real))
+    means, counts = OPS.key_block_means(k, *real)
+    lowered = LOWERINGS[OPS.key_block_means.default](k, *real)
+    torch.testing.assert_close(lowered[0][:, :, :-1], means, atol=1e-5, rtol=0)
+    assert torch.equal(lowered[1][:, :-1].expand_as(counts), counts.long())
+    for *rule, options in BLOCK_RULES:
+        bits = OPS.select_key_blocks(q, k, means, counts, *real, SCALE, *rule, **options)
+        read = LOWERINGS[OPS.select_key_blocks.default](q, k, *lowered, *real, SCALE, *rule, **options)
+        assert torch.equal(read[:, :, :-1, :-1], unpack_bits(bits, counts.shape[1]))
+        rest = (None, 1, *real, SCALE, False)
+        actual = LOWERINGS[OPS.key_block_attention.default](q, k, v, read, *rest)[0]
+        expected = OPS.key_block_attention(q, k, v, bits, *rest)[0]
+        torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
+        assert actual.stride() == expected.stride()
+
+
+def test_keys_in_a_pool_and_a_log_sum_exp_are_refused():
+    q, k, v, _ = operands(40, 40, False)
+    table, none = torch.zeros(2, 1, dtype=torch.int32), (None, None, None)
+    with pytest.raises(export.ExportError, match="key_block_means: its keys lie in blocks of a pool"):
+        LOWERINGS[OPS.key_block_means.default](k, *none, table, 64)
+    lowered = LOWERINGS[OPS.key_block_means.default](k, *none)
+    with pytest.raises(export.ExportError, match="select_key_blocks: its keys lie in blocks of a pool"):
+        LOWERINGS[OPS.select_key_blocks.default](q, k, *lowered, *none, SCALE, [0.3], 128, 1, 0, 0, k_len=30)
+    read = LOWERINGS[OPS.select_key_blocks.default](q, k, *lowered, *none, SCALE, [0.3], 128, 1, 0, 0)
+    attend = LOWERINGS[OPS.key_block_attention.default]
+    with pytest.raises(export.ExportError, match="key_block_attention: its keys lie in blocks of a pool"):
+        attend(q, k, v, read, table, 64, *none, SCALE, False)
+    with pytest.raises(export.ExportError, match="key_block_attention: its log-sum-exp is read"):
+        attend(q, k, v, read, None, 1, *none, SCALE, True)
+
+
 def test_nothing_is_dropped_at_coverage_zero():
     q, k, _, _ = operands(90, 90, False)
     arguments = (q, k, None, None, SCALE, 0.0, 16, 7, 32, 8)
@@ -91,17 +144,31 @@ class Padded(torch.nn.Module):
         return OPS.sparse_attention(q, k, v, *kept, *view, SCALE, 24, 4, 48, "auto")[0]
 
 
-@pytest.fixture(scope="module")
-def lowered():
-    """The padded, completed attention as Torch-TensorRT gets it, for any batch and length; with its program."""
-    shapes = ({0: DIM, 2: DIM}, {0: DIM, 2: DIM}, {0: DIM, 2: DIM}, {0: DIM, 1: DIM})
-    program = torch.export.export(Padded(), operands(100, 100, True), dynamic_shapes=shapes, strict=False)
+class Masked(torch.nn.Module):
+    """The same as a model has it."""
+
+    def forward(self, q, k, v, mask):
+        position = torch.arange(q.shape[2], device=q.device)
+        seen = (position <= position[:, None]) & mask[:, None, None]
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=SCALE, enable_gqa=True)
+
+
+@pytest.fixture(scope="module", params=["tokens", pytest.param("blocks", marks=pytest.mark.slow)])
+def lowered(request):
+    """The padded attention as Torch-TensorRT gets it, for any batch and length; with its program."""
+    length = torch.export.Dim("length", min=2, max=2048)
+    shapes = ({0: DIM, 2: length}, {0: DIM, 2: length}, {0: DIM, 2: length}, {0: DIM, 1: length})
+    example = operands(100, 100, True)
+    if request.param == "tokens":
+        program = torch.export.export(Padded(), example, dynamic_shapes=shapes, strict=False)
+    else:
+        program = export.program(Masked(), example, policy=tsa.BlockSparse(0.3, window=100), dynamic_shapes=shapes)
     return program, program.run_decompositions(LOWERINGS)
 
 
 def test_one_graph_for_all_lengths(lowered):
     program, graph = lowered
-    for length in (7, 150, 333):
+    for length in (7, 150, 333, 1100):
         x = operands(length, length, True)
         torch.testing.assert_close(graph.module()(*x), program.module()(*x), atol=1e-4, rtol=0)
 
@@ -120,9 +187,10 @@ def test_an_operator_without_a_lowering_is_named(monkeypatch, tmp_path):
     module.__version__, module._tsa_lowered = "2.14.0", True
     module.ENABLED_FEATURES = types.SimpleNamespace(qdp_plugin=False)
     monkeypatch.setitem(sys.modules, "torch_tensorrt", module)
-    message = r"Torch-TensorRT has no form of tsa::key_block_means; it takes TokenSparse"
+    message = r"Torch-TensorRT has no form of tsa::token_block_attention; it takes BlockSparse, TokenSparse"
+    policy = tsa.TokenSparse(inner=tsa.BlockSparse())
     with torch._dynamo.config.patch(capture_scalar_outputs=False), pytest.raises(export.ExportError, match=message):
-        export.torch_tensorrt(Block(), (torch.randn(2, 100, 64),), tmp_path / "m.ep", policy=tsa.BlockSparse())
+        export.torch_tensorrt(Block(), (torch.randn(2, 100, 64),), tmp_path / "m.ep", policy=policy)
 
 
 def test_a_missing_package_and_an_old_one_name_the_command(monkeypatch):
