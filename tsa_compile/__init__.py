@@ -29,6 +29,7 @@ from tsa_compile.policies.sampled_values import SampledValues
 from tsa_compile.policies.token_sparse import Completion, TokenSparse
 from tsa_compile.reach import reach
 from tsa_compile.report import Report
+from tsa_compile.warm_up import warm
 
 __version__ = "0.1.0"
 __all__ = [
@@ -57,5 +58,6 @@ __all__ = [
     "restore",
     "speculative",
     "transform",
+    "warm",
 ]
 _register()

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from tsa_compile import warm_up
 from tsa_compile.dynamo import called
 from tsa_compile.entry_point import report_of
 from tsa_compile.interface import front as interface
@@ -28,6 +29,7 @@ def transform(
     fullgraph: bool = False,
     inductor_options: Mapping[str, Any] | None = None,
     front: str = "auto",
+    warm: bool | int = False,
 ) -> M:
     """Make the attention of `model` sparse, in place; returns the same module.
 
@@ -47,6 +49,7 @@ def transform(
         front: "trace" finds attention in graphs; "interface" takes the place of a transformers model's attention function, which
             needs no trace, but has prefill alone and no compiler; "auto" is the interface where accelerate's hooks lie between
             layers (`device_map` over several devices), as each hook breaks a graph and hides what masks are, else a trace.
+        warm: trace and compile at once what calls of up to so many rows need (True: 8), by calls with random tokens; `tsa.warm`.
 
     Raises:
         TypeError: `model` is not a module, or `policy_or_plan` is none of the above.
@@ -63,6 +66,8 @@ def transform(
         interface.take(called(model), plan)
     else:
         attach(model, lambda: Session(model, plan, compiler, inductor_options, fullgraph))
+    if warm:
+        warm_up.warm(model, warm_up.MAX_BATCH if warm is True else warm)
     return model
 
 

@@ -108,6 +108,11 @@ class Plan:
         named = [self.decode, *(rule.policy for rule in self.rules if rule.phase == "decode")]
         return any(policy is not None and not isinstance(policy, Dense) for policy in named)
 
+    def policies(self) -> list[Policy]:
+        """Those that a model's own calls may meet: of prefill and decode steps."""
+        own = [getattr(self, phase) or DEFAULTS[phase] for phase in ("prefill", "decode")]
+        return list(dict.fromkeys([*own, *(rule.policy for rule in self.rules if rule.phase in ("prefill", "decode"))]))
+
     def policy_for(self, site: AttentionSite) -> Policy:
         return self.policy_at(site.module, site.phase, site.index)
 
@@ -152,10 +157,10 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
-        """Raises ValueError, naming the file, if it holds no plan."""
+        """The plan of a JSON file that holds one, or a policy. Raises ValueError, naming the file, if it holds neither."""
         try:
-            return cls.from_dict(json.loads(Path(path).read_text()))
-        except (ValueError, TypeError) as error:
+            return as_plan(json.loads(Path(path).read_text()))
+        except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path}: {error}") from error
 
 

@@ -20,6 +20,7 @@ ROWS = (
     ("recorder", "report", "watched", "first_call", "parallel"),
     ("backend", "interface"),
     ("session",),
+    ("warm_up",),
     ("api",),
     ("check", "reach"),
     ("generate", "learn", "export", "frontends"),

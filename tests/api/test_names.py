@@ -49,7 +49,10 @@ NAMES = {
     "Resident": "keep=None, pages=None, interval=64, layers=None, ensemble='max', sinks=1, recent=4, strict=False, sample=0",
     "Routed": "inner=Exact(), group=None",
     # What is done to a model.
-    "transform": "model, policy_or_plan=None, *, compiler='eager', fullgraph=False, inductor_options=None, front='auto'",
+    "transform": (
+        "model, policy_or_plan=None, *, compiler='eager', fullgraph=False, inductor_options=None, front='auto', warm=False"
+    ),
+    "warm": "model, max_batch=8, max_tokens=None, inputs=None, console=None",
     "restore": "model",
     "report": "model",  # a transformed model, or what torch.compile(..., backend="tsa") gave
     "explain": "model, *args, policy=None, **kwargs",

@@ -52,6 +52,14 @@ def test_explain_prints_json(folder):
     assert [s["replaced"] for s in sites] == [True] * LAYERS
 
 
+def test_warm_says_what_was_compiled(folder):
+    done = in_process("warm", folder, "--max-batch", "2", "--max-tokens", "40")
+    assert done.returncode == 0, done.stderr
+    assert "0 kernels compiled or loaded, in 5 calls" in done.stdout
+    assert "no GPU here" in done.stdout
+    assert "warming up" in done.stderr
+
+
 def test_explain_prints_a_table(folder):
     done = command("explain", folder, "--tokens", "100")
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""The command line: `tsa-compile demo|explain|compare|reach|calibrate|gate|eval|export|zoo|bench|tune|diffusion`."""
+"""The command line: `tsa-compile demo|explain|compare|warm|reach|calibrate|gate|eval|export|zoo|bench|tune|diffusion`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from tsa_compile.tools.bench.bench_cli import JsonFile, Repeats, bench, tune
 from tsa_compile.tools.diffusion.diffusion_cli import diffusion
 from tsa_compile.tools.gate_cli import gate
 from tsa_compile.tools.reach_cli import reach
+from tsa_compile.tools.warm_cli import warm
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
 app.add_typer(bench, name="bench")
@@ -217,6 +218,7 @@ def zoo(
 app.command()(tune)
 app.command()(reach)
 app.command()(gate)
+app.command()(warm)
 app.command()(diffusion)
 
 

@@ -55,6 +55,10 @@ class Policy:
         """How the cache keeps rows beside the buffers that a decode step reads, compared by value; None: these hold every row."""
         return None
 
+    def kernel_lengths(self) -> tuple[int, ...]:
+        """Keys up to which other kernels run than beyond: what a warm-up asks. A selection's own chunks are not named here."""
+        return ()
+
     def select(self, emit: Emit, site: AttentionSite, state: Any) -> Selection | None:
         """Which keys each query reads; None: all, or `attend` chooses as it goes.
 

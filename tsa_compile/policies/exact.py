@@ -32,6 +32,9 @@ class Exact(Policy):
     def guaranteed(self, site: AttentionSite) -> Edges:
         return own_edges(site)
 
+    def kernel_lengths(self) -> tuple[int, ...]:
+        return (128,)  # a tile of keys; longer ones may be read in parts, and merged
+
     def attend(self, emit: Emit, site: AttentionSite, selection: Selection | None) -> Any:
         x, window = site.operands, site.mask.window or 0
         return emit(

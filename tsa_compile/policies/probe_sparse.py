@@ -49,6 +49,9 @@ class ProbeSparse(Policy):
         all_kept = isinstance(site.k_len, int) and site.k_len <= self.min_keys + 1
         return Edges.every() if all_kept or self.coverage == 0 else Edges.none()
 
+    def kernel_lengths(self) -> tuple[int, ...]:
+        return (self.min_keys + 1,)
+
     def select(self, emit: Emit, site: AttentionSite, state: Any) -> Keys:
         x, rule = site.operands, (float(self.coverage), self.probes, self.min_keys)
         return Keys(*emit(torch.ops.tsa.select_keys.default, x.q, x.k, *x.view.order, site.scale, *rule))

@@ -145,6 +145,9 @@ class TokenSparse(Policy):
         local = ALL_KEYS if self.inner is None or self.inner.alpha == 0 else self.inner.before + 1
         return Edges.window(min(local, self.completion.window))
 
+    def kernel_lengths(self) -> tuple[int, ...]:
+        return (self._dense_below,)
+
     @property
     def _dense_below(self) -> int:
         """Rows of up to so many tokens keep all of them."""

@@ -17,13 +17,12 @@ def reach(
     html: Annotated[str | None, typer.Option(help="write a page with a plot to this file")] = None,
 ) -> None:
     """Say which distances no chain of guaranteed reads spans, whatever the data, and how many layers would."""
-    import json
-
+    from tsa_compile.plan import Plan
     from tsa_compile.reach import reach as find
     from tsa_compile.tools.load_models import load_causal_lm
     from tsa_compile.tools.reach_page import write_page
 
-    wanted = None if plan is None else json.loads(plan.read_text())
+    wanted = None if plan is None else Plan.load(plan)
     found = find(load_causal_lm(model), wanted, length, phase=phase)
     Console(soft_wrap=True).print(str(found), markup=False, highlight=False)
     if html:

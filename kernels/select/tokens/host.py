@@ -27,7 +27,8 @@ def select_from_means(
     batch, heads, k_len = mean.shape
     (coverage, window, pool, min_tokens, heavy), padded = rule, view.ranks is not None
     new = lambda *shape, dtype=torch.int32: torch.empty(shape, dtype=dtype, device=mean.device)  # noqa: E731
-    scores, (masses, candidates) = torch.empty_like(mean), new(2, batch, k_len, dtype=torch.int64)
+    scores = torch.empty_like(mean)
+    masses, candidates = (new(batch, k_len, dtype=torch.int64) for _ in range(2))  # each aligned: a kernel is compiled by that
     counts, indices, heavy_indices = new(batch), new(batch, lists, k_len), new(batch, lists, heavy)
     order, ranks = view.order if padded else (counts, counts)  # not read
     chunks = triton.cdiv(k_len, CHUNK)
@@ -80,7 +81,7 @@ def select_everything(k: Tensor, view: KvView, heavy: int, lists: int) -> Tokens
     slot = torch.arange(k_len, device=k.device, dtype=torch.int32)
     if view.ranks is not None:
         order, ranks = view.order
-        counts = ranks[:, -1].contiguous() if k_len else ranks.new_zeros(batch)
+        counts = ranks[:, -1].clone() if k_len else ranks.new_zeros(batch)  # aligned: kernels are compiled by that
         row = torch.where(slot < counts[:, None], order, -1)
     else:
         counts = torch.full((batch,), k_len, dtype=torch.int32, device=k.device)

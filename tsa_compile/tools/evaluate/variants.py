@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from tsa_compile.learn.drift import decoder_layer, record_drift
-from tsa_compile.plan import Plan, as_plan
+from tsa_compile.plan import Plan
 from tsa_compile.policies.dense import Dense
 from tsa_compile.policies.token_sparse import Completion, TokenSparse
 from tsa_compile.rules import Rule
@@ -71,11 +70,7 @@ def own_variant(path: str | Path) -> Variant:
     Raises:
         ValueError: neither, or one that does not validate; the message names the file.
     """
-    try:
-        plan = as_plan(json.loads(Path(path).read_text()))
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path}: {error}") from error
-    return Variant(Path(path).stem, OWN, plan)
+    return Variant(Path(path).stem, OWN, Plan.load(path))
 
 
 def low_drift_half(runner: Runner, layers: Mapping[int, str], ids: torch.Tensor) -> list[int]:
