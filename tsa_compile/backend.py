@@ -139,6 +139,15 @@ class Backend:
         """A recorded graph ran, which does not come by."""
         self._thread.runs = self.runs + 1
 
+    @contextlib.contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Inside, graphs that this thread runs are none of its runs: recording a step, and replaying it, are one run in all."""
+        runs = self.runs
+        try:
+            yield
+        finally:
+            self._thread.runs = runs
+
     @property
     def runs(self) -> int:
         """How many graphs ran in this thread."""

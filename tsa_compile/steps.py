@@ -122,8 +122,10 @@ class Steps:
                 self._record(recording, step, cache)
             if recording.replay is not None:
                 self._count(REPLAYED)
+                with self._backend.uncounted():
+                    result = recording.replay(step, cache)
                 self._backend.replayed()
-                return recording.replay(step, cache)
+                return result
             self._count(FIXED)
             runs = self._backend.runs
             result = step()
@@ -132,7 +134,8 @@ class Steps:
 
     def _record(self, recording: Recording, step: Callable[[], Any], cache: Any) -> None:
         try:
-            recording.record(step, cache)
+            with self._backend.uncounted():
+                recording.record(step, cache)
         except RuntimeError as error:
             recording.ready, recording.refused = False, True
             self._backend.warn(f"decode steps are not replayed, but run one by one: {error}")

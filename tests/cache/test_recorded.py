@@ -12,6 +12,7 @@ from torch import nn
 import tsa_compile as tsa
 from tests.cache.models import cache_name, tiny, token_ids
 from tests.cache.test_generate import LEFT, generate
+from tsa_compile import cuda_graphs
 from tsa_compile.cuda_graphs import CudaReplay
 from tsa_compile.session import attached
 from tsa_compile.steps import FIXED, REPLAYED
@@ -157,6 +158,7 @@ def test_what_a_replay_gives(monkeypatch):
             logits.add_(1)
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, **options: contextlib.nullcontext())
     output, logits = transformers.modeling_outputs.CausalLMOutputWithPast, torch.zeros(1, 1, 5)
     first, second = transformers.DynamicCache(), transformers.DynamicCache()
@@ -209,3 +211,21 @@ def test_a_replay_after_other_work(models):
         assert request.step() == [REPLAYED]
         assert request.step() == [REPLAYED]
     torch.cuda.current_stream().wait_stream(stream)
+
+
+class RunsWhenRecorded(cuda_graphs.Again):
+    """As a CUDA graph is made: by running the call once more."""
+
+    def __init__(self, call, cache):
+        call()
+
+
+def test_a_step_that_is_recorded_is_one_run(monkeypatch):
+    """A cache that keeps rows elsewhere asks, after each step, whether its policy took every attention of it."""
+    monkeypatch.setattr(cuda_graphs, "Again", RunsWhenRecorded)
+    torch._dynamo.reset()
+    model = tsa.transform(tiny("llama", layers=1), tsa.Plan(prefill=tsa.Dense(), decode=tsa.Resident(keep=1.0, interval=8)))
+    attached(model).steps.recorded_on = frozenset({"cpu"})
+    out = model.generate(token_ids(40), max_new_tokens=7, do_sample=False)
+    assert out.shape == (1, 47)
+    assert tsa.report(model).steps[REPLAYED] > 1
