@@ -142,6 +142,24 @@ def test_new_weights_are_seen_and_nothing_is_compiled_for_them(model, prompts, d
         assert torch.equal(a, b)
 
 
+def test_the_cache_of_the_next_rollout_lies_where_that_of_the_last_one_lay(model, prompts, rollouts, drawn):
+    """As recorded steps need it; also where a prefill has as many rows as the batch."""
+    pool = rollouts.session.steps.pool
+    assert len(pool) == 1
+    storage = pool.lease(3, 1024)
+    pool.give_back(storage)
+    rollouts.plan, rollouts.rows_at_once = SPARSE, 3
+    try:
+        rollouts(prompts, 2, new_tokens=2)
+        assert pool.lease(3, 1024) is storage
+        pool.give_back(storage)
+        rollouts.keep_cache = False
+        rollouts(prompts, 2, new_tokens=2)
+        assert len(pool) == 0
+    finally:
+        rollouts.keep_cache, rollouts.rows_at_once = True, 2
+
+
 @pytest.mark.slow
 def test_adapters_are_seen_and_nothing_is_compiled_for_their_updates(prompts):
     peft = pytest.importorskip("peft")

@@ -71,6 +71,7 @@ class Rollouts:
         top: likeliest tokens that are kept to compare both distributions.
         look_every: steps between two looks at which rows have ended; each look waits for the device.
         rows_at_once: sequences of one prefill, and of one scoring pass.
+        keep_cache: keep the cache's memory for the next rollout, whose steps then need not be recorded anew.
         compiler: as of `transform`.
         decoding: what is to be in force while tokens are drawn, and not while they are scored (`rl.distill`).
 
@@ -89,6 +90,7 @@ class Rollouts:
         top: int = 20,
         look_every: int = 16,
         rows_at_once: int = 4,
+        keep_cache: bool = True,
         compiler: str = "eager",
         decoding: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> None:
@@ -108,6 +110,7 @@ class Rollouts:
         self.plan = plan
         self.batch, self.temperature, self.ends, self.top = batch, temperature, tuple(ends), top
         self.look_every, self.rows_at_once, self.decoding = look_every, rows_at_once, decoding
+        self.keep_cache = keep_cache
 
     @property
     def plan(self) -> Plan:
@@ -151,6 +154,8 @@ class Rollouts:
                 batch = RolloutBatch(self.model, self.session, rows, self.batch, new_tokens, how)
                 batch.run()
                 self._check_sparse()
+            if not self.keep_cache:
+                self.session.steps.pool.clear()
             lengths = batch.slots.lengths[: len(rows)]
             tokens, sparse, top, names = (x[: len(rows), : int(lengths.max())] for x in batch.slots.drawn)
             how_many = self.rows_at_once

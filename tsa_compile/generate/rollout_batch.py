@@ -10,6 +10,7 @@ import torch
 
 from tsa_compile.cache import Cache
 from tsa_compile.cache.names import cache_name
+from tsa_compile.cache.storage import Pool
 from tsa_compile.generate.cached_steps import CachedSteps
 from tsa_compile.generate.rollout_slots import Drawn, Slots, draw
 from tsa_compile.generate.scoring import left_padded, positions_of
@@ -61,6 +62,7 @@ class RolloutBatch:
         self._waiting = deque(range(len(prompts)))
         self._at: list[int | None] = [None] * self.batch  # steps since a row's sample began; None: it has none
         self._cache: Any = None
+        self._prefills = Pool()
         self._steps: CachedSteps | None = None
         self.steps = 0
 
@@ -75,6 +77,8 @@ class RolloutBatch:
             free = [b for b, at in enumerate(self._at) if at is not None and ended[b]]
             if free:
                 self._refill(free)
+        for layer in self._cache.layers:
+            layer.release()
         new = {how: n - counts.get(how, 0) for how, n in self.session.steps.counts().items()}
         others = sorted(how for how, n in new.items() if n and how not in (FIXED, REPLAYED))
         if others:
@@ -111,11 +115,9 @@ class RolloutBatch:
 
     def _prefill(self, prompts: list[Tensor], given: list[tuple[int, int, int]]) -> None:
         """Read prompts; `given`: batch row, sample and prompt of each of the rows that begin now."""
-        from transformers import DynamicCache
-
         ids, mask = left_padded(prompts, self._device, self._begin)
         positions = positions_of(mask)
-        small: Any = DynamicCache(config=self.model.config)
+        small = Cache(self.model, len(prompts), self._begin, self._prefills)  # never the storage that steps are recorded over
         call = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "use_cache": True, self._name: small}
         logits = self.session(**call, logits_to_keep=1).logits[:, -1].float()
         rows, samples, chosen = (self._index(x) for x in zip(*given, strict=True))
@@ -124,6 +126,7 @@ class RolloutBatch:
         for own, read in zip(self._cache.layers, small.layers, strict=True):
             for to, rows_of in zip(own.settled()[:2], (read.keys, read.values), strict=True):
                 to[rows, :, : self._begin] = rows_of[chosen]
+            read.release()
         self._steps.restart(rows, mask[chosen], positions[chosen])
         self.slots.start(rows, samples, self._draw(logits[chosen]))
 
