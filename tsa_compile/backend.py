@@ -221,13 +221,15 @@ class Backend:
         if context is not None:
             with torch._guards.tracing(context):
                 return self.compile(gm, inputs, None)
+        from torch._dynamo.convert_frame import compile_lock
         from torch._inductor.compile_fx import compile_fx
 
         from tsa_compile.passes.pipeline import pipeline_identity
 
         # The compile caches do not see what an operator's fake does: its source joins the user's own tag.
         tag = f"{torch.compiler.config.cache_key_tag}|tsa:{pipeline_identity(self.plan.to_dict())}"
-        with torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
+        # One thread at a time, as Dynamo's own compilations are: before torch 2.13 the tag is one for the whole process.
+        with compile_lock, torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
             return cast(Callable[..., Any], compile_fx(gm, list(inputs), config_patches=self.inductor_options or None))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import contextvars
 import itertools
 import logging
 import re
@@ -73,10 +74,18 @@ def traced_by_others() -> bool:
     return any(isinstance(mode, (PreDispatchTorchFunctionMode, ProxyTorchDispatchMode)) for mode in modes)
 
 
-class _Settings:
-    """Dynamo's configuration while calls of ours run; the last call that ends puts the user's back.
+#: From torch 2.13 on each thread has a configuration of its own.
+_BY_THREAD = isinstance(
+    getattr(torch._dynamo.config._config["recompile_limit"], "user_override", None),  # type: ignore[attr-defined]
+    contextvars.ContextVar,
+)
 
-    It is one for the whole process. Other threads that compile meanwhile see more room and more guards, never fewer.
+
+class _Settings:
+    """Dynamo's configuration while calls of ours run.
+
+    Where it is one for the whole process, the last call that ends puts the user's back; other threads that compile meanwhile
+    see more room and more guards, never fewer.
     """
 
     def __init__(self) -> None:
@@ -87,11 +96,13 @@ class _Settings:
     @contextlib.contextmanager
     def ours(self, graphs: int) -> Iterator[None]:
         """Room for `graphs` graphs; hooks that are registered later make a graph anew."""
+        if _BY_THREAD:
+            with torch._dynamo.config.patch(_wider(_now(), graphs)):  # type: ignore[attr-defined]
+                yield
+            return
         with self._lock:
             if not self._limits:
-                config = torch._dynamo.config
-                names = ("recompile_limit", "accumulated_recompile_limit", "skip_nnmodule_hook_guards")
-                self._before = {name: getattr(config, name) for name in names}
+                self._before = _now()
             self._limits.append(graphs)
             self._apply()
         try:
@@ -102,15 +113,23 @@ class _Settings:
                 self._apply()
 
     def _apply(self) -> None:
-        values = dict(self._before)
-        if self._limits:
-            most = max(self._limits)
-            values["recompile_limit"] = max(most, values["recompile_limit"])
-            values["accumulated_recompile_limit"] = max(4 * most, values["accumulated_recompile_limit"])
-            values["skip_nnmodule_hook_guards"] = False
+        values = _wider(self._before, max(self._limits)) if self._limits else self._before
         for name, value in values.items():
             if getattr(torch._dynamo.config, name) != value:
                 setattr(torch._dynamo.config, name, value)
+
+
+def _now() -> dict[str, Any]:
+    names = ("recompile_limit", "accumulated_recompile_limit", "skip_nnmodule_hook_guards")
+    return {name: getattr(torch._dynamo.config, name) for name in names}
+
+
+def _wider(values: dict[str, Any], graphs: int) -> dict[str, Any]:
+    return {
+        "recompile_limit": max(graphs, values["recompile_limit"]),
+        "accumulated_recompile_limit": max(4 * graphs, values["accumulated_recompile_limit"]),
+        "skip_nnmodule_hook_guards": False,
+    }
 
 
 settings = _Settings()

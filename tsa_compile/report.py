@@ -148,7 +148,8 @@ class Report:
         table = Table(title=title or self.summary(), title_justify="left")
         for name in ("graph", "layer", "module", "heads q/kv", "Lq", "Lk", "attention", "kept", "reason"):
             numeric = name in ("graph", "layer", "Lq", "Lk", "kept")
-            table.add_column(name, justify="right" if numeric else "left", no_wrap=numeric or name == "attention")
+            justify: Any = "right" if numeric else "left"
+            table.add_column(name, justify=justify, no_wrap=numeric or name == "attention", overflow="fold")
         for s in self.sites:
             kept = "" if s.kept is None else f"{s.kept:.0%}"
             verdict = f"[green]{s.policy}[/]" if s.replaced else "[yellow]dense[/]"

@@ -18,6 +18,7 @@ from tsa_compile.dynamo import called, isolated, room, settings, skips, traced_b
 from tsa_compile.interface.front import front_of
 from tsa_compile.model_state import ModelState
 from tsa_compile.plan import Plan
+from tsa_compile.prompt_masks import leave_to_the_model, make_beforehand
 from tsa_compile.refuse_traces import RefuseTraces, refuse_to_be_traced
 from tsa_compile.report import Report
 from tsa_compile.speculation import Speculation
@@ -138,6 +139,7 @@ def attach(model: nn.Module, make: Callable[[], Session]) -> None:
         raise RuntimeError("the model is compiled already; call tsa_compile.restore(model) before transforming it again")
     model._compiled_call_impl = Entry(make(), model)
     _ATTACHED[model] = model.register_forward_pre_hook(RefuseTraces(), with_kwargs=True)
+    leave_to_the_model(model)
 
 
 def attached(model: nn.Module) -> Session | None:
@@ -171,4 +173,5 @@ def detach(model: nn.Module) -> bool:
     hook = _ATTACHED.pop(model, None)
     if hook is not None:
         hook.remove()
+        make_beforehand(model)
     return hook is not None

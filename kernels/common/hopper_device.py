@@ -8,7 +8,8 @@ from tsa_compile.kernels.common.lanes_device import by_lane
 
 WARPS = gl.constexpr(4)  # of each of the three parts
 BLOCK = gl.constexpr(128)  # queries of a tile, keys of a block
-#: What a row's sum of exponentials must stay below where no maximum is kept: far enough from the end of float32 for any values.
+#: What a row's sum of exponentials must stay below where no maximum is kept: 2^48 below the end of float32, so that values
+#: up to 2^48 leave the product finite. With larger ones, which bfloat16 has, a row may be Inf.
 SUM_LIMIT = gl.constexpr(2.0**80)
 SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
 load_block = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # renamed in Triton 3.9

@@ -17,7 +17,7 @@ ROWS = (
     ("policies",),
     ("passes", "plan"),
     ("dynamo",),
-    ("recorder", "report", "watched", "first_call", "parallel"),
+    ("recorder", "report", "watched", "first_call", "parallel", "prompt_masks"),
     ("backend", "interface"),
     ("session",),
     ("warm_up",),

@@ -17,6 +17,7 @@ from torch import nn
 import tsa_compile as tsa
 from tests.api.tiny import KEEP_ALL, LAYERS, SPARSE, tiny_llama, token_ids
 from tsa_compile import session as sessions
+from tsa_compile.dynamo import settings
 from tsa_compile.recorder import record_kept
 from tsa_compile.session import Session
 
@@ -238,6 +239,37 @@ def test_calls_are_answered_while_others_compile(threads, seconds):
         for result in results:
             torch.testing.assert_close(result, expected[number % 2])
     assert torch._dynamo.config.recompile_limit == 8
+
+
+def test_every_thread_gets_its_configuration_back():
+    """Whichever call ends first. Before torch 2.13 there is one configuration, which the last call puts back."""
+    config, seen, entered, left = torch._dynamo.config, {}, threading.Barrier(2), threading.Event()
+
+    def first():
+        with settings.ours(64):
+            entered.wait()
+            seen["inside"] = config.recompile_limit
+        left.set()
+
+    def both(name, work):
+        work()
+        done.wait()  # both calls are over
+        seen[name] = config.recompile_limit, config.skip_nnmodule_hook_guards
+
+    def second():
+        with settings.ours(80):
+            entered.wait()
+            left.wait()
+
+    done, before = threading.Barrier(2), (config.recompile_limit, config.skip_nnmodule_hook_guards)
+    threads = [threading.Thread(target=both, args=pair) for pair in (("first", first), ("second", second))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen.pop("inside") >= 64
+    assert seen == {"first": before, "second": before}
+    assert (config.recompile_limit, config.skip_nnmodule_hook_guards) == before
 
 
 def test_recordings_see_their_own_model_and_thread():

@@ -60,6 +60,38 @@ def test_warm_says_what_was_compiled(folder):
     assert "warming up" in done.stderr
 
 
+def test_errors_name_the_file_or_the_option(folder, tmp_path):
+    for name, content in (("latin", "é".encode("latin-1")), ("empty", b" \n"), ("broken.json", b'{"policy": ')):
+        (tmp_path / name).write_bytes(content)
+    latin, empty, broken = (str(tmp_path / name) for name in ("latin", "empty", "broken.json"))
+    out, no_json = str(tmp_path / "out"), f"{broken}: Expecting value"
+    said = {
+        ("compare", folder, "--text", latin): f"{latin} is not UTF-8",
+        ("compare", folder, "--text", empty): f"{empty} is empty",
+        ("compare", folder, "--plan", broken): no_json,
+        ("explain", folder, "--plan", broken): no_json,
+        ("warm", folder, "--plan", broken): no_json,
+        ("reach", folder, "--plan", broken): no_json,
+        ("calibrate", folder, "--prompts", empty, "--out", out): f"{empty} is empty",
+        ("calibrate", folder, "--prompts", empty, "--out", out, "--coverages", "x"): "--coverages must be numbers",
+        ("eval", folder, "--out", out, "--lengths", "abc"): "--lengths must be whole numbers, comma separated, got 'abc'",
+    }
+    for command_line, error in said.items():
+        done = in_process(*command_line)
+        assert done.returncode == 1
+        assert f"error: {error}" in done.stderr
+
+
+def test_explain_under_a_plan_in_a_narrow_terminal(folder, tmp_path, monkeypatch):
+    """Modules are folded, not cut: layers can be told apart."""
+    (tmp_path / "policy.json").write_text('{"policy": "TokenSparse"}')
+    monkeypatch.setattr("tsa_compile.frontends.cli.console.width", 60)
+    done = in_process("explain", folder, "--tokens", "100", "--plan", str(tmp_path / "policy.json"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("TokenSparse") == LAYERS
+    assert "…" not in done.stdout
+
+
 def test_explain_prints_a_table(folder):
     done = command("explain", folder, "--tokens", "100")
     assert done.returncode == 0, done.stderr

@@ -271,6 +271,21 @@ def test_few_rows_over_a_cache_are_exact(rows, calls):
     assert cache.get_seq_length() == 50 + rows
 
 
+def test_a_mask_is_read_once(monkeypatch):
+    """Whether it hides anything, as transformers' own SDPA mask asks, for all layers; of a decode step we ask nothing."""
+    read, padding = [], torch.ones(1, 20, dtype=torch.bool)
+    for name in ("__bool__", "__int__", "__float__", "item"):
+        own = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda self, own=own, name=name: (read.append(name), own(self))[1])
+    shaped_mask(1, 16, 20, 4, attention_mask=padding)
+    assert read == ["__bool__"]
+    shaped_mask(1, 16, 16)
+    assert read == ["__bool__"]
+    monkeypatch.setattr("transformers.masking_utils.sdpa_mask", lambda *args, **kwargs: None)
+    shaped_mask(1, 1, 20, 19, attention_mask=padding)
+    assert read == ["__bool__"]
+
+
 def test_nothing_is_read_while_a_cuda_graph_is_captured(monkeypatch):
     """A padding mask is handed on as it is, an offset on the device gives the full mask."""
     padding, offset = torch.ones(1, 20, dtype=torch.bool), torch.tensor(4)

@@ -42,13 +42,13 @@ def compile_kernel(kernel, dtype, constants, **options):
         large.append((kernel.__name__, dtype, dim, options, made.metadata.shared))
 
 FORMS = {"order": ((False, ("bf16", 128)), (True, ("fp32", 64))), "blocks": (),
-         "shared": tuple((True, (dtype, dim)) for dtype in DTYPES for dim in (64, 128, 256))}
+         **{dtype: tuple((True, (dtype, dim)) for dim in (64, 128, 256)) for dtype in DTYPES}}
 large = []
 for padded, (dtype, dim) in FORMS[sys.argv[2]]:
     view = dict(START=padded, LENGTH=padded, MASK=padded)
     table = {} if padded else {"blocks": None}
     compile_kernel(key_block_means_kernel, dtype, dict(D=dim, BLOCK_D=dim, KEYS=64, **view, **table), num_warps=4)
-    for pool in (16, finest_pool(dim)) if sys.argv[2] == "shared" else (16,) if padded else (128, 16):
+    for pool in (16, finest_pool(dim)) if sys.argv[2] in DTYPES else (16,) if padded else (128, 16):
         together, warps = tile(pool, dim)
         precise = "tf32x3" if dtype == "fp32" else "ieee"
         shape = dict(D=dim, BLOCK_D=dim, POOL=pool, PER=128 // pool, ROW_BLOCKS=together, STEP=step(dim, DTYPES[dtype]),
@@ -59,7 +59,7 @@ for padded, (dtype, dim) in FORMS[sys.argv[2]]:
                  PER=64 // config.block_n, CHUNK=16, LSE=padded, PRECISION=precise, **view, **table)
     compile_kernel(key_block_attention_kernel, dtype, shape, **config.options)
 assert not large, large
-if capability == 90 and sys.argv[2] != "shared":
+if capability == 90 and sys.argv[2] not in DTYPES:
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
     from tsa_compile.kernels.attend.pages.hopper_device import key_block_attention_hopper_kernel as hopper
@@ -88,10 +88,15 @@ print("compiled")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("capability", "keys"),
-    [(80, "order"), (90, "order"), (90, "blocks"), *((n, "shared") for n in (80, 86, 89, 90, 100, 120))],
+    [
+        (80, "order"),
+        (90, "order"),
+        (90, "blocks"),
+        *((n, dtype) for n in (80, 86, 89, 90, 100, 120) for dtype in ("bf16", "fp16", "fp32")),
+    ],
 )
 def test_compiles_ahead_of_time(capability, keys, tmp_path):
-    """In the keys' order, or in blocks; `shared`: every dtype and head dim within the GPU's shared memory."""
+    """In the keys' order, or in blocks; of a dtype every head dim within the GPU's shared memory."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(capability), keys], cwd=ROOT, env=environment, capture_output=True, text=True

@@ -12,6 +12,7 @@ from rich.console import Console
 from tsa_compile.tools.bench.bench_cli import JsonFile, Repeats, bench, tune
 from tsa_compile.tools.diffusion.diffusion_cli import diffusion
 from tsa_compile.tools.gate_cli import gate
+from tsa_compile.tools.option_values import numbers
 from tsa_compile.tools.reach_cli import reach
 from tsa_compile.tools.warm_cli import warm
 
@@ -26,6 +27,7 @@ _EXTRAS = {  # module -> the extra that brings it
     **{"gguf": "demo", "triton": "triton", "flash_attn": "fa4", "tensorrt_rtx": "tensorrt"},
 }
 Tokens = Annotated[int, typer.Option(help="prompt length, in tokens", min=64)]
+PlanFile = Annotated[Path | None, typer.Option(help="a JSON file of a plan or a policy, in place of --coverage")]
 Coverage = Annotated[float | None, typer.Option(help="share of attention mass that may be dropped, in [0, 1)")]
 
 
@@ -46,16 +48,17 @@ def explain(
     model: Annotated[str, typer.Argument(help="a Hugging Face folder or id, or a packaged model: smollm2")],
     tokens: Tokens = 4000,
     coverage: Coverage = None,
+    plan: PlanFile = None,
     json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Say which attention sites of MODEL would be replaced in a prefill of random tokens, and why the others not."""
     import torch
 
     from tsa_compile import api
-    from tsa_compile.plan import default_policy
+    from tsa_compile.plan import Plan, default_policy
     from tsa_compile.tools.load_models import load_causal_lm
 
-    policy = default_policy(coverage)
+    policy = Plan.load(plan) if plan else default_policy(coverage)
     network = load_causal_lm(model)
     ids = torch.randint(0, network.config.get_text_config().vocab_size, (1, tokens), device=network.device)
     report = api.explain(network, input_ids=ids, use_cache=False, policy=policy)
@@ -73,18 +76,18 @@ def compare(
     tokens: Tokens = 4000,
     text: Annotated[str | None, typer.Option(help="a text file to read; without it the prompt is generated prose")] = None,
     coverage: Coverage = None,
+    plan: PlanFile = None,
     repeats: Repeats = 3,
 ) -> None:
     """Run MODEL on a text, dense and token-sparse: which sites are replaced, how much faster, how close to dense."""
-    from pathlib import Path
-
     from tsa_compile import check
-    from tsa_compile.plan import default_policy
+    from tsa_compile.learn.prompt_file import read_text
+    from tsa_compile.plan import Plan, default_policy
     from tsa_compile.tools.bench.prompts import essay
     from tsa_compile.tools.load_models import load_causal_lm, load_tokenizer
 
-    policy = default_policy(coverage)
-    prompt = Path(text).read_text() if text else essay(tokens, seed=0)
+    policy = Plan.load(plan) if plan else default_policy(coverage)
+    prompt = read_text(text) if text else essay(tokens, seed=0)
     ids = load_tokenizer(model)(prompt, return_tensors="pt").input_ids[:, :tokens]
     network = load_causal_lm(model)
     with console.status(f"running {ids.shape[1]} tokens, dense and sparse"):
@@ -109,13 +112,10 @@ def calibrate(
     """Choose a policy for each layer of MODEL on your own prompts, and write the plan."""
     from tsa_compile.learn.calibrate_cli import calibrate_files
 
-    try:
-        numbers = [float(c) for c in coverages.split(",")]
-    except ValueError as error:
-        raise ValueError(f"--coverages must be numbers, comma separated, got {coverages!r}") from error
+    wanted = numbers("--coverages", coverages, float)
     if not Path(out).absolute().parent.is_dir() or Path(out).is_dir():  # before hours of measurements
         raise ValueError(f"--out: {out} cannot be written: its folder does not exist, or it is one")
-    plan = calibrate_files(model, prompts, target, policy, numbers, method, last, max_tokens, state)
+    plan = calibrate_files(model, prompts, target, policy, wanted, method, last, max_tokens, state)
     plan.save(out)
     console.print(f"{out}: {plan.notes['sparse layers']} layers sparse; {plan.notes['measured']}", markup=False)
 
@@ -153,7 +153,7 @@ def export_command(
     capability: Annotated[list[str] | None, typer.Option(help="GPUs to compile for, such as 9.0; several times")] = None,
     runtime: Annotated[str, typer.Option(help="with --to tensorrt: tensorrt_rtx or tensorrt")] = "tensorrt_rtx",
     coverage: Coverage = None,
-    plan: Annotated[Path | None, typer.Option(help="a plan's JSON file, in place of --coverage")] = None,
+    plan: PlanFile = None,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16")] = "float32",
     tokens: Annotated[int, typer.Option(help="length of the example input, in tokens", min=2)] = 512,
     max_tokens: Annotated[int, typer.Option(help="longest prompt of a TensorRT engine, in tokens", min=2)] = 8192,

@@ -17,7 +17,7 @@ def read_prompts(paths: Iterable[str | Path], tokenizer: Callable[[], Any], max_
         max_tokens: longer prompts lose their beginning, so that the end, which is compared, stays.
 
     Raises:
-        ValueError: a line that is none of the three.
+        ValueError: a line that is none of the three, or a file that is empty or not UTF-8.
         OSError: a file cannot be read.
     """
     loaded: list[Any] = []
@@ -32,8 +32,24 @@ def read_prompts(paths: Iterable[str | Path], tokenizer: Callable[[], Any], max_
             yield entry[-max_tokens:] if max_tokens else entry
 
 
+def read_text(path: str | Path) -> str:
+    """The text of a file that a user named.
+
+    Raises:
+        ValueError: it has none, or is not UTF-8; the message names the file.
+        OSError: it cannot be read.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from error
+    if not text.strip():
+        raise ValueError(f"{path} is empty")
+    return text
+
+
 def _entries(path: Path) -> Iterator[tuple[str, Any]]:
-    text = path.read_text()
+    text = read_text(path)
     if path.suffix != ".jsonl":
         yield str(path), text
         return

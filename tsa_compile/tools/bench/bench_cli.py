@@ -11,6 +11,7 @@ from rich.console import Console
 
 from tsa_compile.tools.bench.diffusion_cli import bench_diffusion
 from tsa_compile.tools.bench.rollout_cli import bench_rollout
+from tsa_compile.tools.option_values import numbers
 
 bench = typer.Typer(help="Time attention or a whole prefill on the GPU, dense against sparse.", no_args_is_help=True)
 console = Console(width=None if sys.stdout.isatty() else 160)  # a table in a file has room
@@ -118,7 +119,7 @@ def bench_acceptance(
 
     rows = list[acceptance.Acceptance]()
     loaded = load_causal_lm(model), load_tokenizer(model)
-    for row in acceptance.measure(*loaded, drafts.split(","), [int(n) for n in lengths.split(",")], new, gamma, share, sampled):
+    for row in acceptance.measure(*loaded, drafts.split(","), numbers("--lengths", lengths, int), new, gamma, share, sampled):
         rows.append(row)
         console.print(row, markup=False, highlight=False)
         if json:
@@ -167,7 +168,7 @@ def bench_prefill(
 
     policy = TokenSparse(coverage=coverage)
     gpu, versions = _gpu()
-    rows = prefill.bench_prefill(prefill.build_llama(layers), [int(n) for n in lengths.split(",")], policy, repeats, compiler)
+    rows = prefill.bench_prefill(prefill.build_llama(layers), numbers("--lengths", lengths, int), policy, repeats, compiler)
     console.print(output.prefill_table(rows))
     if json:
         head = dict(environment=versions, ceilings=gpu, layers=layers, compiler=compiler, policy=policy.to_dict())
@@ -190,7 +191,7 @@ def bench_export(
     models = list(exported_files.MODELS) if model is None else [m for m in model if m]
     if not (lengths or models):
         raise ValueError("nothing to export: neither lengths nor a model")
-    result = exported.bench_export(json, [int(n) for n in lengths.split(",") if n], models)
+    result = exported.bench_export(json, numbers("--lengths", lengths, int), models)
     if result["failed"]:
         raise RuntimeError(f"failed: {result['failed']}")
 

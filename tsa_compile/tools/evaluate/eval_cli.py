@@ -14,6 +14,7 @@ from tsa_compile.tools.evaluate.job import Options, run
 from tsa_compile.tools.evaluate.local_attention import use_local_attention
 from tsa_compile.tools.evaluate.ruler_data import TASKS as RULER
 from tsa_compile.tools.load_models import load_causal_lm, load_tokenizer
+from tsa_compile.tools.option_values import numbers
 
 
 def evaluate_model(
@@ -27,10 +28,10 @@ def evaluate_model(
     """
     options = Options(
         model=name or model,
-        lengths=tuple(int(n) for n in _split(lengths)),
+        lengths=tuple(numbers("--lengths", lengths, int)),
         samples=samples,
         tasks=_tasks(tasks) if tasks else TASKS,
-        coverages=tuple(float(c) for c in _split(coverages)),
+        coverages=tuple(numbers("--coverages", coverages, float)),
         families=tuple(_split(families)),
         policies=tuple(policies),
         batch_tokens=batch_tokens,
