@@ -10,6 +10,7 @@ import functools
 import json
 import math
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,6 +65,15 @@ def pays_from(policy: str, site: AttentionSite) -> int | None:
     if not rows:
         return 0
     return min(rows, key=lambda row: _distance(row, site)).pays_from
+
+
+def lengths(policies: Collection[str], device: torch.device) -> set[int]:
+    """Every number of keys from which on one of the policies was measured to pay on a device like this."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return set()
+    capability = "{}.{}".format(*torch.cuda.get_device_capability(device))
+    found = {row.pays_from for row in table() if row.capability == capability and row.policy in policies}
+    return {n for n in found if n is not None}
 
 
 def _distance(row: Timing, site: AttentionSite) -> tuple[float, float]:

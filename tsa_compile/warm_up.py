@@ -1,8 +1,8 @@
 """Before the first request: a plan's graphs are traced, and its kernels compiled, by calls with random tokens.
 
 No length compiles a kernel, but a few things choose among kernels: whether there is a mask of padding; the batch, by how many
-programs fill the GPU; and lengths that a policy or a kernel names (`Policy.kernel_lengths`, `CHUNK`). `cells` has a batch and a
-length for each of them.
+programs fill the GPU; and lengths that a policy or a kernel names (`Policy.kernel_lengths`, `CHUNK`), or from which on a policy
+pays (`pays.lengths`). `cells` has a batch and a length for each of them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from tsa_compile import pays
 from tsa_compile.dynamo import called
 from tsa_compile.interface.front import front_of
 from tsa_compile.kernels.common.compiled import compiled_kernels
@@ -81,7 +82,8 @@ def warm(
     for name, value in (("max_batch", max_batch), ("max_tokens", max_tokens)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"{name} must be an int >= 1, got {value!r}")
-    wanted = cells(plan, max_batch, _longest(model, max_tokens))
+    device = next(model.parameters(), torch.empty(0)).device
+    wanted = cells(plan, max_batch, _longest(model, max_tokens), device)
     start = time.perf_counter()
     with torch.no_grad(), compiled_kernels() as kernels, progress(console, console is not None) as begin:
         calls = [call for cell in wanted for call in _calls(model, *cell, inputs)]
@@ -94,9 +96,11 @@ def warm(
     return Warmed(len(calls), len(kernels), time.perf_counter() - start)
 
 
-def cells(plan: Plan, max_batch: int, max_tokens: int) -> list[tuple[int, int]]:
+def cells(plan: Plan, max_batch: int, max_tokens: int, device: torch.device) -> list[tuple[int, int]]:
     """(batch, tokens) of the calls: all batches at the lengths that policies name, one row where kernels alone name it."""
     edges = {n for policy in plan.policies() for n in policy.kernel_lengths()}
+    if plan.where == "pays":
+        edges |= {n - 1 for n in pays.lengths({policy.name for policy in plan.policies()}, device)}
     lengths = sorted({min(n, max_tokens) for edge in edges for n in (edge, edge + 1)} | {min(SHORT, max_tokens)})
     found = [(batch, length) for length in lengths for batch in batches(max_batch)]
     return found + [(1, CHUNK + 1)] * (max_tokens > CHUNK)

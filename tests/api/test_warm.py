@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import random
 import types
 
@@ -12,8 +14,9 @@ from hypothesis import strategies as st
 
 import tsa_compile as tsa
 from tests.api.tiny import Layers, tiny_llama, token_ids
+from tsa_compile import pays, warm_up
 from tsa_compile.kernels.common.compiled import compiled_kernels
-from tsa_compile.warm_up import SHORT, batches, cells
+from tsa_compile.warm_up import SHORT, batches
 
 
 @pytest.fixture(autouse=True)
@@ -33,11 +36,18 @@ def test_batches_meet_every_number_of_splits(processors, programs_a_row, most):
     assert len(batches(most)) <= 2 * most.bit_length()
 
 
-def test_cells():
+def test_cells(monkeypatch):
+    cells = functools.partial(warm_up.cells, device=torch.device("cuda", 0))
     assert cells(tsa.Plan(), 3, 100_000) == [(1, SHORT), (2, SHORT), (3, SHORT), (1, 8193)]
     assert {n for _, n in cells(tsa.Plan(prefill=tsa.TokenSparse()), 1, 100_000)} == {SHORT, 1152, 1153, 8193}
     rules = [("*", "prefill", tsa.TokenSparse(min_tokens=500))]
     assert {n for _, n in cells(tsa.Plan(rules=rules), 1, 600)} == {SHORT, 600}
+    measured = pays.Timing("9.0", "BlockSparse", 128, 32, 8, (2048, 4096), (1.0, 1.0), (2.0, 0.5), (1.0, 1.0))
+    monkeypatch.setattr(pays, "table", lambda: (measured, dataclasses.replace(measured, policy="TokenSparse")))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert {n for _, n in cells(tsa.Plan(where="pays"), 1, 8000)} == {SHORT, 4095, 4096}
+    assert {n for _, n in cells(tsa.Plan(), 1, 8000)} == {SHORT}
 
 
 @pytest.mark.slow

@@ -116,7 +116,7 @@ def main(capability: tuple[int, int], processors: int, policy: Any) -> list[tupl
     lengths = [rng.randrange(2, 3000) for _ in range(24)] + [rng.randrange(3000, MAX_TOKENS) for _ in range(6)]
     asked = [(batch, n) for n in lengths for batch in (1, 2, 3, 5) if batch * n <= MOST]
     with AsOnGpu(), torch.no_grad():
-        for batch, length in cells(plan, MAX_BATCH, MAX_TOKENS):
+        for batch, length in cells(plan, MAX_BATCH, MAX_TOKENS, torch.device("cuda", 0)):
             for padded in (False, True):
                 attend(policy, batch, length, padded, decode)
         assert launches.new, "nothing was launched"
