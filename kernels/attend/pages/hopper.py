@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 
+from tsa_compile.kernels.common.launch import multiprocessors
 from tsa_compile.kernels.common.row_blocks import KEYS, ROWS, row_block_count, valid_range, word_count
 from tsa_compile.kernels.common.tiles import LOG2_E, capability_of, section_heads
 from tsa_compile.kernels.types import KvView
@@ -58,7 +58,7 @@ def launch(
     given = (bits if x is None else x for x in (start, lengths, key_mask, holes, table))
     queue = torch.zeros(1, dtype=torch.int32, device=q.device)
     pieces = (_descriptor(q, ROWS, dim), _descriptor(k, KEYS, PANEL), _descriptor(v, KEYS, PANEL))
-    key_block_attention_hopper_kernel[(min(total, _multiprocessors(q.device)),)](
+    key_block_attention_hopper_kernel[(min(total, multiprocessors(q.device)),)](
         *pieces, out, out if lse is None else lse, bits, *given, queue, *out.stride()[:3],
         0 if key_mask is None else key_mask.stride(0), 0 if table is None else table.stride(0), block,
         heads, kv_heads, bits.shape[1], q_len, k_len, row_blocks,
@@ -82,8 +82,3 @@ def _descriptor(x: Tensor, rows: int, columns: int) -> Any:
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     return TensorDescriptor(x, list(x.shape), _strides(x), [1, 1, rows, columns], gl.NVMMASharedLayout(128, 16, 4))
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
