@@ -97,6 +97,15 @@ def never_connected(layers: Sequence[Edges]) -> tuple[int, int] | None:
     return None if hole is None else (hole[1], found.period)
 
 
+def warning_of(layers: Sequence[Edges]) -> str | None:
+    """What is said of layers that never connect some token with the one before it; None: they do, or there are none."""
+    hole = never_connected(layers) if layers else None
+    if hole is None:
+        return None
+    where = "no token" if hole[1] == 1 else f"no token at a position {hole[1]} n + {hole[0]}"
+    return f"{where} is sure to depend on the one before it, in any number of layers: see tsa_compile.reach"
+
+
 def depth_needed(layers: Sequence[Edges], length: int) -> int | None:
     """Layers, with `layers` repeated in order, after which every token can depend on every one up to `length - 1` before it.
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import fx, nn
 
-from tsa_compile.owners import WeightNames
+from tsa_compile.owners import WeightNames, name_modules
 from tsa_compile.plan import Plan
 from tsa_compile.policies.base import own_edges
 from tsa_compile.report import PassReport, Report, SiteReport
@@ -189,7 +189,7 @@ class Backend:
 
     def _hole(self) -> str | None:
         """What the report says if the plan never lets some token of a prompt depend on the one before it, at any depth."""
-        from tsa_compile.passes.check_reach import never_connected
+        from tsa_compile.passes.check_reach import warning_of
 
         edges: dict[str | int, Edges] = {}
         for n, (_, form, decision, module) in enumerate(self._decided()):
@@ -200,11 +200,7 @@ class Backend:
                 return None  # of what is not causal, or not proven, nothing is said
             own = decision.reason is not None or form.fallen is not None
             edges[module or n] = own_edges(site) if own else decision.policy.guaranteed(site)
-        hole = never_connected([*edges.values()]) if edges else None
-        if hole is None:
-            return None
-        where = "no token" if hole[1] == 1 else f"no token at a position {hole[1]} n + {hole[0]}"
-        return f"{where} is sure to depend on the one before it, in any number of layers: see tsa_compile.reach"
+        return warning_of([*edges.values()])
 
     def close(self) -> None:
         """Let go of all graphs."""
@@ -231,11 +227,3 @@ class Backend:
         # One thread at a time, as Dynamo's own compilations are: before torch 2.13 the tag is one for the whole process.
         with compile_lock, torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
             return cast(Callable[..., Any], compile_fx(gm, list(inputs), config_patches=self.inductor_options or None))
-
-
-def name_modules(gm: fx.GraphModule, model: nn.Module | None) -> None:
-    """Give the modules of a Dynamo graph their names in `model`; Dynamo names them from the frame in which the graph begins."""
-    names = {} if model is None else {str(id(module)): name for name, module in model.named_modules()}
-    for node in gm.graph.nodes if names else ():
-        stack = node.meta.get("nn_module_stack") or {}  # {id of a module, maybe "@" and a number: (path, class)}
-        node.meta["nn_module_stack"] = {k: (names.get(k.split("@")[0], path), *kind) for k, (path, *kind) in stack.items()}

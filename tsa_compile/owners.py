@@ -77,3 +77,11 @@ def find_witness(module: str, gm: fx.GraphModule, inputs: Sequence[Any], names: 
             suffix, rest = (".".join(["", *parts[common:]]) if parts[common:] else "" for parts in (weight, site))
             best = (common, Witness(position, suffix, rest))
     return best[1] if best else None
+
+
+def name_modules(gm: fx.GraphModule, model: nn.Module | None) -> None:
+    """Give the modules of a Dynamo graph their names in `model`; Dynamo names them from the frame in which the graph begins."""
+    names = {} if model is None else {str(id(module)): name for name, module in model.named_modules()}
+    for node in gm.graph.nodes if names else ():
+        stack = node.meta.get("nn_module_stack") or {}  # {id of a module, maybe "@" and a number: (path, class)}
+        node.meta["nn_module_stack"] = {k: (names.get(k.split("@")[0], path), *kind) for k, (path, *kind) in stack.items()}

@@ -9,7 +9,7 @@ import torch
 
 from tsa_compile.generate.accept import accept_greedy, accept_sampled
 from tsa_compile.generate.drafts import Draft, Proposed, Request
-from tsa_compile.generate.gate import Cost, Gate
+from tsa_compile.generate.payoff import Cost, Payoff
 from tsa_compile.generate.settle import Ends
 from tsa_compile.speculation import Speculation
 from tsa_compile.steps import FIXED, REPLAYED
@@ -40,7 +40,7 @@ class Rounds:
         self, draft: Draft, gamma: int, costs: tuple[Cost, ...], request: Request, ends: Ends, streamer: Any = None
     ) -> None:
         self.draft, self.gamma, self.request, self.ends, self.streamer = draft, gamma, request, ends, streamer
-        self.gate: Gate | None = Gate(costs, gamma)
+        self.payoff: Payoff | None = Payoff(costs, gamma)
         self.seen = Speculation(requests=1)
         self.keeps_scores = False
         self.scores: list[tuple[Tensor, Tensor]] = []
@@ -93,7 +93,7 @@ class Rounds:
         open_rows = [b for b, done in enumerate(rows.done) if not done]
         last_one = self.ends.max_length - min(rows.lengths[b] for b in open_rows) == 1
         self._ask_gate()
-        proposed = None if self.gate is None or last_one else self.draft.propose(self.request, self.gamma)
+        proposed = None if self.payoff is None or last_one else self.draft.propose(self.request, self.gamma)
         if proposed is None:
             self.seen.plain_steps += 1
             self._settle(steps.step(rows.last()), None)
@@ -104,13 +104,13 @@ class Rounds:
         self.request.keep_known()
         kept, new = [kept[b] for b in open_rows], [new[b] for b in open_rows]
         self.seen.add_verify(kept, new, self.gamma)
-        if self.gate is not None:
-            self.gate.saw(new)
+        if self.payoff is not None:
+            self.payoff.saw(new)
 
     def _ask_gate(self) -> None:
-        why = None if self.gate is None else self.gate.why_off(self.request.rows.batch, self.request.steps.length)
+        why = None if self.payoff is None else self.payoff.why_off(self.request.rows.batch, self.request.steps.length)
         if why is not None:
-            self.gate = None
+            self.payoff = None
             self.note(f"switched off for the rest of the request: {why}")
 
     def _settle(self, logits: Tensor, proposed: Proposed | None) -> tuple[list[int], list[int]]:

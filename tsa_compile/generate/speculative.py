@@ -16,8 +16,8 @@ from torch import nn
 from tsa_compile.cache.names import CACHES
 from tsa_compile.generate.cached_steps import CachedSteps
 from tsa_compile.generate.drafts import Draft, Request, as_draft
-from tsa_compile.generate.gate import Cost, as_costs
 from tsa_compile.generate.hf_generate import check_cache, check_request, result_of
+from tsa_compile.generate.payoff import Cost, as_costs
 from tsa_compile.generate.rounds import Rounds
 from tsa_compile.generate.settle import Ends
 from tsa_compile.generate.speculative_plan import plan_of, session_of

@@ -12,7 +12,7 @@ import torch
 from tsa_compile.cache.names import CACHES, cache_name
 from tsa_compile.generate.cached_steps import CachedSteps
 from tsa_compile.generate.drafts import as_draft
-from tsa_compile.generate.gate import Cost
+from tsa_compile.generate.payoff import Cost
 from tsa_compile.generate.speculative_plan import plan_of, session_of
 
 WARMUP = 3  # rounds: a step runs, is recorded, is replayed

@@ -33,7 +33,7 @@ class Cost:
             raise ValueError(f"Cost: batch and length of at least 1, draft >= 0, verify > 0; got {self}")
 
 
-class Gate:
+class Payoff:
     """Switches speculation off where a round of it is slower than as many exact steps.
 
     A round costs `gamma * draft + verify` exact steps and gives as many tokens as rows got in the last `rounds` rounds. The
