@@ -19,6 +19,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from tsa_compile.export.common import require
+from tsa_compile.export.fuse import fuse_selection
 from tsa_compile.export.torch_tensorrt_lowering.converters import register_converters
 from tsa_compile.export.torch_tensorrt_lowering.table import LOWERINGS, refuse_without_lowering
 from tsa_compile.export.trace import trace
@@ -33,7 +34,7 @@ _LIBRARY = torch.library.Library("tsa", "FRAGMENT")
 
 
 def register_torch_tensorrt() -> ModuleType:
-    """Teach Torch-TensorRT, in this process, the operators of `TokenSparse` and `ProbeSparse`; returns `torch_tensorrt`.
+    """Teach Torch-TensorRT, in this process, `BlockSparse`, `TokenSparse` and `ProbeSparse`; returns `torch_tensorrt`.
 
     They become core operators with dynamic shapes (`LOWERINGS`) wherever Torch-TensorRT decomposes a graph: `dynamo.compile`,
     `dynamo.convert_exported_program_to_serialized_trt_engine`, `torch.compile(backend="torch_tensorrt")`. The number of kept
@@ -102,9 +103,9 @@ def export_torch_tensorrt(
 ) -> Path:
     """Compile `model` with Torch-TensorRT and save it; a process that loads it imports torch_tensorrt.
 
-    On TensorRT-RTX the attention is part of the engine; `TokenSparse` with any option but `inner`, and `ProbeSparse`, are taken.
-    On full TensorRT sites of `TokenSparse` without a key mask are a plugin that calls our kernels: a process that loads the file
-    imports tsa_compile too.
+    On TensorRT-RTX the attention is part of the engine; `BlockSparse`, `TokenSparse` with any option but `inner`, and
+    `ProbeSparse` are taken. On full TensorRT sites of `TokenSparse` without a key mask are a plugin that calls our kernels: a
+    process that loads the file imports tsa_compile too.
 
     Args:
         model, args, kwargs, policy, dynamic_shapes: as for `export_onnx`.
@@ -117,9 +118,12 @@ def export_torch_tensorrt(
     """
     torch_tensorrt = register_torch_tensorrt()
     plugins = torch_tensorrt.ENABLED_FEATURES.qdp_plugin
-    traced = trace(model, args, kwargs, policy=policy, dynamic_shapes=dynamic_shapes, one_node=plugins)
-    refuse_without_lowering(traced.program.graph_module)
-    if plugins and use_unmasked_operator(traced.program.graph_module) and not getattr(torch_tensorrt, _PLUGIN, False):
+    traced = trace(model, args, kwargs, policy=policy, dynamic_shapes=dynamic_shapes, one_node=False)
+    gm = traced.program.graph_module
+    if plugins:
+        fuse_selection(gm)
+    refuse_without_lowering(gm)
+    if plugins and use_unmasked_operator(gm) and not getattr(torch_tensorrt, _PLUGIN, False):
         require("torch_tensorrt.dynamo.conversion.plugins", "torch-tensorrt").custom_op(OPERATOR, supports_dynamic_shapes=True)
         setattr(torch_tensorrt, _PLUGIN, True)
     inputs = {"arg_inputs": args, "kwarg_inputs": dict(kwargs or {}), **options}

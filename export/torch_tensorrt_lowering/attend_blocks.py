@@ -1,13 +1,14 @@
-"""`tsa::key_block_attention` in core operators (docs/operators.md), and no more scores than twice those of the kept key blocks.
+"""`tsa::key_block_attention` and `block_sparse_attention` in core operators (docs/operators.md).
 
 Each query head and row block has a list of key blocks, of a length of its own. Padded to one length they would all be as long
 as those of the last rows, which read everything: dense attention. So lists are sorted into a few widths, each list into the
-least that holds it, and each width is one attention of as many lists as there are, a size that depends on data.
+least that holds it, and each width is one attention of as many lists as there are, a size that depends on data. So no more
+scores are stored than twice those of the kept key blocks, or of 16 for each list.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from tsa_compile.export.torch_tensorrt_lowering.attend import no_lse_wanted, sto
 from tsa_compile.export.torch_tensorrt_lowering.blocks import Keys, RowBlocks, refuse_pool
 from tsa_compile.export.torch_tensorrt_lowering.kept import for_heads, kept_size
 from tsa_compile.export.torch_tensorrt_lowering.rows import HIDDEN, Size, compact, number, running_sum
+from tsa_compile.export.torch_tensorrt_lowering.select_blocks import key_block_means, select_key_blocks
 from tsa_compile.kernels.common.results import no_lse
 from tsa_compile.kernels.common.row_blocks import KEYS, ROWS
 
@@ -69,6 +71,21 @@ def key_block_attention(
         parts.append(_attend(q, k, v, keys, cut, lists, member, widest, scale))
         above = width or above
     return stored(_in_order(q, parts, cut).to(q.dtype)), no_lse(q)
+
+
+def block_sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor | None, block: int, start: Tensor | None, lengths: Tensor | None,
+    key_mask: Tensor | None, scale: float, *rule: Any, k_len: int | None = None, **options: Any,
+) -> Tensor:  # fmt: skip
+    """Selection and attention in one, `[B, H, Lq, Dv]`. rule, options: as `select_key_blocks` takes them.
+
+    Raises:
+        ExportError: keys lie in a pool.
+    """
+    refuse_pool("block_sparse_attention", blocks, k_len)
+    real = (start, lengths, key_mask)
+    bits = select_key_blocks(q, k, *key_block_means(k, *real), *real, scale, *rule, **options)
+    return key_block_attention(q, k, v, bits, None, 1, *real, scale, False)[0]
 
 
 def _most(size: Size) -> float:

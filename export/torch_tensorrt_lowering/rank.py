@@ -1,7 +1,8 @@
 """Thresholds without a sort: TensorRT's TopK stops at 3,840 entries, and it has no float64.
 
 Each step compares all entries with up to 15 candidates and counts, so a threshold is found 4 bits at a time. Both functions give
-the sets of the reference (`kernels/common/coverage_reference.py`), ties included.
+the sets of the reference (`kernels/common/coverage_reference.py`), ties included. Numbers above 31 bits meet no `where`:
+Torch-TensorRT makes 32-bit ones of them there.
 """
 
 from __future__ import annotations

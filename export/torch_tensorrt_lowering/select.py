@@ -85,7 +85,7 @@ def choose(rows: Rows, mean: Tensor, rule: TokenRule, lists: Size, few: Tensor |
         mean = look_up(mean, rows.positions[:, None])
     score = pooled(torch.where(candidate[:, None], mean, 0.0), rule.pool)
     score = torch.where((score >= 0) & (score <= 2), score, 0.0)
-    units = (score * 2.0**52).long().sum(1) * candidate.long()
+    units = (score * 2.0**52).long().sum(1) * candidate.long()  # no `where`: rank.py
     n_drop = dropped(units, candidate, rule.coverage)  # [B, 1]
     everything = (n_drop == 0) | (rows.length <= rule.min_tokens + rule.window)
     if few is not None:

@@ -49,9 +49,11 @@ def key_block_means(
 def select_key_blocks(
     q: Tensor, k: Tensor, means: Tensor, counts: Tensor, start: Tensor | None, lengths: Tensor | None, key_mask: Tensor | None,
     scale: float, alpha: Sequence[float], pool: int, window: int, sinks: int, last_dense: int, *, share: str = "head",
-    lookahead: bool = True, k_len: int | None = None, min_queries: int = 0,
+    lookahead: bool = True, k_len: int | None = None, min_queries: int = 0, dense_below: int = 0,
 ) -> Tensor:  # fmt: skip
     """Which key blocks each row block reads: bool `[B, H or Hk, R + 1, C + 1]`. means, counts: of the lowered `key_block_means`.
+
+    Fewer than `dense_below` keys are all read.
 
     Raises:
         ExportError: keys lie in a pool.
@@ -69,9 +71,11 @@ def select_key_blocks(
     alphas = constants(list(alpha), q.device)[None, :, None, None]
     least = torch.where(eligible, masses, 0.0).amax(3, keepdim=True) * alphas
     heavy = (masses >= least) & ((masses > 0) | (alphas == 0))
+    queries, positions = number(q.shape[2], q.device)[..., None, None], number(keys.length, q.device)[..., None, None]
     if min_queries and not (isinstance(cut.offset, int) and cut.offset == 0):
-        queries, positions = number(q.shape[2], q.device), number(keys.length, q.device)
-        heavy = heavy | ((queries <= min_queries) & (queries < positions))[..., None, None]
+        heavy = heavy | ((queries <= min_queries) & (queries < positions))
+    if dense_below:
+        heavy = heavy | (positions < dense_below)
     kept = (forced & visible)[:, None] | (eligible & heavy)
     return kept if share == "head" else kept.unflatten(1, (keys.kv_heads, -1)).long().sum(2) > 0
 

@@ -23,6 +23,7 @@ LOWERINGS: dict[OpOverload, Callable[..., Any]] = {
     torch.ops.tsa.key_block_means.default: select_blocks.key_block_means,
     torch.ops.tsa.select_key_blocks.default: select_blocks.select_key_blocks,
     torch.ops.tsa.key_block_attention.default: attend_blocks.key_block_attention,
+    torch.ops.tsa.block_sparse_attention.default: attend_blocks.block_sparse_attention,
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -15,13 +16,14 @@ from tsa_compile.policies.base import Policy
 MAX_LENGTH = 8192
 PAPER = tsa.TokenSparse.paper(coverage=0.3, window=16, min_tokens=32)
 COMPLETED = tsa.TokenSparse(coverage=0.3, window=16, min_tokens=32, completion=tsa.Completion(24, 4, 20))
-BLOCKS = tsa.BlockSparse()
-OTHER_BLOCKS = tsa.BlockSparse((0.2, 0.3, 0.4, 0.5), pool=32, window=100, sinks=0, last_dense=0, share="group", lookahead=False)
+BLOCKS = tsa.BlockSparse(0.97, window=100)  # key blocks of random weights weigh about the same
+OTHER_BLOCKS = tsa.BlockSparse((0.9, 0.94, 0.97, 0.99), pool=32, window=1, sinks=0, last_dense=0, share="group", lookahead=False)
 BATCH, LENGTH = torch.export.Dim("batch", min=1, max=4), torch.export.Dim("length", min=2, max=MAX_LENGTH)
 SIZES = {
     "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128,
-    "head_dim": 16,
+    "head_dim": 16, "initializer_range": 0.3,
 }  # fmt: skip
+TEXTS, IMAGES = [(2, 100), (1, 509), (2, 1500)], [(1, 3, 32, 32), (3, 3, 32, 32)]
 
 
 class Logits(nn.Module):
@@ -101,3 +103,19 @@ CASES = {
     "qwen3 of blocks": functools.partial(qwen3, BLOCKS, OTHER_BLOCKS),
     "vit": vit,
 }
+
+
+def examples(name: str, device: str = "cpu") -> Iterator[tuple[torch.Tensor, ...]]:
+    """Inputs of a case in several sizes, padded on the left where there is a mask."""
+    if name == "vit":
+        yield from ((torch.randn(shape, device=device),) for shape in IMAGES)
+        return
+    for shape in TEXTS:
+        ids = torch.randint(0, 128, shape, device=device)
+        real = torch.arange(shape[1], device=device) > shape[1] // 5
+        yield (ids,) if name.startswith("llama") else (ids, real.long().repeat(shape[0], 1))
+
+
+def logits(result: Any) -> torch.Tensor:
+    """The first of a model's results."""
+    return result[0] if isinstance(result, (tuple, list)) else result

@@ -96,6 +96,11 @@ def test_block_selection_equals_its_reference(q_len, k_len, masked, monkeypatch)
         expected = OPS.key_block_attention(q, k, v, bits, *rest)[0]
         torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
         assert actual.stride() == expected.stride()
+        arguments = (q, k, v, None, 1, *real, SCALE, *rule)
+        for below in (0, k_len + 1):
+            actual = LOWERINGS[OPS.block_sparse_attention.default](*arguments, **options, dense_below=below)
+            expected = OPS.block_sparse_attention(*arguments, **options, dense_below=below)
+            torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
 
 
 def test_keys_in_a_pool_and_a_log_sum_exp_are_refused():
@@ -110,6 +115,8 @@ def test_keys_in_a_pool_and_a_log_sum_exp_are_refused():
     attend = LOWERINGS[OPS.key_block_attention.default]
     with pytest.raises(export.ExportError, match="key_block_attention: its keys lie in blocks of a pool"):
         attend(q, k, v, read, table, 64, *none, SCALE, False)
+    with pytest.raises(export.ExportError, match="block_sparse_attention: its keys lie in blocks of a pool"):
+        LOWERINGS[OPS.block_sparse_attention.default](q, k, v, table, 64, *none, SCALE, [0.3], 128, 1, 0, 0)
     with pytest.raises(export.ExportError, match="key_block_attention: its log-sum-exp is read"):
         attend(q, k, v, read, None, 1, *none, SCALE, True)
 
