@@ -6,7 +6,7 @@ PIP    := $(VENV)/bin/pip install -q -c constraints.txt
 VENV_TRT ?= .venv-torch-tensorrt
 TRT      := tests/torch_tensorrt
 
-.PHONY: demo test test-vllm test-torch-tensorrt lint types clean
+.PHONY: demo test test-vllm test-rl test-torch-tensorrt lint types clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -50,6 +50,11 @@ $(VLLM_VENV)/.$(VLLM): tests/vllm/requirements.txt pyproject.toml
 
 test-vllm: $(VLLM_VENV)/.$(VLLM)
 	OMP_NUM_THREADS=1 VLLM_LOGGING_LEVEL=ERROR $(VLLM_VENV)/bin/python -m pytest tests/vllm $(PYTEST_ARGS)
+
+# Rollouts in TRL's trainer, with the extra `rl`.
+test-rl: $(VENV)/.dev
+	$(PIP) -e ".[rl]"
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m slow tests/rl tests/api/test_examples.py::test_grpo_sparse $(PYTEST_ARGS)
 
 $(VENV_TRT)/.done: pyproject.toml $(TRT)/constraints.txt
 	$(PYTHON) -m venv $(VENV_TRT)

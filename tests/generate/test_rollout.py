@@ -84,6 +84,9 @@ def test_exact_decode_has_the_probabilities_of_the_model(model, prompts, rollout
     torch.testing.assert_close(found.accepted, found.mask.float(), atol=1e-5, rtol=0)
     assert found.steps < 4 * NEW  # 12 samples on 3 rows, which do not wait for the longest
     assert 0.5 < found.busy <= 1
+    one = rollouts(prompts[:1], 2, new_tokens=1)  # a prefill, and no step
+    assert one.tokens.shape == (2, 1)
+    assert one.steps == 0
 
 
 @pytest.mark.slow

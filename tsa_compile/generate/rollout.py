@@ -107,6 +107,7 @@ class Rollouts:
             raise ValueError(f"{type(self.model).__name__} takes no cache of transformers (past_key_values)")
         self.session = Session(model, plan, compiler)
         self._given: Plan | None = None
+        self._checked: Plan | None = None
         self.plan = plan
         self.batch, self.temperature, self.ends, self.top = batch, temperature, tuple(ends), top
         self.look_every, self.rows_at_once, self.decoding = look_every, rows_at_once, decoding
@@ -153,7 +154,8 @@ class Rollouts:
             with self.decoding(), self.session.backend.under(self.plan):
                 batch = RolloutBatch(self.model, self.session, rows, self.batch, new_tokens, how)
                 batch.run()
-                self._check_sparse()
+                if batch.steps and self._checked is not self.plan:
+                    self._check_sparse()
             if not self.keep_cache:
                 self.session.steps.pool.clear()
             lengths = batch.slots.lengths[: len(rows)]
@@ -172,6 +174,7 @@ class Rollouts:
         if not any(site.replaced for site in sites):
             reasons = "; ".join(sorted({f"{site.module or 'site'}: {site.reason}" for site in sites})) or "none was found"
             raise ValueError(f"no attention of a decode step takes {' or '.join(sorted(names))} ({reasons})")
+        self._checked = self.plan
 
 
 @contextlib.contextmanager

@@ -26,9 +26,13 @@ class Drawn(NamedTuple):
 
 
 def draw(logits: Tensor, temperature: float, top: int, generator: torch.Generator | None) -> Drawn:
-    """Sample from the softmax of `logits / temperature`, float32 `[n, V]`; nothing waits for the device."""
+    """Sample from the softmax of `logits / temperature`, float32 `[n, V]`.
+
+    The first of exponential waiting times with these probabilities as rates; `torch.multinomial` waits for the device.
+    """
     logps = torch.log_softmax(logits / temperature, -1)
-    tokens = torch.multinomial(logps.exp(), 1, generator=generator)
+    waits = torch.empty_like(logps).exponential_(generator=generator)
+    tokens = (logps.exp() / waits).argmax(-1, keepdim=True)
     return Drawn(tokens[:, 0], logps.gather(1, tokens)[:, 0], *logps.topk(min(top, logps.shape[1])))
 
 
