@@ -32,6 +32,11 @@ class KvView(NamedTuple):
     lengths: T | None
     ranks: T | None = None
 
+    @property
+    def is_identity(self) -> bool:
+        """Every row of the tensors is a key, in its own place."""
+        return self.blocks is None and self.start is None and self.lengths is None
+
     @classmethod
     def ordered(cls, order: T | None, ranks: T | None) -> KvView:
         """By the results of `tsa::key_view`, or by None and None: every row of the tensors is a key."""

@@ -107,6 +107,7 @@ def bench_length(length: int, heads: int, kv_heads: int, dim: int) -> tuple[dict
         for alpha in ALPHAS:
             policy = BlockSparse(alpha=alpha, pool=pool)
             selection = policy.select(call, site, None)
+            assert selection is not None  # the site names no length below which every key is read
             rule = (site.scale, [alpha], pool, policy.window, policy.sinks, policy.last_dense)
             out = policy.attend(call, site, selection)
             row = Row(

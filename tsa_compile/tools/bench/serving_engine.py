@@ -124,6 +124,7 @@ def _share(llm: Any, length: int) -> float:
     def counted(self: BlockSparse, emit: Any, site: Any, state: Any) -> Any:
         nonlocal visible
         chosen = original(self, emit, site, state)
+        assert chosen is not None  # vLLM's sites name no length below which every key is read
         lists, row_blocks = chosen.bits.shape[1:3]
         first = (site.k_len - site.q_len) // ROWS
         visible += lists * sum((first + r + 1) * ROWS // KEYS for r in range(row_blocks))
