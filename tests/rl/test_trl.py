@@ -95,7 +95,7 @@ def test_training_through_the_gate(parts, form):
 
     def watched(inputs):
         output = score(inputs)
-        graphs.append(len(rollouts._rollouts.session.backend.graphs))
+        graphs.append(len(rollouts.rollouts.session.backend.graphs))
         ids = torch.cat([output["prompt_ids"], output["completion_ids"]], 1)
         mask = torch.cat([output["prompt_mask"], output["completion_mask"]], 1)
         with torch.no_grad():
@@ -113,6 +113,9 @@ def test_training_through_the_gate(parts, form):
     assert graphs[0] < graphs[2] == graphs[4]  # prompts of another length, and exact decode, make graphs; new weights make none
     assert [row["decode"] for row in rollouts.history] == ["(0,)", "(2,)", *["exact decode"] * 3]
     assert rollouts.history[0]["worst_acceptance"] < 0.999
+    assert rollouts.history[0]["pages"] < rollouts.history[1]["pages"] < 1
+    assert "pages" not in rollouts.history[4]
+    assert any(site.replaced and site.policy == "Exact" for site in rollouts.rollouts.report.sites)
     assert rollouts.history[4]["acceptance"] > 0.9999
     assert rollouts.history[4]["effective_size"] > 0.9999
     assert rollouts.history[0]["effective_size"] < rollouts.history[4]["effective_size"]

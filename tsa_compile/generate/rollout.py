@@ -19,6 +19,7 @@ from tsa_compile.dynamo import called
 from tsa_compile.generate.rollout_batch import Drawing, RolloutBatch
 from tsa_compile.generate.scoring import score
 from tsa_compile.plan import Plan
+from tsa_compile.report import Report
 from tsa_compile.session import Session
 
 Tensor = torch.Tensor
@@ -166,11 +167,16 @@ class Rollouts:
         starts = torch.tensor([len(p) for p in rows], device=device)
         return Rollout(tokens, lengths, starts, sparse, dense.logps, dense.accepted, batch.steps, busy)
 
+    @property
+    def report(self) -> Report:
+        """Which attention takes the plan's policy, and how steps ran, as `tsa_compile.report` has it."""
+        return self.session.report
+
     def _check_sparse(self) -> None:
         """An error if no attention of a decode step took the plan's policy."""
         rules = [rule.policy for rule in self.plan.rules if rule.phase == "decode"]
         names = {p.name for p in (self.plan.decode, *rules) if p is not None}
-        sites = [site for site in self.session.report.sites if site.policy in names]
+        sites = [site for site in self.report.sites if site.policy in names]
         if not any(site.replaced for site in sites):
             reasons = "; ".join(sorted({f"{site.module or 'site'}: {site.reason}" for site in sites})) or "none was found"
             raise ValueError(f"no attention of a decode step takes {' or '.join(sorted(names))} ({reasons})")

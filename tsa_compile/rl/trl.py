@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tsa_compile.generate.rollout import Rollout, Rollouts
+from tsa_compile.learn.gate import pages_read
 from tsa_compile.plan import Plan
+from tsa_compile.policies.page_sparse import PageSparse
 from tsa_compile.rl.corrections import CAP, importance_weights
 from tsa_compile.rl.rollout_gate import RolloutGate
 
@@ -42,6 +44,7 @@ class SparseRollouts:
 
     Attributes:
         history: what each rollout in training came to, a dict each time; also in the trainer's logs, under "rollout/".
+        rollouts: of the trainer's model, from the first one on; `rollouts.report` says what is sparse. An error before.
         last: the latest rollout. weights: float32 `[N, T]`, of its tokens.
     """
 
@@ -62,6 +65,13 @@ class SparseRollouts:
         self.history: list[dict[str, float | str]] = []
         self.last: Rollout | None = None
         self.weights: Tensor = torch.ones(0, 0)
+
+    @property
+    def rollouts(self) -> Rollouts:
+        """What draws; made at the first rollout."""
+        if self._rollouts is None:
+            raise RuntimeError("there was no rollout yet")
+        return self._rollouts
 
     def __call__(self, prompts: Sequence[Any], trainer: Any) -> dict[str, Any]:
         """One completion of each prompt, as TRL asks for it.
@@ -86,9 +96,8 @@ class SparseRollouts:
     def distill(self, trainer: Any, prompts: Tensor, mask: Tensor, advantages: Tensor) -> None:
         """The adapter's step on the latest rollout; prompts and mask int64 `[N, L]`, advantages `[N]`."""
         assert self.adapter is not None
-        assert self._rollouts is not None
         assert self.last is not None
-        terms = self.adapter.learn(self.last, prompts, mask, advantages, self._rollouts.plan, trainer.temperature)
+        terms = self.adapter.learn(self.last, prompts, mask, advantages, self.rollouts.plan, trainer.temperature)
         for name, value in terms.items():
             trainer._log_metric(f"rollout/distill_{name}", value)
             self.history[-1][f"distill_{name}"] = value
@@ -114,6 +123,8 @@ class SparseRollouts:
             "busy": found.busy,
             "tokens_per_second": speed,
         }
+        if isinstance(policy := self.rollouts.plan.decode, PageSparse) and policy.schedule is not None:
+            row["pages"] = pages_read(policy.schedule, found.positions[found.mask].unique().tolist())
         if self.gate is not None:
             self.gate.saw(found.accepted, found.positions, found.mask)
             if self.gate.by_bin:
