@@ -22,7 +22,7 @@ from tsa_compile.kernels.common.results import no_lse
 from tsa_compile.kernels.common.row_blocks import KEYS, ROWS
 
 Tensor = torch.Tensor
-WIDTHS = (16, 32, 64, 128, 256, 512, 1024)  # key blocks of a list; longer ones are as wide as the keys
+WIDTHS = (16, 32, 64, 128, 256, 512, 1024, 2048)  # key blocks of a list; longer ones are as wide as the keys
 
 
 class _Lists(NamedTuple):

@@ -74,9 +74,9 @@ BLOCK_RULES = [  # alpha, pool, window, sinks, last_dense, options
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["full", "padded"])
-@pytest.mark.parametrize(("q_len", "k_len"), [(40, 40), (130, 130), (700, 700), (300, 700), (5, 300)])
+@pytest.mark.parametrize(("q_len", "k_len"), [(40, 40), (450, 450), (200, 450), (5, 300)])
 def test_block_selection_equals_its_reference(q_len, k_len, masked, monkeypatch):
-    """Lists of 1 to 11 key blocks in three widths."""
+    """Lists of 1 to 8 key blocks in three widths."""
     monkeypatch.setattr(attend_blocks, "WIDTHS", (2, 4))
     torch.manual_seed(q_len)
     q, k, v, mask = operands(q_len, k_len, masked)
@@ -96,11 +96,11 @@ def test_block_selection_equals_its_reference(q_len, k_len, masked, monkeypatch)
         expected = OPS.key_block_attention(q, k, v, bits, *rest)[0]
         torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
         assert actual.stride() == expected.stride()
-        arguments = (q, k, v, None, 1, *real, SCALE, *rule)
-        for below in (0, k_len + 1):
-            actual = LOWERINGS[OPS.block_sparse_attention.default](*arguments, **options, dense_below=below)
-            expected = OPS.block_sparse_attention(*arguments, **options, dense_below=below)
-            torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
+    arguments = (q, k, v, None, 1, *real, SCALE, *BLOCK_RULES[0][:-1])
+    for below in (0, k_len + 1):
+        actual = LOWERINGS[OPS.block_sparse_attention.default](*arguments, dense_below=below)
+        expected = OPS.block_sparse_attention(*arguments, dense_below=below)
+        torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
 
 
 def test_keys_in_a_pool_and_a_log_sum_exp_are_refused():
