@@ -9,7 +9,7 @@ import itertools
 import logging
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,8 +18,11 @@ from torch.fx.experimental.proxy_tensor import PreDispatchTorchFunctionMode, Pro
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from tsa_compile.passes.site import VERIFY_ROWS
+
 _CALLS = itertools.count()
 _MIN_GRAPHS = 64
+_BY_TOKEN = frozenset({"input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids"})  # dimension 1: tokens
 _FIRST_FILE = re.compile(r'File "([^"]+)", line \d+, in (\S+)')
 
 
@@ -72,6 +75,19 @@ def traced_by_others() -> bool:
         return True
     modes = (*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack())
     return any(isinstance(mode, (PreDispatchTorchFunctionMode, ProxyTorchDispatchMode)) for mode in modes)
+
+
+def lengths_vary(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Have the number of tokens be a symbol from the first trace on, so that another length needs no second one.
+
+    Only of what transformers names, or of token ids that come first. Short calls are steps over a cache, whose policies take
+    a fixed number of query rows. A model that needs a fixed length still gets it: Dynamo is asked, not told.
+    """
+    named = [x for name, x in kwargs.items() if name in _BY_TOKEN]
+    ids = [x for x in args[:1] if isinstance(x, torch.Tensor) and x.dim() == 2 and not x.is_floating_point()]
+    for x in (*ids, *named):
+        if isinstance(x, torch.Tensor) and x.dim() >= 2 and x.shape[1] > VERIFY_ROWS:
+            torch._dynamo.maybe_mark_dynamic(x, 1)
 
 
 #: From torch 2.13 on each thread has a configuration of its own.

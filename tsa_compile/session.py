@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from tsa_compile import first_call
 from tsa_compile.backend import Backend
-from tsa_compile.dynamo import called, isolated, room, settings, skips, traced_by_others
+from tsa_compile.dynamo import called, isolated, lengths_vary, room, settings, skips, traced_by_others
 from tsa_compile.interface.front import front_of
 from tsa_compile.model_state import ModelState
 from tsa_compile.plan import Plan
@@ -87,6 +87,7 @@ class Session:
         return result
 
     def _traced(self, *args: Any, **kwargs: Any) -> Any:
+        lengths_vary(args, kwargs)
         with settings.ours(self._room), skips.told_to(self._skipped):
             return self._compiled(*args, **kwargs)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -34,13 +35,15 @@ def takes(q: Tensor, k: Tensor, v: Tensor, view: KvView) -> bool:
 
 def _addressable(x: Tensor) -> bool:
     """The tensor memory accelerator takes addresses and strides of whole 16 bytes, none of them 0 or above 2^40."""
-    *outer, last = _strides(x)
-    return last == 1 and x.data_ptr() % 16 == 0 and all(s % 8 == 0 and 0 < s < 1 << 39 for s in outer)
+    b, h, row, last = _strides(x)
+    most = 1 << 39
+    return last == 1 and not (b | h | row) % 8 and not x.data_ptr() % 16 and 0 < b < most and 0 < h < most and 0 < row < most
 
 
 def _strides(x: Tensor) -> list[int]:
     """Strides, in elements; those of dimensions of size 1, which say nothing, are a row's length."""
-    return [x.shape[-1] if n == 1 and i < 3 else s for i, (n, s) in enumerate(zip(x.shape, x.stride(), strict=True))]
+    (b, h, n, dim), (sb, sh, sn, last) = x.shape, x.stride()
+    return [dim if b == 1 else sb, dim if h == 1 else sh, dim if n == 1 else sn, last]
 
 
 def launch(
@@ -78,7 +81,14 @@ def _holes(start: Tensor | None, lengths: Tensor | None, key_mask: Tensor) -> Te
 
 def _descriptor(x: Tensor, rows: int, columns: int) -> Any:
     """What the tensor memory accelerator reads pieces `[rows, columns]` of `[B, heads, length, D]` by; zeros outside."""
-    from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    return TensorDescriptor(x, list(x.shape), _strides(x), [1, 1, rows, columns], gl.NVMMASharedLayout(128, 16, 4))
+    return TensorDescriptor(x, list(x.shape), _strides(x), [1, 1, rows, columns], _layout())
+
+
+@functools.cache
+def _layout() -> Any:
+    """Of pieces in shared memory; making one takes longer than a launch's other steps."""
+    from triton.experimental.gluon import language as gl
+
+    return gl.NVMMASharedLayout(128, 16, 4)

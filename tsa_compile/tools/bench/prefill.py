@@ -9,7 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from tsa_compile import api
-from tsa_compile.policies.token_sparse import TokenSparse
+from tsa_compile.kernels.types import Operands
+from tsa_compile.passes.site import AttentionSite, MaskFacts
+from tsa_compile.plan import default_policy
+from tsa_compile.policies.base import Policy, call
 from tsa_compile.recorder import record_kept
 from tsa_compile.tools.bench.timing import GRAPHED_BELOW, graph_ms, median_ms
 
@@ -59,10 +62,11 @@ def build_llama(layers: int) -> Any:
 
 
 def bench_prefill(
-    model: Any, lengths: list[int], policy: TokenSparse, repeats: int = 3, compiler: str = "inductor"
+    model: Any, lengths: list[int], policy: Policy | None, repeats: int = 3, compiler: str = "inductor"
 ) -> list[PrefillRow]:
     """Prefill of each length: dense (SDPA), then `transform(model, policy)`.
 
+    policy: None for the default plan, which runs dense where its policy does not pay.
     compiler: "inductor", for both; or "eager": the dense model as it is, and the transformed graphs without Inductor.
     The dense model is compiled layer by layer: compiled as a whole, transformers gives SDPA a mask [1, 1, L, L] in place of
     `is_causal`, which is slower and takes 32 GiB at 131,072 tokens.
@@ -89,13 +93,13 @@ def bench_prefill(
         mean = sum(shares) / len(shares) if shares else 1.0
         replaced = sum(s.replaced for s in last)
         times, memory = (dense[length][0], sparse[0]), (dense[length][1], sparse[1])
-        attention = attention_ms(model.config, length, policy)
+        attention = attention_ms(model.config, length, policy or default_policy())
         rows.append(PrefillRow(length, *times, *memory, *attention, mean, replaced, len(last)))
     api.restore(model)
     return rows
 
 
-def attention_ms(config: Any, length: int, policy: TokenSparse) -> tuple[float, float]:
+def attention_ms(config: Any, length: int, policy: Policy) -> tuple[float, float]:
     """Milliseconds of all layers' attention, dense (SDPA) and by `policy`, on random q, k and v of one layer's shapes.
 
     Short prompts' from CUDA graphs, as in a model the GPU is busy while a layer's kernels are launched.
@@ -103,11 +107,9 @@ def attention_ms(config: Any, length: int, policy: TokenSparse) -> tuple[float, 
     dim = config.hidden_size // config.num_attention_heads
     heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
     q, k, v = (torch.randn(1, length, h, dim, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for h in heads)
-    c = policy.completion
-    strip = (c.window, c.sinks, c.heavy) if c else (0, 0, 0)
-    numbers = (dim**-0.5, policy.coverage, policy.window, policy.pool, policy.min_tokens)
+    site = AttentionSite.of(Operands(q, k, v), MaskFacts(causal=True))
     dense = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # noqa: E731
-    sparse = lambda: torch.ops.tsa.token_sparse_attention(q, k, v, None, *numbers, *strip, policy.engine)  # noqa: E731
+    sparse = lambda: policy.attend(call, site, policy.select(call, site, None))  # noqa: E731
     layers, timed = config.num_hidden_layers, graph_ms if length < GRAPHED_BELOW else median_ms
     return layers * timed(dense, 3), layers * timed(sparse, 3)
 
