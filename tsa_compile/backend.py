@@ -158,6 +158,11 @@ class Backend:
         forms = [form for graph in self.graphs for form in graph.forms_under(plan, drafting=True)]
         return [form.fallen or decision.reason for form in forms for decision in form.decisions]
 
+    def pays_from(self) -> int:
+        """Keys below which every attention that was traced is dense under the plan, as it does not pay; 0: there are none."""
+        forms = [form for graph in self.graphs for form in graph.forms_under(self.plan, drafting=False)]
+        return min((d.site.dense_below for form in forms for d in form.decisions if d.reason is None), default=0)
+
     @property
     def report(self) -> Report:
         """What the current plan does with the graphs traced so far."""

@@ -18,6 +18,7 @@ from torch.fx.experimental.proxy_tensor import PreDispatchTorchFunctionMode, Pro
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from tsa_compile.cache.names import CACHES
 from tsa_compile.passes.site import VERIFY_ROWS
 
 _CALLS = itertools.count()
@@ -81,8 +82,11 @@ def lengths_vary(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     """Have the number of tokens be a symbol from the first trace on, so that another length needs no second one.
 
     Only of what transformers names, or of token ids that come first. Short calls are steps over a cache, whose policies take
-    a fixed number of query rows. A model that needs a fixed length still gets it: Dynamo is asked, not told.
+    a fixed number of query rows, and in a static cache it takes a number to show that they fit. A model that needs a fixed
+    length still gets it: Dynamo is asked, not told.
     """
+    if any(getattr(kwargs.get(name), "is_compileable", False) for name in CACHES):
+        return
     named = [x for name, x in kwargs.items() if name in _BY_TOKEN]
     ids = [x for x in args[:1] if isinstance(x, torch.Tensor) and x.dim() == 2 and not x.is_floating_point()]
     for x in (*ids, *named):

@@ -40,12 +40,16 @@ class SiteReport:
             layer=s.index if (n := layer_number(module)) is None else n,
             module=module,
             heads=f"{s.heads}/{s.kv_heads}",
-            q_len=str(s.q_len),
-            k_len=str(s.k_len),
+            q_len=_size(s.q_len),
+            k_len=_size(s.k_len),
             policy=decision.policy.name,
             replaced=reason is None,
             reason=reason or decision.note,
         )
+
+
+def _size(n: Any) -> str:
+    return str(n) if isinstance(n, int) else "any"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from tsa_compile.prompt_masks import leave_to_the_model, make_beforehand
 from tsa_compile.refuse_traces import RefuseTraces, refuse_to_be_traced
 from tsa_compile.report import Report
 from tsa_compile.speculation import Speculation
-from tsa_compile.steps import Steps, is_decode_step
+from tsa_compile.steps import Steps, is_decode_step, prompt_rows
 
 log = logging.getLogger("tsa_compile")
 _ATTACHED: weakref.WeakKeyDictionary[nn.Module, RemovableHandle] = weakref.WeakKeyDictionary()
@@ -86,6 +86,10 @@ class Session:
             self.backend.warn("a call ran without any compiled graph, dense: tsa_compile.report(model) counts them")
         return result
 
+    def does_not_pay(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        """Is it a prompt that every attention that was traced would read all of? The model's own call does so sooner."""
+        return self.plan.where == "pays" and 0 < prompt_rows(args, kwargs) < self.backend.pays_from()
+
     def _traced(self, *args: Any, **kwargs: Any) -> Any:
         lengths_vary(args, kwargs)
         with settings.ours(self._room), skips.told_to(self._skipped):
@@ -119,7 +123,7 @@ class Entry:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """An error where others trace it, as that would inline the dense model without a word; but for decode steps, which are
         dense anyway: `generate()` with a static cache compiles them by itself."""
-        if is_decode_step(kwargs) and not self.session.plan.decodes:
+        if not self.session.plan.decodes and (is_decode_step(kwargs) or self.session.does_not_pay(args, kwargs)):
             return self._own(*args, **kwargs)
         if traced_by_others():
             refuse_to_be_traced()

@@ -14,6 +14,7 @@ import torch
 
 from tsa_compile.cache.entry import Prepared, prepare
 from tsa_compile.cache.fixed import masked_in_full, pinned
+from tsa_compile.cache.names import CACHES
 from tsa_compile.cache.pinned import PinnableRows
 from tsa_compile.cache.storage import Pool
 from tsa_compile.cuda_graphs import Recording, Recordings
@@ -192,6 +193,14 @@ class Steps:
             self._told |= new
         for reason in sorted(new):
             self._backend.warn(f"the cache, or a layer of it, stays as it is: {reason}")
+
+
+def prompt_rows(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """Tokens of a call over no keys of its past; 0: unknown, or there may be such keys."""
+    caches = [kwargs.get(name) for name in CACHES]
+    if len(args) > 1 or any(x is not None and not (hasattr(x, "get_seq_length") and x.get_seq_length() == 0) for x in caches):
+        return 0
+    return _rows(args[0] if args else _tokens(kwargs))
 
 
 def is_decode_step(kwargs: Mapping[str, Any]) -> bool:

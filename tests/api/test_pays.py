@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import tsa_compile as tsa
 from tests.api.tiny import tiny_llama, token_ids
 from tsa_compile import pays
+from tsa_compile.cache.names import cache_name
 from tsa_compile.kernels.types import Operands
 from tsa_compile.passes.site import AttentionSite, MaskFacts
 from tsa_compile.policies.base import call, where_it_pays
@@ -129,3 +130,30 @@ def test_a_model(monkeypatch, front):
     assert len(shares[1]) == len(model.model.layers)
     assert max(shares[1]) < 1
     assert any("dense below 300 tokens" in site.reason for site in tsa.report(model).sites)
+
+
+def test_a_short_prompt_is_the_models_own_call(monkeypatch):
+    """After a first one has shown that no attention pays below the length; a cache with keys counts as long."""
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr(pays, "pays_from", lambda policy, site: 300)
+    model, ids = tiny_llama(), token_ids(200)
+    with torch.no_grad():
+        dense = model(ids, use_cache=False).logits
+        tsa.transform(model, tsa.Plan(SPARSE, where="pays"))
+        calls = []
+        for call in (
+            dict(input_ids=ids),
+            dict(input_ids=ids),
+            dict(input_ids=token_ids(310)),
+            dict(inputs_embeds=torch.randn(1, 90, 64)),
+        ):
+            model(**call, use_cache=False)
+            calls.append(tsa.report(model).calls)
+        assert calls == [1, 1, 2, 2]
+        assert torch.equal(model(ids, use_cache=False).logits, dense)
+        cache = transformers.DynamicCache(config=model.config)
+        name = cache_name(model)
+        model(ids, **{name: cache})
+        assert tsa.report(model).calls == 2
+        model(token_ids(150), **{name: cache})
+        assert tsa.report(model).calls == 3

@@ -107,7 +107,7 @@ def test_a_plan_for_a_dense_graph_of_all_lengths_needs_no_other():
             session.plan = tsa.Plan(prefill=policy)
             session(input_ids=token_ids(433, 2), use_cache=False)
             assert not session.report.dense, session.report
-    assert session.report.graphs == 2  # of the first length, and of all
+    assert session.report.graphs == 1
 
 
 @pytest.mark.parametrize("compiler", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
