@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -98,10 +98,14 @@ def read(path: Path) -> list[Timing]:
     if not path.is_file():
         return []
     try:
-        rows = json.loads(path.read_text())
-        return [Timing(**{name: tuple(x) if isinstance(x, list) else x for name, x in row.items()}) for row in rows]
+        return [_timing(row) for row in json.loads(path.read_text())]
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no table of timings: {error}") from error
+
+
+def _timing(row: dict[str, Any]) -> Timing:
+    fields: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in row.items()}
+    return Timing(**fields)
 
 
 def write(rows: list[Timing], path: Path) -> None:
