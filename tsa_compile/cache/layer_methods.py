@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 import torch
 
@@ -138,42 +138,6 @@ class FullMethods(LayerMethods, PinnableRows):
         if tokens_to_remove > 0:
             raise ValueError(f"tokens_to_remove: {tokens_to_remove}; allowed: minus the number of tokens to remove, or 0")
         self.remove_last(-tokens_to_remove)
-
-
-class PartMethods(FullMethods):
-    """A layer whose buffers hold a part of the rows: a call with many rows sees those of `_joined`.
-
-    Attributes:
-        total: rows of the whole sequence; `length` are those in the buffers.
-        where: of the other rows, for errors.
-    """
-
-    total = 0
-    where: str
-
-    def count(self) -> int:
-        return self.total + (0 if self._late is None else self._late[0].shape[-2])
-
-    def clear(self) -> None:
-        super().clear()
-        self.total = 0
-
-    def update_traced(self, keys: torch.Tensor, values: torch.Tensor) -> Pair:
-        """As `append`, in a traced graph: the rows wait for the end of the call."""
-        self._late = keys, values = (keys, values) if self._late is None else joined(self._late, (keys, values))
-        return self._joined(keys, values)
-
-    def _joined(self, keys: torch.Tensor, values: torch.Tensor) -> Pair:
-        """The rows of the whole sequence so far, and these behind them."""
-        raise NotImplementedError
-
-    def _assign(self, which: str, tensor: torch.Tensor | None) -> None:
-        if tensor is not None:
-            self._refuse("assigned keys or values")
-        super()._assign(which, tensor)
-
-    def _refuse(self, what: str) -> NoReturn:
-        raise NotImplementedError(f"a cache whose rows {self.where} takes no {what}")
 
 
 class SlidingMethods(LayerMethods, SlidingRows):

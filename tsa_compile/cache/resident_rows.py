@@ -14,7 +14,7 @@ import torch
 
 from tsa_compile.cache.buffered import Pair
 from tsa_compile.cache.host_pages import HostPages
-from tsa_compile.cache.layer_methods import PartMethods
+from tsa_compile.cache.part_methods import PartMethods
 from tsa_compile.cache.resident import ResidentSet
 from tsa_compile.cache.resident_pages import ResidentPages
 from tsa_compile.cache.resident_rule import ResidentRule

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 
 from tsa_compile.cache.buffered import Pair, joined
-from tsa_compile.cache.layer_methods import PartMethods
+from tsa_compile.cache.part_methods import PartMethods
 from tsa_compile.kernels import ops  # noqa: F401 - registers torch.ops.tsa
 from tsa_compile.kernels.common.group import rank_and_size
 from tsa_compile.kernels.common.spread import positions, rows_held
