@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -75,5 +77,15 @@ def test_ranks_that_ran_something_else_are_told_so():
         assert "record_kept: ranks of group '0' differ in selections: 1 on rank 0, 2 on rank 1" in found
 
 
-def test_a_model_in_one_process_has_no_group():
-    assert head_group(Attention()) is None
+@pytest.mark.parametrize(
+    ("names", "sizes", "tp_size", "expected"),
+    [(None, (2,), 2, "all"), (None, (2,), 1, None), (("fsdp", "tp"), (2, 2), 2, "tp"), (("fsdp", "tp"), (2, 1), 1, None)],
+)
+def test_the_mesh_that_transformers_keeps(names, sizes, tp_size, expected):
+    """Without names up to 5.17, with them later."""
+    model = Attention()
+    assert head_group(model) is None
+    group = lambda name="all": types.SimpleNamespace(group_name=name)  # noqa: E731
+    mesh = dict(ndim=len(sizes), mesh_dim_names=names, get_group=group, size=sizes.__getitem__)
+    model._device_mesh, model._tp_size = types.SimpleNamespace(**mesh), tp_size
+    assert head_group(model) == expected

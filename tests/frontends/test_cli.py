@@ -85,11 +85,13 @@ def test_errors_name_the_file_or_the_option(folder, tmp_path):
 def test_explain_under_a_plan_in_a_narrow_terminal(folder, tmp_path, monkeypatch):
     """Modules are folded, not cut: layers can be told apart."""
     (tmp_path / "policy.json").write_text('{"policy": "TokenSparse"}')
-    monkeypatch.setattr("tsa_compile.frontends.cli.console.width", 60)
+    monkeypatch.setattr("tsa_compile.frontends.cli.console.width", 80)
     done = in_process("explain", folder, "--tokens", "100", "--plan", str(tmp_path / "policy.json"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("TokenSparse") == LAYERS
     assert "…" not in done.stdout
+    done = in_process("explain", folder, "--tokens", "100", "--plan", str(tmp_path / "policy.json"), "--json")
+    assert [s["reason"] for s in json.loads(done.stdout)["sites"]] == ["up to 1152 tokens are all kept"] * LAYERS
 
 
 def test_explain_prints_a_table(folder):

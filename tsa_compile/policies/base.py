@@ -55,6 +55,10 @@ class Policy:
         """How the cache keeps rows beside the buffers that a decode step reads, compared by value; None: these hold every row."""
         return None
 
+    def remark(self, site: AttentionSite) -> str:
+        """What the report says of a site that the policy takes; nothing, as a rule."""
+        return ""
+
     def kernel_lengths(self) -> tuple[int, ...]:
         """Keys up to which other kernels run than beyond: what a warm-up asks. A selection's own chunks are not named here."""
         return ()
@@ -166,7 +170,7 @@ def note(policy: Policy, site: AttentionSite) -> str:
     varies = site.phase == "prefill" and site.past and site.mask.causal and not isinstance(site.q_len, int)
     rows = f"dense for up to {max(policy.min_queries, VERIFY_ROWS)} queries over a cache" if varies else ""
     length = f"dense below {site.dense_below} tokens: does not pay here" if site.dense_below else ""
-    return "; ".join(filter(None, (length, rows)))
+    return "; ".join(filter(None, (length, rows, policy.remark(site))))
 
 
 def cannot_run(site: AttentionSite) -> str | None:

@@ -145,6 +145,10 @@ class TokenSparse(Policy):
         local = ALL_KEYS if self.inner is None or self.inner.alpha == 0 else self.inner.before + 1
         return Edges.window(min(local, self.completion.window))
 
+    def remark(self, site: AttentionSite) -> str:
+        whole = isinstance(site.k_len, int) and site.k_len <= self._dense_below
+        return f"up to {self._dense_below} tokens are all kept" if whole else ""
+
     def kernel_lengths(self) -> tuple[int, ...]:
         return (self._dense_below,)
 

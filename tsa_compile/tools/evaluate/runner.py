@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from tsa_compile.parallel import head_group
 from tsa_compile.plan import Plan
 from tsa_compile.policies.token_sparse import TokenSparse
 from tsa_compile.recorder import record_kept
@@ -46,6 +47,7 @@ class Runner:
         self.widest = Plan(TokenSparse())
         self._session = Session(self.decoder, self.widest)
         self._head = model.get_output_embeddings()
+        self._group = head_group(model)
         self._softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
 
     def find_layers(self, ids: Tensor) -> dict[int, str]:
@@ -71,7 +73,7 @@ class Runner:
             self._session.plan, call = plan, self._session
         self._wait()
         start = time.perf_counter()
-        with record_kept(self.decoder) as kept:
+        with record_kept(self.decoder, self._group) as kept:
             hidden = call(input_ids=ids, past_key_values=cache, use_cache=True, **padding).last_hidden_state
         self._wait()
         seconds = time.perf_counter() - start
