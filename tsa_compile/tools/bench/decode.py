@@ -110,19 +110,20 @@ def _error(case: DecodeCase, x: Buffers, rule: Lists | str | None) -> float:
     The reference goes row of the batch by row, as float64 takes four times the memory; not that of samples, which counts rows.
     """
     if isinstance(rule, str):
-        got, operands = sampled(case, x, rule)[0], (x.q.double(), x.k.double(), x.v.double())
-        row = (None, 1, None, x.lengths, None, case.scale)
-        want = sampled_value_attention_reference(*operands, *row, x.seed, SAMPLES[rule], rule)[0]
+        got, every = sampled(case, x, rule)[0], (None, 1, None, x.lengths, None, case.scale)
+        q, k, v = x.q.double(), x.k.double(), x.v.double()
+        want = sampled_value_attention_reference(q, k, v, *every, x.seed, SAMPLES[rule], rule)[0]
         return float((got.double() - want).norm() / want.norm())
     got = exact(case, x)[0] if rule is None else attend(case, x, rule)[0]
     difference = total = 0.0
     for b in range(case.batch):
-        one = [t[b : b + 1].double() for t in (x.q, x.k, x.v)]
+        q, k, v = (t[b : b + 1].double() for t in (x.q, x.k, x.v))
         row = (None, 1, None, x.lengths[b : b + 1], None, case.scale)
         if rule is None:
-            want = decode_attention_reference(*one, *row)[0]
+            want = decode_attention_reference(q, k, v, *row)[0]
         else:
-            want = page_attention_reference(*one, *(t[b : b + 1] for t in rule), *row)[0]
+            indices, counts = (t[b : b + 1] for t in rule)
+            want = page_attention_reference(q, k, v, indices, counts, *row)[0]
         difference += float((got[b : b + 1].double() - want).square().sum())
         total += float(want.square().sum())
     return (difference / total) ** 0.5
