@@ -38,6 +38,8 @@ class Session:
         plan: bound to the model here.
         compiler, inductor_options: as for `transform`.
         fullgraph: raise if the model's forward does not trace to one graph.
+        any_length: one trace for all numbers of tokens, where it can be told which sizes these are; False: the first trace is for
+            its own length alone, as PyTorch has it.
 
     Raises:
         ValueError: a rule of the plan matches no module; an unknown compiler.
@@ -51,12 +53,14 @@ class Session:
         compiler: str = "eager",
         inductor_options: Mapping[str, Any] | None = None,
         fullgraph: bool = False,
+        any_length: bool = True,
     ) -> None:
         model = called(model)
         if front_of(model) is not None:
             raise RuntimeError("the model is transformed by its attention interface; call tsa_compile.restore(model) before")
         self.backend = Backend(plan.bind(model), compiler, inductor_options, model)
         self._compiled: Callable[..., Any] = torch.compile(isolated(model), backend=self.backend, fullgraph=fullgraph)
+        self._any_length = any_length
         self._room = room(model)
         self._lock = threading.Lock()
         self.steps = Steps(self.backend, ModelState(model, RefuseTraces))
@@ -91,7 +95,8 @@ class Session:
         return self.plan.where == "pays" and 0 < prompt_rows(args, kwargs) < self.backend.pays_from()
 
     def _traced(self, *args: Any, **kwargs: Any) -> Any:
-        lengths_vary(args, kwargs)
+        if self._any_length:
+            lengths_vary(args, kwargs)
         with settings.ours(self._room), skips.told_to(self._skipped):
             return self._compiled(*args, **kwargs)
 

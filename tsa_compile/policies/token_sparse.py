@@ -146,8 +146,8 @@ class TokenSparse(Policy):
         return Edges.window(min(local, self.completion.window))
 
     def remark(self, site: AttentionSite) -> str:
-        whole = isinstance(site.k_len, int) and site.k_len <= self._dense_below
-        return f"up to {self._dense_below} tokens are all kept" if whole else ""
+        longer = isinstance(site.k_len, int) and site.k_len > self._dense_below
+        return "" if longer else f"up to {self._dense_below} tokens are all kept"
 
     def kernel_lengths(self) -> tuple[int, ...]:
         return (self._dense_below,)

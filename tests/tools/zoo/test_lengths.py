@@ -35,7 +35,7 @@ def cached(model, ids):
 
 @pytest.mark.parametrize("call", [padded, cached])
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_ten_lengths_take_two_graphs(call, implementation):
+def test_ten_lengths_take_one_graph(call, implementation):
     model = tiny_llama(attn_implementation=implementation)
     inputs = [token_ids(length, batch=2) for length in LENGTHS]
     with torch.no_grad():
@@ -43,8 +43,8 @@ def test_ten_lengths_take_two_graphs(call, implementation):
         tsa.transform(model, KEEP_ALL)
         kept = [call(model, ids) for ids in inputs]
     report = tsa.report(model)
-    assert report.graphs == 2
-    assert [s.replaced for s in report.sites] == [True] * (2 * LAYERS)
+    assert report.graphs == 1
+    assert [s.replaced for s in report.sites] == [True] * LAYERS
     for a, b in zip(kept, dense, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
@@ -58,7 +58,7 @@ def test_models_with_other_scales_stay_apart():
             plain(model, token_ids(40))
         report = tsa.report(model)
         assert len(report.replaced) == LAYERS, report
-        assert {s.q_len for s in report.sites} == {"40"}
+        assert {s.q_len for s in report.sites} == {"any"}
 
 
 @pytest.mark.parametrize("family", ["GPT-2", "DeepSeek-V3", "Gemma 3"])
@@ -71,5 +71,5 @@ def test_other_families_too(family):
         for length in LENGTHS:
             plain(model, token_ids(length) % 90)
     report = tsa.report(model)
-    assert report.graphs == 2
-    assert len(report.replaced) == 2 * entry.causal
+    assert report.graphs == 1
+    assert len(report.replaced) == entry.causal

@@ -55,7 +55,7 @@ def _check(entry: Entry, implementation: str, scenario: Scenario, result: Result
     dense = _dense(entry, implementation, scenario)
     result.calls = len(dense)
     own = _own_graphs(model, scenario, entry) if scenario.counted else None
-    session = Session(model, Plan(prefill=KEEP_ALL))
+    session = Session(model, Plan(prefill=KEEP_ALL), any_length=False)  # graphs of one length, and of all
     sparse = {}
     with _compiled(model, session) as breaks:
         kept = scenario.run(model, entry)
