@@ -67,7 +67,7 @@ NAMES = {
     "Cache": "model, batch, max_length, pool=None",  # for transformers' `generate()`: room from the start
     "Report": "...",
     # What the parts of the compiler call each other by.
-    "session.Session": "model, plan, compiler='eager', inductor_options=None, fullgraph=False",
+    "session.Session": "model, plan, compiler='eager', inductor_options=None, fullgraph=False, any_length=True",
     "backend.Backend": "plan, compiler='inductor', inductor_options=None, model=None",
     "backend.Backend.sites": "self",  # [SiteReport] of the current plan
     "recorder.record_kept": "model=None, group=None",
