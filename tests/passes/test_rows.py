@@ -87,7 +87,7 @@ def test_a_number_of_rows_that_varies(policy):
             assert kept.shares()[0] < 0.9
     (site,) = backend.report.sites
     assert site.replaced
-    assert site.reason == f"dense for up to {exact} queries over a cache"
+    assert site.reason == f"dense for up to {exact} queries over a cache; up to 16 tokens are all kept"
 
 
 def test_a_number_of_rows_that_varies_by_blocks():
@@ -119,4 +119,4 @@ def test_an_empty_cache_is_prefill_for_any_number_of_rows():
         with torch.no_grad(), record_kept() as kept:
             compiled(*with_dynamic_lengths(torch.randn(1, 2, rows, 16)))
     assert kept.shares()[0] < 0.9
-    assert [(s.replaced, s.reason) for s in backend.report.sites] == [(True, "")]
+    assert [(s.replaced, s.reason) for s in backend.report.sites] == [(True, "up to 16 tokens are all kept")]
