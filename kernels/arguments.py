@@ -15,13 +15,18 @@ MaybeTensor = Tensor | None
 ONE_BLOCK = 1 << 30  # longer than any row: positions are int32
 
 
+def _are_few(rows: Any, keys: Any, most: int) -> bool:
+    """Are these at most so many queries over a cache? Symbols are not asked."""
+    return isinstance(rows, int) and isinstance(keys, int) and rows <= most and rows < keys
+
+
 def select_tokens(
     q: Tensor, k: Tensor, order: MaybeTensor, ranks: MaybeTensor, scale: float, coverage: float, window: int, pool: int,
     min_tokens: int, heavy: int, share: str = "head", min_queries: int = 0,
 ) -> tuple[Any, ...]:  # fmt: skip
     """Up to `min_queries` queries over a cache keep every key, as a coverage of 0 does. Symbols are not asked."""
     view, rows, keys = KvView.ordered(order, ranks), q.shape[2], k.shape[2]
-    if isinstance(rows, int) and isinstance(keys, int) and rows <= min_queries and rows < keys:
+    if _are_few(rows, keys, min_queries):
         coverage = 0.0
     return Operands(q, k, None, view=view), scale, TokenRule(coverage, window, pool, min_tokens, heavy), share
 
@@ -75,7 +80,7 @@ def bridge_attention(
 ) -> tuple[Any, ...]:  # fmt: skip
     """Up to `min_queries` queries over a cache read every key before them, in one block of any length. Symbols are not asked."""
     queries, keys = q.shape[2], length_of(k, KvView(blocks, block, None, None), k_len)
-    if isinstance(queries, int) and isinstance(keys, int) and queries <= min_queries and queries < keys:
+    if _are_few(queries, keys, min_queries):
         width, rows, sources, offset = ONE_BLOCK, 0, 0, 0
     return q, k, v, blocks, block, start, lengths, key_mask, scale, width, rows, sources, offset, need_lse, k_len
 
@@ -91,7 +96,7 @@ def select_key_blocks(
 ) -> tuple[Any, ...]:  # fmt: skip
     """Up to `min_queries` queries over a cache keep every key block, as an alpha of 0 does. Symbols are not asked."""
     rows, keys = q.shape[2], k.shape[2] if k_len is None else k_len
-    if isinstance(rows, int) and isinstance(keys, int) and rows <= min_queries and rows < keys:
+    if _are_few(rows, keys, min_queries):
         alpha = [0.0]
     return q, means, counts, start, lengths, key_mask, keys, scale, alpha, pool, window, sinks, last_dense, share, lookahead
 
@@ -104,6 +109,6 @@ def block_sparse_attention(
     """Fewer keys than `dense_below` are all read, as by an alpha of 0; `min_queries` as in `select_key_blocks`."""
     x = Operands(q, k, v, key_mask, KvView(blocks, block, start, lengths))
     rows, keys = q.shape[2], length_of(k, x.view, k_len)
-    if isinstance(rows, int) and isinstance(keys, int) and (keys < dense_below or (rows <= min_queries and rows < keys)):
+    if _are_few(rows, keys, min_queries) or (isinstance(keys, int) and keys < dense_below):
         alpha = [0.0]
     return x, k_len, scale, alpha, pool, window, sinks, last_dense, share, lookahead

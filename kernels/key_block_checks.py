@@ -14,7 +14,6 @@ from tsa_compile.kernels.types import KeyBlockRule, KvView, Operands, Strip, Tok
 
 Tensor = torch.Tensor
 Optional = Tensor | None
-NO_LAST = "without lookahead last_dense must be 0, as it follows the end of the keys"
 MAX_SOURCES = 1 << 30  # tokens before a block: positions are int32
 
 
@@ -57,15 +56,16 @@ def select_key_blocks(
     if q.shape[2] > k_len:
         raise ValueError(f"{name}: {q.shape[2]} queries for {k_len} keys; queries are the last positions")
     _check_padding(name, q, k_len, start, lengths, key_mask)
-    if not lookahead and last_dense:
-        raise ValueError(f"{name}: {NO_LAST}, got {last_dense}")
-    check_rule(name, q.shape[1], alpha, pool, window, sinks, last_dense, share)
+    check_rule(name, q.shape[1], alpha, pool, window, sinks, last_dense, share, lookahead)
 
 
 def check_rule(
-    name: str, heads: int, alpha: Sequence[float], pool: int, window: int, sinks: int, last_dense: int, share: str
-) -> None:
+    name: str, heads: int, alpha: Sequence[float], pool: int, window: int, sinks: int, last_dense: int, share: str,
+    lookahead: bool = True,
+) -> None:  # fmt: skip
     """Raise a ValueError naming operator `name` and the number that is outside its range."""
+    if not lookahead and last_dense:
+        raise ValueError(f"{name}: without lookahead last_dense must be 0, as it follows the end of the keys, got {last_dense}")
     if len(alpha) not in (1, heads) or not all(0 <= a < 1 for a in alpha):
         raise ValueError(f"{name}: alpha must be one number in [0, 1), or one for each of {heads} heads, got {list(alpha)}")
     if pool < 1 or ROWS % pool:
@@ -100,9 +100,7 @@ def block_sparse_attention(
     _check_attended(name, x.q, x.k, x.v, x.view.blocks)
     k_len = _check_length(name, x.q, x.k, KvView(x.view.blocks, x.view.block, None, None), k_len, x.q.shape[2])
     _check_padding(name, x.q, k_len, x.view.start, x.view.lengths, x.key_mask)
-    if not lookahead and last_dense:
-        raise ValueError(f"{name}: {NO_LAST}, got {last_dense}")
-    check_rule(name, x.q.shape[1], alpha, pool, window, sinks, last_dense, share)
+    check_rule(name, x.q.shape[1], alpha, pool, window, sinks, last_dense, share, lookahead)
 
 
 def token_block_attention(

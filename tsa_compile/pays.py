@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tsa_compile.kernels.common.user_cache import user_cache
+
 if TYPE_CHECKING:
     from tsa_compile.passes.site import AttentionSite
 
@@ -120,5 +122,4 @@ def write(rows: list[Timing], path: Path) -> None:
 
 def tuned_file() -> Path:
     """Where `tsa-compile tune` writes: TSA_PAYS, or pays.json in the user's cache folder."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return Path(os.environ.get("TSA_PAYS", cache / "tsa_compile" / "pays.json"))
+    return Path(os.environ.get("TSA_PAYS", user_cache() / "pays.json"))

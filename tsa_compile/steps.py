@@ -68,7 +68,7 @@ class Steps:
         states, keeping = self._of_plan(plan)
         prepared = prepare(args, kwargs, self.pool, states, keeping)
         self._tell(prepared)
-        rows = _rows(_tokens(kwargs) if not args else args[0])
+        rows = _rows_of(args, kwargs)
         verifies = 1 < rows <= VERIFY_ROWS and _verifies(plan) and _has_rows(prepared) and keeping is None
         if (rows != 1 and not verifies) or (keeping is not None and begins(prepared)):
             result = call(*args, **kwargs)
@@ -200,7 +200,7 @@ def prompt_rows(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
     caches = [kwargs.get(name) for name in CACHES]
     if len(args) > 1 or any(x is not None and not (hasattr(x, "get_seq_length") and x.get_seq_length() == 0) for x in caches):
         return 0
-    return _rows(args[0] if args else _tokens(kwargs))
+    return _rows_of(args, kwargs)
 
 
 def is_decode_step(kwargs: Mapping[str, Any]) -> bool:
@@ -210,6 +210,10 @@ def is_decode_step(kwargs: Mapping[str, Any]) -> bool:
 
 def _tokens(kwargs: Mapping[str, Any]) -> Any:
     return next((kwargs[name] for name in _TOKENS if kwargs.get(name) is not None), None)
+
+
+def _rows_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    return _rows(args[0] if args else _tokens(kwargs))
 
 
 def _rows(tokens: Any) -> int:

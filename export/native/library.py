@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from tsa_compile.export.common import ExportError
 from tsa_compile.export.onnx_model.node import DOMAIN
 from tsa_compile.export.onnx_model.run_onnx import load_model
+from tsa_compile.kernels.common.user_cache import user_cache
 
 if TYPE_CHECKING:
     from tsa_compile.export.native.aot_form import Form
@@ -32,7 +33,7 @@ def cache_dir() -> Path:
     base = os.environ.get("TSA_COMPILE_CACHE")
     if base:
         return Path(base)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tsa_compile"
+    return user_cache()
 
 
 def find_compiler() -> str:

@@ -21,7 +21,8 @@ def test_a_language_model():
     assert result.predictions.predictions == 16
     assert result.predictions.kl > 0
     assert result.speedup == result.dense_seconds / result.sparse_seconds > 0
-    assert "any" in str(result)
+    assert {(s.q_len, s.k_len) for s in result.report.replaced} == {("any", "any")}
+    assert " any " in str(result)
     assert f"{result.speedup:.2f}x on cpu" in str(result)
     with torch.no_grad():
         assert torch.equal(model(input_ids=ids).logits, before)

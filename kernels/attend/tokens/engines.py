@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 
 from tsa_compile.kernels.attend.tokens import hopper
+from tsa_compile.kernels.common.user_cache import user_cache
 
 Tensor = torch.Tensor
 SHIPPED = Path(__file__).with_name("engines.json")
@@ -115,5 +116,4 @@ def measured_table() -> dict[str, dict[str, int | None]]:
 
 def tuned_file() -> Path:
     """Where `tsa-compile tune` writes: TSA_TUNED, or engines.json in the user's cache folder."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return Path(os.environ.get("TSA_TUNED", cache / "tsa_compile" / "engines.json"))
+    return Path(os.environ.get("TSA_TUNED", user_cache() / "engines.json"))
