@@ -158,23 +158,29 @@ def bench_prefill(
     lengths: Annotated[str, typer.Option(help="prompt lengths, comma separated")] = "8192,32768,131072",
     layers: Annotated[int, typer.Option(help="layers of the random Llama-3.1-8B", min=1)] = 32,
     coverage: Annotated[
-        float, typer.Option(help="random attention is flat, so this drops about as large a share; 0 for the default plan", min=0)
-    ] = 0.5,
+        float | None,
+        typer.Option(help="of TokenSparse: random attention is flat, so it drops about as large a share", min=0),
+    ] = None,
+    keep: Annotated[float | None, typer.Option(help="BlockSparse, forced to this share of the pairs", min=0, max=1)] = None,
     repeats: Repeats = 3,
     compiler: Annotated[str, typer.Option(help="of both models: inductor or eager")] = "inductor",
     json: JsonFile = None,
 ) -> None:
-    """Time to the first token of a random-weight Llama-3.1-8B, dense and transformed."""
+    """Time to the first token of a random-weight Llama-3.1-8B, dense and transformed (by the default plan) in turns."""
     from tsa_compile.plan import as_plan
     from tsa_compile.policies.token_sparse import TokenSparse
     from tsa_compile.tools.bench import output, prefill
 
-    policy = TokenSparse(coverage=coverage) if coverage else None
+    if coverage is not None and keep is not None:
+        raise ValueError("--coverage is of TokenSparse and --keep of BlockSparse: give one")
+    policy = None if coverage is None else TokenSparse(coverage=coverage)
     gpu, versions = _gpu()
-    rows = prefill.bench_prefill(prefill.build_llama(layers), numbers("--lengths", lengths, int), policy, repeats, compiler)
+    rows = prefill.bench_prefill(prefill.build_llama(layers), numbers("--lengths", lengths, int), policy, repeats, compiler, keep)
     console.print(output.prefill_table(rows))
     if json:
-        head = dict(environment=versions, ceilings=gpu, layers=layers, compiler=compiler, policy=as_plan(policy).to_dict())
+        head = dict(
+            environment=versions, ceilings=gpu, layers=layers, compiler=compiler, keep=keep, policy=as_plan(policy).to_dict()
+        )
         output.write_json(json, rows, **head)
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import statistics
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,10 +14,12 @@ import torch.nn.functional as F
 from tsa_compile import api
 from tsa_compile.kernels.types import Operands
 from tsa_compile.passes.site import AttentionSite, MaskFacts
-from tsa_compile.plan import default_policy
+from tsa_compile.plan import as_plan, default_policy
 from tsa_compile.policies.base import Policy, call
+from tsa_compile.policies.block_sparse import BlockSparse
 from tsa_compile.recorder import record_kept
-from tsa_compile.tools.bench.timing import GRAPHED_BELOW, graph_ms, median_ms
+from tsa_compile.session import Session, attached
+from tsa_compile.tools.bench.timing import GRAPHED_BELOW, graph_ms, in_turns, median_ms
 
 # Llama-3.1-8B (arXiv 2407.21783, table 3)
 LLAMA_8B: dict[str, Any] = dict(
@@ -62,41 +67,82 @@ def build_llama(layers: int) -> Any:
 
 
 def bench_prefill(
-    model: Any, lengths: list[int], policy: Policy | None, repeats: int = 3, compiler: str = "inductor"
+    model: Any, lengths: list[int], policy: Policy | None, repeats: int = 3, compiler: str = "inductor", keep: float | None = None
 ) -> list[PrefillRow]:
-    """Prefill of each length: dense (SDPA), then `transform(model, policy)`.
+    """Prefill of each length in turns, so that a warmer GPU slows both alike: dense (SDPA), and `transform(model, policy)`.
 
     policy: None for the default plan, which runs dense where its policy does not pay.
     compiler: "inductor", for both; or "eager": the dense model as it is, and the transformed graphs without Inductor.
+    keep: a share of the causal pairs; `BlockSparse` with the `alpha` that reads it runs in place of `policy`.
     The dense model is compiled layer by layer: compiled as a whole, transformers gives SDPA a mask [1, 1, L, L] in place of
     `is_causal`, which is slower and takes 32 GiB at 131,072 tokens.
     """
-    dense = {}
     torch._dynamo.reset()
+    dense = with_same_weights(model)
     if compiler == "inductor":
-        for layer in model.model.layers:
+        for layer in dense.model.layers:
             layer.compile(dynamic=True)
-    for length in lengths:
-        dense[length] = _time(model, length, repeats)
-        print(f"dense, {length} tokens: {dense[length][0]:.1f} ms", flush=True)
-    for layer in model.model.layers:
-        layer._compiled_call_impl = None
-    torch._dynamo.reset()
+    policies = {n: policy if keep is None else BlockSparse(alpha_that_reads(model, n, keep)) for n in lengths}
     api.transform(model, policy, compiler=compiler)
     rows = []
-    for length in lengths:
-        sparse = _time(model, length, repeats)
-        with record_kept() as kept:
-            _prefill(model, length)
-        shares, report = kept.shares(), api.report(model)
-        last = [s for s in report.sites if s.graph == report.graphs - 1]
-        mean = sum(shares) / len(shares) if shares else 1.0
-        replaced = sum(s.replaced for s in last)
-        times, memory = (dense[length][0], sparse[0]), (dense[length][1], sparse[1])
-        attention = attention_ms(model.config, length, policy or default_policy())
-        rows.append(PrefillRow(length, *times, *memory, *attention, mean, replaced, len(last)))
+    for length, chosen in policies.items():
+        if keep is not None:
+            session_of(model).plan = as_plan(chosen)
+        rows.append(_row(dense, model, length, chosen or default_policy(), repeats))
     api.restore(model)
     return rows
+
+
+def with_same_weights(model: Any) -> Any:
+    """A model of its own over the same parameters and buffers."""
+    return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
+
+
+def alpha_that_reads(model: Any, length: int, keep: float) -> float:
+    """The `alpha` with which `BlockSparse` reads about a share `keep` of the causal pairs; bisected on the first two layers."""
+    short = with_same_weights(model)
+    short.model.layers = short.model.layers[:2]
+    api.transform(short, BlockSparse(0.5), compiler="eager")
+    low, high = 0.0, 1.0
+    for _ in range(14):
+        middle = (low + high) / 2
+        session_of(short).plan = as_plan(BlockSparse(middle))
+        with record_kept(short) as kept:
+            _prefill(short, length)
+        low, high = (middle, high) if statistics.fmean(kept.shares()) > keep else (low, middle)
+    if high == 1:
+        raise ValueError(f"at {length} tokens window, sinks and last rows alone are more than {keep:.1%} of the pairs")
+    return high
+
+
+def session_of(model: Any) -> Session:
+    """The session of a transformed model."""
+    session = attached(model)
+    if session is None:
+        raise ValueError(f"{type(model).__name__} is not transformed")
+    return session
+
+
+def _row(dense: Any, sparse: Any, length: int, policy: Policy, repeats: int) -> PrefillRow:
+    memory = tuple(_peak(lambda m=m: _prefill(m, length)) for m in (dense, sparse))
+    calls = max(repeats, 8192 // length)  # a short prompt's calls vary more
+    times = in_turns([lambda: _prefill(dense, length), lambda: _prefill(sparse, length)], calls, 2, warmup=1)
+    with record_kept(sparse) as kept:
+        _prefill(sparse, length)
+    shares, report = kept.shares(), api.report(sparse)
+    last = [s for s in report.sites if s.graph == report.graphs - 1]
+    mean, replaced = statistics.fmean(shares or [1.0]), sum(s.replaced for s in last)
+    attention = attention_ms(sparse.config, length, policy)
+    print(f"{length} tokens: dense {times[0]:.2f} ms, transformed {times[1]:.2f} ms, {mean:.1%} kept", flush=True)
+    return PrefillRow(length, *times, *memory, *attention, mean, replaced, len(last))
+
+
+def _peak(work: Callable[[], Any]) -> int:
+    """Bytes of device memory in use at the peak of a call. One before it compiles what there is to compile."""
+    work()
+    torch.cuda.reset_peak_memory_stats()
+    work()
+    return torch.cuda.max_memory_allocated()
 
 
 def attention_ms(config: Any, length: int, policy: Policy) -> tuple[float, float]:
@@ -116,11 +162,6 @@ def attention_ms(config: Any, length: int, policy: Policy) -> tuple[float, float
 
 @torch.no_grad()
 def _prefill(model: Any, length: int) -> torch.Tensor:
-    g = torch.Generator("cuda").manual_seed(length)
-    ids = torch.randint(0, model.config.vocab_size, (1, length), device="cuda", generator=g)
+    g = torch.Generator(model.device).manual_seed(length)
+    ids = torch.randint(0, model.config.vocab_size, (1, length), device=model.device, generator=g)
     return model(input_ids=ids, use_cache=False, logits_to_keep=1).logits
-
-
-def _time(model: Any, length: int, repeats: int) -> tuple[float, int]:
-    torch.cuda.reset_peak_memory_stats()
-    return median_ms(lambda: _prefill(model, length), repeats, warmup=1), torch.cuda.max_memory_allocated()

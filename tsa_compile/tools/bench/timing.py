@@ -25,9 +25,9 @@ def median_ms(work: Callable[[], Any], repeats: int = 9, warmup: int = 2) -> flo
     return statistics.median(start.elapsed_time(end) for start, end in events)
 
 
-def in_turns(works: Sequence[Callable[[], Any]], repeats: int = 9, rounds: int = 3) -> list[float]:
+def in_turns(works: Sequence[Callable[[], Any]], repeats: int = 9, rounds: int = 3, warmup: int = 2) -> list[float]:
     """Median of each one's `median_ms` over rounds in which all take their turn, so that a warmer GPU slows them alike."""
-    times = [[median_ms(work, repeats) for work in works] for _ in range(rounds)]
+    times = [[median_ms(work, repeats, warmup) for work in works] for _ in range(rounds)]
     return [statistics.median(of_one) for of_one in zip(*times, strict=True)]
 
 
