@@ -55,20 +55,23 @@ def load_packaged(name: str, device: str = "cpu", dtype: torch.dtype = torch.flo
 
 
 def load_tokenizer(name: str) -> Any:
-    """The tokenizer of a packaged model, folder or Hugging Face id."""
+    """The tokenizer of a packaged model, .gguf file, folder or Hugging Face id."""
     from transformers import AutoTokenizer
 
-    if name in _PACKAGES:
-        path = gguf_file(name)
+    path = gguf_file(name) if name in _PACKAGES else Path(name)
+    if path.suffix == ".gguf":
         return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     return AutoTokenizer.from_pretrained(name)
 
 
 def load_causal_lm(name: str, dtype: torch.dtype | None = None) -> Any:
-    """A causal language model by packaged name, folder or Hugging Face id, in evaluation mode; dtype None: as stored."""
+    """A causal language model by packaged name, .gguf file, folder or Hugging Face id, in evaluation mode; dtype None: as stored
+    (float32 of a .gguf file)."""
     from transformers import AutoModelForCausalLM
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if name in _PACKAGES:
-        return load_packaged(name, device, dtype or torch.float32)[0]
+    path = gguf_file(name) if name in _PACKAGES else Path(name)
+    if path.suffix == ".gguf":
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype or torch.float32)
+        return model.to(device).eval()
     return AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto", device_map=device).eval()

@@ -6,7 +6,8 @@ adds one line of JSON to OUT for each (rule, share, text); lines that are there 
     {"length": 31744,
      "prefill": [{"name": "alpha", "rule": {"rows": 128, "keys": 64}, "pairs": [0.12], "by": "head"},
                  {"name": "default", "tokens": {"coverage": 0.05}}],
-     "decode":  [{"name": "mean", "rule": {"index": {"kind": "mean"}}, "keep": [0.05], "budget": "equal"}]}
+     "decode":  [{"name": "mean", "rule": {"index": {"kind": "mean"}}, "keep": [0.05], "budget": "equal"}],
+     "reuse":   [{"name": "lists of earlier layers", "distances": [1, 2], "keep": [0.05]}]}
 
 Fields of a rule: `BlockRule`, `TokenRule` ("tokens"), `DecodeRule`, `Index`. "by": one threshold ("all", the default) or one for
 each layer and head ("head"; "head and layer" weighs layers by what they cost alone). "budget": "equal", "layer", "head" (with
@@ -32,6 +33,7 @@ from tsa_compile.tools.evaluate.emulate_model import Emulator, load_model
 from tsa_compile.tools.evaluate.emulate_pages import Index
 from tsa_compile.tools.evaluate.emulate_plan import Candidates, head_errors, layer_costs
 from tsa_compile.tools.evaluate.emulate_prefill import Reference, Rule, TokenRule, run_rule
+from tsa_compile.tools.evaluate.emulate_reuse import overlap
 from tsa_compile.tools.evaluate.emulate_select import Budget, DecodeRule
 
 Tensor = torch.Tensor
@@ -82,6 +84,15 @@ class Job:
             self._add(("decode", spec["name"], keep, text), measure)
         for decoded in self._decoded.values():
             decoded.forget()
+
+    def reuse(self, spec: Spec, text: str) -> None:
+        """What the exact top pages of layers some distance before hold, on one text."""
+        for keep in spec["keep"]:
+
+            def measure(keep: float = keep) -> dict[str, Any]:
+                return {"distances": overlap(self.decoded(text), keep, spec["distances"])}
+
+            self._add(("reuse", spec["name"], keep, text), measure)
 
     def threshold(self, rule: BlockRule, share: float, by: str = "all") -> Threshold:
         """Reads `share` of the pairs of the text that it is fitted on."""
@@ -170,7 +181,7 @@ def main(model: str, texts: str, spec: str, out: str) -> None:
     wanted = json.loads(Path(spec).read_text())
     network, tokenizer = load_model(model)
     job = Job(Emulator(network), read_texts(texts, tokenizer, wanted["length"]), out)
-    for phase in ("prefill", "decode"):
+    for phase in ("prefill", "decode", "reuse"):
         for text in job.texts:
             for one in wanted.get(phase, ()):
                 getattr(job, phase)(one, text)

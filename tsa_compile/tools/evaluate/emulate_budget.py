@@ -10,7 +10,8 @@ import torch
 from tsa_compile.tools.evaluate.emulate_decode import DecodeText
 from tsa_compile.tools.evaluate.emulate_fit import by_error
 from tsa_compile.tools.evaluate.emulate_model import Layer
-from tsa_compile.tools.evaluate.emulate_select import DecodeRule, Pages, mass_levels
+from tsa_compile.tools.evaluate.emulate_outcome import exact_output, outcome
+from tsa_compile.tools.evaluate.emulate_select import DecodeRule, Pages, mass_levels, shares
 
 Tensor = torch.Tensor
 GRID = (0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.2, 0.35)
@@ -34,10 +35,10 @@ def by_head(
     kept: list[dict[int, Tensor]] = [{} for _ in grid]
 
     def attend(layer: Layer, local: bool) -> Tensor:
-        exact = text.exact_output(layer)
+        exact = exact_output(layer)
         if not local and layer.index not in rule.dense_layers:
             for share, error, read in zip(grid, errors, kept, strict=True):
-                out, seen = text.outcome(layer, rule, share)
+                out, seen = outcome(layer, text.choice(layer, rule, share))
                 found = torch.stack((_projected_error(layer, out, exact), seen.kept))
                 error[layer.index], read[layer.index] = found.sum(1, keepdim=True) if whole_layers else found
         return exact
@@ -67,9 +68,9 @@ def by_mass(text: DecodeText, rule: DecodeRule, keep: float) -> float:
                 certain += float(pages.count.sum())
                 continue
             certain += float(pages.forced.sum())
-            level = mass_levels(text.share(layer, rule.index, group, pages), pages)
+            level = mass_levels(shares(text.masses(layer, rule.index, group, pages), pages), pages)
             levels.append(level[pages.whole & ~pages.forced])
-        return text.exact_output(layer)
+        return exact_output(layer)
 
     text.decode(attend)
     ranked = torch.cat(levels).sort(descending=True).values

@@ -32,7 +32,8 @@ class Index:
             "minmax": smallest and largest coordinates. "basis": mean and a basis of rank `rank`.
         parts: means of so many equal parts of a page ("mean").
         rank: of the basis. bits: of its vectors, 0: as they are; coordinates and mean then have 8.
-        first: share of the pages that the means let pass before this kind ranks them; 1: no first stage.
+        first: share of the pages that this kind ranks, the best by their means; the others keep the masses that their means give.
+            1: it ranks all of them.
     """
 
     kind: str = "mean"
@@ -56,11 +57,17 @@ class Index:
             "norm_std": mean + 2 / PAGE, "prerope": mean, "unbiased": mean, "minmax": 2 * mean, "basis": self._basis_bytes(dim),
         }[self.kind]  # fmt: skip
 
+    @property
+    def has_means(self) -> bool:
+        """Does it read every page's mean key?"""
+        return self.first < 1.0 or self.kind not in ("exact", "minmax")
+
     def _basis_bytes(self, dim: int) -> float:
+        own_mean = self.first == 1.0  # with a first stage the means are read before
         if self.bits == 0:
-            return (2 * dim * (self.rank + 1) + 2 * PAGE * self.rank) / PAGE
-        scales = 2 * (self.rank + 2)
-        return (self.bits * dim * self.rank / 8 + PAGE * self.rank + dim + scales) / PAGE
+            return (2 * dim * (self.rank + own_mean) + 2 * PAGE * self.rank) / PAGE
+        scales = 2 * (self.rank + 1 + own_mean)
+        return (self.bits * dim * self.rank / 8 + PAGE * self.rank + own_mean * dim + scales) / PAGE
 
 
 Rotation = tuple[Tensor, Tensor]  # cos, sin [L, D]

@@ -11,6 +11,7 @@ from tsa_compile.tools.evaluate.emulate_pages import PAGE, Index, Stored, log_ma
 
 Tensor = torch.Tensor
 Budget = float | dict[int, Tensor]  # a share of the pages; or by layer, [Hk]
+COMPLETIONS = ("", "mean", "index")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,17 +21,31 @@ class DecodeRule:
     Args:
         index: what ranks the pages.
         sinks, recent: first pages, and last ones with the open one, that are always read; they count in the budget.
-        completion: unselected pages enter the softmax by their mean key and mean value.
+        completion: unselected pages enter the softmax by their mean value, with the mass that their mean key gives ("mean"), or
+            with the index's own estimate ("index"); "": they are left out.
         dense_layers: layers that read everything.
+        anchors: every so-many-th layer selects, the layers up to the next one read its lists, KV head by KV head; 1: all select.
         by_mass: a budget is 1 - p of top-p by the estimated masses, in place of a share of the pages.
     """
 
     index: Index = dataclasses.field(default_factory=Index)
     sinks: int = 1
     recent: int = 3
-    completion: bool = False
+    completion: str = ""
     dense_layers: tuple[int, ...] = ()
+    anchors: int = 1
     by_mass: bool = False
+
+    def __post_init__(self) -> None:
+        if self.completion not in COMPLETIONS:
+            raise ValueError(f"DecodeRule.completion must be one of {COMPLETIONS}, got {self.completion!r}")
+        if self.anchors > 1 and self.completion:
+            raise ValueError("DecodeRule: layers that read another's lists have no completion, got anchors and completion")
+
+    def bytes_per_key(self, dim: int) -> float:
+        """What a step reads of the index, and of the mean values for completion: bytes for each key and KV head."""
+        means = (1 + (not self.index.has_means)) * 2 * dim / PAGE if self.completion else 0.0
+        return self.index.bytes_per_key(dim) / self.anchors + means
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,21 +70,22 @@ class Pages:
         return Pages(page <= own, page < own, forced, own[:, 0] + 1)
 
 
-def shares(index: Index, stored: Stored, means: Stored | None, q: Tensor, scale: float, pages: Pages) -> Tensor:
-    """Estimated mass share of each page, mean over the group's heads: [n, P]; pages that a first stage drops have 0.
+def masses(index: Index, stored: Stored, means: Stored | None, q: Tensor, scale: float, pages: Pages) -> Tensor:
+    """Estimated log mass of each page for each query row: [G, n, P].
 
     Args:
         stored, means: of one KV head; `means` is the index of the first stage, or None.
         q: [G, n, D].
     """
-    share = _shares(log_masses(index, stored, q, scale), pages)
-    if means is not None:
-        first = _shares(log_masses(Index("mean"), means, q, scale), pages)
-        share = share.masked_fill(~top(first, pages, index.first), 0.0)
-    return share
+    mass = log_masses(index, stored, q, scale)
+    if means is None:
+        return mass
+    first = log_masses(Index("mean"), means, q, scale)
+    return torch.where(top(shares(first, pages), pages, index.first), mass, first)
 
 
-def _shares(mass: Tensor, pages: Pages) -> Tensor:
+def shares(mass: Tensor, pages: Pages) -> Tensor:
+    """Each row's shares of the masses [G, n, P] of whole pages, mean over the group's heads: [n, P]."""
     return mass.masked_fill(~pages.whole, -torch.inf).softmax(-1).nan_to_num().mean(0)
 
 
