@@ -2,7 +2,7 @@
 
     python -m tsa_compile.tools.evaluate.page_indexes MODEL OUT.jsonl --length 31744 --texts 8 --keep 0.01,0.02,0.05,0.1
 
-decodes the last 128 positions of each text under every kind and share (`emulate_decode.py`), adds one line of JSON to OUT for each
+decodes the last 128 positions of each text under every kind and share (`emulate_decode.py`), adds a line of JSON to OUT for each
 cell, and prints the table. What is there already is not measured again: after an interruption, or `--seconds`, the same command
 goes on. Texts come from FOLDER/*.txt (`--folder`), or from Python's own documentation and sources. MODEL: a folder, a .gguf file,
 a packaged name or an id.
