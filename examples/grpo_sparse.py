@@ -66,9 +66,9 @@ def questions(tokenizer: Any, count: int, tokens: int, seed: int) -> Dataset:
 
 
 def right(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
-    """1 for the number alone, half for the number among other words."""
-    texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
-    return [0.5 * (a in text) + 0.5 * (text.strip() == a) for text, a in zip(texts, answer, strict=True)]
+    """The share of the completion that the number is: 1 for the number alone, 0 without it."""
+    texts = [(c if isinstance(c, str) else c[0]["content"]).strip() for c in completions]
+    return [len(a) / len(text) if a in text else 0.0 for text, a in zip(texts, answer, strict=True)]
 
 
 def train(name: str, seed: int, given: argparse.Namespace) -> dict[str, Any]:

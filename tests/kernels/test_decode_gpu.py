@@ -24,7 +24,7 @@ def step(q, k, v, sums, counts, lengths):
     return exact, torch.ops.tsa.page_attention(q, k, v, *pages, *view, None, 0.1)[0], pages[1]
 
 
-def test_one_graph_serves_all_lengths_and_nothing_waits():
+def test_graph_replay_serves_all_lengths_and_nothing_waits():
     q, k, v = cache(4096)
     sums, counts = torch.ops.tsa.page_sums(k, None, 1, None, None, None)
     lengths = torch.tensor([100, 7], dtype=torch.int32, device="cuda")

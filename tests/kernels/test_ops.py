@@ -188,7 +188,7 @@ def test_tensors_on_a_gpu_that_is_not_the_current_one():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_a_cuda_graph_on_a_gpu_that_is_not_the_current_one():
+def test_graph_replay_on_a_gpu_that_is_not_the_current_one():
     q, k, v = qkv(device="cuda:1")
     args = (*SELECT[:5], 8, 2, 4, "auto")
     expected = torch.ops.tsa.token_sparse_attention(q, k, v, None, *args)

@@ -24,7 +24,7 @@ def reference(*given):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_one_graph_serves_all_lengths_and_seeds_and_nothing_waits(form):
+def test_graph_replay_serves_all_lengths_and_seeds_and_nothing_waits(form):
     x, seed = operands(4096), torch.tensor([3], device="cuda")
     lengths = torch.tensor([100, 7], dtype=torch.int32, device="cuda")
     run = lambda: torch.ops.tsa.sampled_value_attention(*x, None, 1, None, lengths, None, 0.125, seed, 32, form)  # noqa: E731
