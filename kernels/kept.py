@@ -33,3 +33,7 @@ def chosen_again(out: Tensor, arguments: tuple[Any, ...], named: Mapping[str, An
     """Of `tsa::block_sparse_attention`, which keeps no bitmap: it is made once more, at a recorder's cost."""
     x, k_len, *rule = block_sparse_attention(*arguments, **named)
     return key_blocks(resolve("compose_blocks:chosen_blocks")(x, k_len, *rule), (x.q, x.k), {"k_len": k_len})
+
+
+def by_itself(result: Tensor, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+    """Of an operator that tells recorders as it chooses, since what it chooses is not its result."""

@@ -228,6 +228,15 @@ OPERATORS = (
         host="routed:gather_rows",
     ),
     Operator(
+        f"context_parallel_attention(Tensor q, Tensor k, Tensor v, Tensor? key_mask, float scale, float[] alpha, {_BLOCK_RULE},"
+        " str share, bool lookahead, str group) -> Tensor",
+        check=routed_checks.context_parallel_attention,
+        fake=fakes.context_parallel_attention,
+        reference="context_parallel:context_parallel_attention",
+        host="context_parallel:context_parallel_attention",
+        kept=kept.by_itself,
+    ),
+    Operator(
         "padding_range(Tensor key_mask) -> (Tensor start, Tensor lengths)",
         check=key_block_checks.padding_range,
         fake=fakes.padding_range,

@@ -33,7 +33,7 @@ class Operator(NamedTuple):
         host: "module:function" that launches the kernels: what runs on CUDA tensors. Both are imported at the first call.
         arguments: from the arguments of the schema to those of the four functions above; None: they take the schema's own.
         kept: what recorders are told of its calls, from the result and the schema's arguments: (how much is kept, integers `[B]`,
-            of how much); None: it selects nothing.
+            of how much), or None where the operator does so itself (`tell`). None: it selects nothing.
     """
 
     schema: str
@@ -42,7 +42,7 @@ class Operator(NamedTuple):
     reference: str
     host: str
     arguments: Callable[..., tuple[Any, ...]] | None = None
-    kept: Callable[[Any, tuple[Any, ...], dict[str, Any]], tuple[Tensor, int]] | None = None
+    kept: Callable[[Any, tuple[Any, ...], dict[str, Any]], tuple[Tensor, int] | None] | None = None
 
     @property
     def name(self) -> str:
@@ -69,8 +69,9 @@ def add(operator: Operator) -> None:
         def call(*flat: Any, **named: Any) -> Any:
             args, kwargs = checked(flat, named)
             result = resolve(where)(*args, **kwargs)
-            if operator.kept is not None and _observers.get():
-                _observe(*operator.kept(result, flat, named))
+            kept = operator.kept
+            if kept is not None:
+                tell(lambda: kept(result, flat, named))
             return tuple(result) if isinstance(result, tuple) else result  # the dispatcher takes no NamedTuple
 
         return call
@@ -153,6 +154,9 @@ def observing(observer: Observer) -> Iterator[None]:
         _observers.reset(token)
 
 
-def _observe(kept: Tensor, of: int) -> None:
-    for observer in _observers.get():
-        observer(kept, of)
+def tell(kept: Callable[[], tuple[Tensor, int] | None]) -> None:
+    """Recorders, where there are any, are told what a selection keeps, unless it is None."""
+    found = kept() if _observers.get() else None
+    if found is not None:
+        for observer in _observers.get():
+            observer(*found)

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
+from tsa_compile.kernels.checks import MAX_HEAD_DIM, check_attention
 from tsa_compile.kernels.decode_checks import check_cache
+from tsa_compile.kernels.key_block_checks import check_rule
 from tsa_compile.kernels.page_checks import check_budget, page_scores
 from tsa_compile.kernels.types import KvView
 
@@ -39,3 +41,14 @@ def routed_pages(
 ) -> None:  # fmt: skip
     page_scores(q, sums, counts, None, 1, start, lengths, capacity, scale)
     check_budget("tsa::routed_pages", sums.shape[1], keep, table, mass, sinks, recent)
+
+
+def context_parallel_attention(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float, alpha: Sequence[float], pool: int, window: int,
+    sinks: int, last_dense: int, share: str, lookahead: bool, group: str,
+) -> None:  # fmt: skip
+    name = "tsa::context_parallel_attention"
+    check_attention(name, q, k, v, key_mask)
+    if v.shape[3] > MAX_HEAD_DIM:
+        raise ValueError(f"{name}: the head dim of v must be at most {MAX_HEAD_DIM}, got {v.shape[3]}")
+    check_rule(name, q.shape[1], alpha, pool, window, sinks, last_dense, share, lookahead)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -68,6 +68,15 @@ def scatter(x: Tensor, name: str) -> Tensor:
     return found
 
 
+def send(x: Tensor, here: Sequence[int], there: Sequence[int], name: str) -> Tensor:
+    """The first `here[0]` entries of `x` go to rank 0, the next `here[1]` to rank 1 and so on; returns what the ranks sent here,
+    `there[r]` entries from rank `r`, in their order."""
+    found = x.new_empty(sum(there), *x.shape[1:])
+    with _exchange(name):
+        dist.all_to_all_single(found, x.contiguous(), list(there), list(here), group=find_group(name))
+    return found
+
+
 def total(x: Tensor, name: str) -> Tensor:
     """The sum over ranks of `x`, int64: the same bits whatever the order."""
     with _exchange(name):
@@ -83,13 +92,23 @@ def check_agreement(operator: str, facts: Mapping[str, int], device: torch.devic
     Raises:
         ValueError: a rank's number differs; on every rank.
     """
-    if device.type != "cpu":
-        return
-    table = gather(torch.tensor(list(facts.values())), name)
-    for rank, row in enumerate(table.tolist()):
-        for fact, own, other in zip(facts, table[0].tolist(), row, strict=True):
-            if own != other:
-                raise ValueError(f"{operator}: ranks of group {name!r} differ in {fact}: {own} on rank 0, {other} on rank {rank}")
+    if device.type == "cpu":
+        number_of_each(operator, facts, 0, device, name)
+
+
+def number_of_each(operator: str, facts: Mapping[str, int], own: int, device: torch.device, name: str) -> list[int]:
+    """`own` of every rank, in their order, where all call an operator with the same `facts`. The host waits for the device.
+
+    Raises:
+        ValueError: a rank's fact differs; on every rank.
+    """
+    table = gather(torch.tensor([*facts.values(), own], device=device), name).tolist()
+    for rank, row in enumerate(table):
+        for fact, first, other in zip(facts, table[0], row, strict=False):
+            if first != other:
+                numbers = f"{first} on rank 0, {other} on rank {rank}"
+                raise ValueError(f"{operator}: ranks of group {name!r} differ in {fact}: {numbers}")
+    return [row[-1] for row in table]
 
 
 @contextlib.contextmanager
