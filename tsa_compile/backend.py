@@ -126,10 +126,10 @@ class Backend:
         self._thread.runs = self.runs + 1
         self._thread.last = graph, form
 
-    def replaced(self, runs: int) -> int:
-        """How many attentions were replaced, if since this thread had run `runs` graphs one alone ran, for the whole call, with
-        every attention replaced; 0 otherwise."""
-        if self.runs != runs + 1:
+    def replaced(self, runs: int, calls: int = 1) -> int:
+        """How many attentions were replaced, if since this thread had run `runs` graphs one alone ran for each of `calls` whole
+        calls, with every attention replaced; 0 otherwise."""
+        if self.runs != runs + calls:
             return 0
         graph, form = self._thread.last
         whole = all(d.reason is None for d in form.decisions) and form.fallen is None and graph.is_whole

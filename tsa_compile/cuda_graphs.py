@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -100,6 +100,7 @@ class Recordings:
         cache: Any,
         running: tuple[Any, bool],
         state: tuple[Any, ...],
+        kind: Hashable = None,
     ) -> Recording | None:
         """The recording for this kind of call, a new one, or None: such a call is not recorded.
 
@@ -109,6 +110,7 @@ class Recordings:
             cache: among them.
             running: the plan of the call, held, as plans are told by identity; and whether it is a draft.
             state: of the model.
+            kind: what is done with the arguments; None: the model is called.
         """
         storage = layers[0].storage
         assert storage is not None
@@ -117,7 +119,7 @@ class Recordings:
         if not all(isinstance(x, _CONSTANTS) for x in others.values()):
             return None
         shapes = tuple((n, x.shape, x.dtype, x.device) for n, x in tensors.items())
-        key = (shapes, tuple(others.items()), Same(running[0]), running[1])
+        key = (shapes, tuple(others.items()), Same(running[0]), running[1], kind)
         buffers = [layer.buffers for layer in layers]
         with self._lock:
             kinds = self._kinds.setdefault(storage, {})

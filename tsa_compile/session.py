@@ -22,6 +22,7 @@ from tsa_compile.prompt_masks import leave_to_the_model, make_beforehand
 from tsa_compile.refuse_traces import RefuseTraces, refuse_to_be_traced
 from tsa_compile.report import Report
 from tsa_compile.speculation import Speculation
+from tsa_compile.step_loop import StepLoop
 from tsa_compile.steps import Steps, is_decode_step, prompt_rows
 
 log = logging.getLogger("tsa_compile")
@@ -88,6 +89,14 @@ class Session:
             first = not ran and self.untraced == 1
         if first:
             self.backend.warn("a call ran without any compiled graph, dense: tsa_compile.report(model) counts them")
+        return result
+
+    def loop(self, loop: StepLoop, **kwargs: Any) -> Any | None:
+        """`loop` over the compiled call, as one step of `loop.steps` tokens (`Steps.loop`)."""
+        result = self.steps.loop(self._traced, kwargs, loop)
+        if result is not None:
+            with self._lock:
+                self.calls += loop.steps
         return result
 
     def does_not_pay(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:

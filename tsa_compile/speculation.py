@@ -17,6 +17,7 @@ class Speculation:
         verified: verify steps that a row took part in before it ended.
         verified_tokens: the tokens that these gave.
         draft_steps: of the model.
+        draft_loops: drafts whose steps were one call, and one CUDA graph where steps are recorded.
         verify_steps: of the model.
         plain_steps: of the model, one token each: without a draft, or with one token left.
         draft_sites: attentions in the graphs of draft steps with the last request's draft.
@@ -31,6 +32,7 @@ class Speculation:
     verified: int = 0
     verified_tokens: int = 0
     draft_steps: int = 0
+    draft_loops: int = 0
     verify_steps: int = 0
     plain_steps: int = 0
     draft_sites: int = 0
@@ -64,7 +66,7 @@ class Speculation:
 
     def __str__(self) -> str:
         by_place = " ".join(f"{share:.2f}" for share in self.acceptance)
-        steps = f"{self.draft_steps} draft, {self.verify_steps} verify, {self.plain_steps} plain"
+        steps = f"{self.draft_steps} draft (of {self.draft_loops} drafts at once), {self.verify_steps} verify, {self.plain_steps} plain"
         line = (
             f"{self.requests} request(s), {self.tokens} tokens; {self.tokens_a_verify:.2f} tokens a verify; steps: {steps}; "
             f"acceptance by place: {by_place or 'none'}"

@@ -7,7 +7,7 @@ import inspect
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +22,7 @@ from tsa_compile.partial_steps import begins, check_layers, check_replaced, keep
 from tsa_compile.passes.site import VERIFY_ROWS
 from tsa_compile.plan_states import Kinds, states_for
 from tsa_compile.policies.dense import Dense
+from tsa_compile.step_loop import StepLoop
 
 if TYPE_CHECKING:
     from tsa_compile.backend import Backend
@@ -80,18 +81,46 @@ class Steps:
         if why is not None:
             self._count(why)
             return call(*args, **kwargs)
-        layers = [layer for layer in prepared.cache.layers if isinstance(layer, PinnableRows)]
         runs = self._backend.runs
-        ours = [prepared.cache.layers[n] for n in prepared.ours]
         given = {**self._named(args), **kwargs}
         if keeping is not None:
             given = with_positions(self._backend.model, given, prepared.cache)
-        with layers[0].around_step(layers) as anew, masked_in_full(ours), pinned(layers, given, rows) as fixed:
-            result = self._step(call, fixed, prepared.cache, rows, anew)
+        result = self._on_buffers(call, given, prepared, rows, None)
         if keeping is not None:
-            check_replaced(self._backend, runs, len(layers))
+            check_replaced(self._backend, runs, sum(isinstance(layer, PinnableRows) for layer in prepared.cache.layers))
+        return result
+
+    def loop(self, call: Callable[..., Any], kwargs: Mapping[str, Any], loop: StepLoop) -> Any | None:
+        """`loop(call, advance, **kwargs)`: all its steps as if they were one; None: they do not run on fixed buffers.
+
+        Args:
+            kwargs: arguments of a step of one token; those of the further ones are `loop`'s affair, but for the mask's.
+        """
+        plan = self._backend.plan
+        if not plan.decodes:
+            return None
+        states, keeping = self._of_plan(plan)
+        prepared = prepare((), kwargs, self.pool, states, keeping)
+        self._tell(prepared)
+        if keeping is not None or self._not_fixed(prepared, (), kwargs) is not None:
+            return None
+        if not all(isinstance(layer, PinnableRows) for layer in prepared.cache.layers):
+            return None  # a window's rows are put in place between two calls
+        return self._on_buffers(call, kwargs, prepared, 1, loop)
+
+    def _on_buffers(
+        self, call: Callable[..., Any], given: Mapping[str, Any], prepared: Prepared, rows: int, loop: StepLoop | None
+    ) -> Any:
+        """A step of `rows` rows on fixed buffers, or all those of a loop."""
+        layers = [layer for layer in prepared.cache.layers if isinstance(layer, PinnableRows)]
+        ours, steps = [prepared.cache.layers[n] for n in prepared.ours], 1 if loop is None else loop.steps
+        with layers[0].around_step(layers) as anew, masked_in_full(ours), pinned(layers, given, rows, steps) as fixed:
+            if loop is not None:
+                assert layers[0].pinned is not None
+                call = functools.partial(loop, call, layers[0].pinned.advance)
+            result = self._step(call, fixed, prepared.cache, rows, anew, loop)
         for layer in layers:
-            layer.advance(rows)
+            layer.advance(rows * steps)
         return result
 
     def _of_plan(self, plan: Plan) -> tuple[Callable[[int], Kinds], Any]:
@@ -108,13 +137,16 @@ class Steps:
         assert model is not None
         return {next(iter(inspect.signature(model.forward).parameters)): args[0]}
 
-    def _step(self, call: Callable[..., Any], kwargs: Mapping[str, Any], cache: Any, rows: int, anew: bool) -> Any:
+    def _step(
+        self, call: Callable[..., Any], kwargs: Mapping[str, Any], cache: Any, rows: int, anew: bool, loop: StepLoop | None
+    ) -> Any:
         """One step on fixed buffers: a replay, or the call, after which the next one may be recorded; `anew`: the call alone."""
-        recording = None if anew else self._recording(kwargs, cache)
+        recording = None if anew else self._recording(kwargs, cache, None if loop is None else loop.key)
+        steps = 1 if loop is None else loop.steps
         for tensor in {**kwargs, **({} if recording is None else recording.inputs)}.values():
             _fix_rows(tensor, rows)
         if recording is None:
-            self._count(FIXED)
+            self._count(FIXED, steps)
             return call(**kwargs)
         with recording.lock:
             recording.fill(kwargs)
@@ -122,15 +154,15 @@ class Steps:
             if recording.ready and recording.replay is None:
                 self._record(recording, step, cache)
             if recording.replay is not None:
-                self._count(REPLAYED)
+                self._count(REPLAYED, steps)
                 with self._backend.uncounted():
                     result = recording.replay(step, cache)
                 self._backend.replayed()
                 return result
-            self._count(FIXED)
+            self._count(FIXED, steps)
             runs = self._backend.runs
             result = step()
-            recording.ready = not recording.refused and self._backend.replaced(runs) > 0
+            recording.ready = not recording.refused and self._backend.replaced(runs, steps) > 0
         return result
 
     def _record(self, recording: Recording, step: Callable[[], Any], cache: Any) -> None:
@@ -141,8 +173,8 @@ class Steps:
             recording.ready, recording.refused = False, True
             self._backend.warn(f"decode steps are not replayed, but run one by one: {error}")
 
-    def _recording(self, kwargs: Mapping[str, Any], cache: Any) -> Recording | None:
-        """Where this step is recorded; None: it is not to be."""
+    def _recording(self, kwargs: Mapping[str, Any], cache: Any, kind: Hashable) -> Recording | None:
+        """Where this step is recorded; None: it is not to be. `kind`: of a loop."""
         if not all(isinstance(layer, PinnableRows) for layer in cache.layers):
             return None
         if cache.layers[0].settled().keys.device.type not in self.recorded_on:
@@ -154,11 +186,11 @@ class Steps:
         if self._model_state.is_hooked():
             return None
         fixed = {n: x for n, x in kwargs.items() if not cache.layers[0].pinned.holds(x)}
-        return self.recordings.find(cache.layers, fixed, cache, self._backend.running, self._model_state.read())
+        return self.recordings.find(cache.layers, fixed, cache, self._backend.running, self._model_state.read(), kind)
 
-    def _count(self, how: str) -> None:
+    def _count(self, how: str, steps: int = 1) -> None:
         with self._lock:
-            self._counts[how] += 1
+            self._counts[how] += steps
 
     def _not_fixed(self, prepared: Prepared, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
         """Why a decode step does not run on fixed buffers; None: it does."""

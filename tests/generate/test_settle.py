@@ -54,8 +54,9 @@ def test_a_step_is_what_plain_generation_would_append(data, batch, drafted, toge
     kept = [draw(st.integers(0, drafted)) for _ in range(batch)]
     ends, total = draw(st.booleans()), draw(st.sampled_from([None, 3, 9]))
     rows = TokenRows(torch.zeros(batch, PROMPT, dtype=torch.long), 16, PAD)
-    rows.append(torch.zeros(batch, 3, dtype=torch.long), before)
-    rows.done = list(done)
+    rows.append(torch.zeros(batch, 3, dtype=torch.long), torch.tensor(before))
+    rows.over = torch.tensor(done)
+    rows.know(before, done)
     criteria = [*([EndTokens()] if ends else []), *([Sum(total)] if total is not None else [])]
 
     def stops(row):

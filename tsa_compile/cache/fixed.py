@@ -26,11 +26,14 @@ def masked_in_full(layers: Sequence[Any]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def pinned(layers: Sequence[PinnableRows], kwargs: Mapping[str, Any], new: int) -> Iterator[dict[str, Any]]:
-    """Inside, `new` rows of each batch row go where the layers' place says; yields the call's arguments, of fixed sizes."""
+def pinned(layers: Sequence[PinnableRows], kwargs: Mapping[str, Any], new: int, steps: int = 1) -> Iterator[dict[str, Any]]:
+    """Inside, `new` rows of each batch row go where the layers' place says; yields the call's arguments, of fixed sizes.
+
+    `steps`: of so many rows each, one behind the other, between which the place advances.
+    """
     mask = layers[0].own_mask(kwargs.get("attention_mask"), new)
-    place = make_place(layers, mask, new)
-    place.move(*layers[0].first_new_row(), mask, layers[0].rows_before())
+    place = make_place(layers, mask, new * steps)
+    place.move(*layers[0].first_new_row(), mask, layers[0].rows_before(), steps)
     try:
         for layer in layers:
             layer.pin(place)

@@ -29,7 +29,9 @@ class Place:
         self.padded = False
         self._known = 0  # columns of the mask that may not be 0
 
-    def move(self, length: int, lengths: torch.Tensor | None, mask: torch.Tensor | None, before: int | None = None) -> None:
+    def move(
+        self, length: int, lengths: torch.Tensor | None, mask: torch.Tensor | None, before: int | None = None, steps: int = 1
+    ) -> None:
         """To a step behind `length` rows; nothing waits for the device.
 
         Args:
@@ -37,6 +39,7 @@ class Place:
             lengths: int32 `[B]`, where batch rows differ.
             mask: the call's `[B, n]` padding mask, `n` at most the capacity; None: no padding.
             before: what the model is told of the rows before the new ones; None: `length`.
+            steps: how many follow before the next move, this one included; see `advance`.
         """
         self.offset.fill_(length if before is None else before)
         if lengths is None:
@@ -51,8 +54,16 @@ class Place:
         self.mask[:, :known] = mask
         if known < self._known:
             self.mask[:, known : self._known] = 0
-        self._known = known
+        self._known = known + steps - 1
         torch.ne(self.mask, 0, out=self.key_mask)
+
+    def advance(self) -> None:
+        """To the step behind one of one row, by operations of the device alone: in a recording, too."""
+        for place in (self.at, self.rows, self.offset):
+            place.add_(1)
+        if self.padded:
+            self.mask.scatter_(1, self.rows, 1)
+            self.key_mask.scatter_(1, self.rows, True)
 
     def holds(self, x: object) -> bool:
         """Is it one of the masks here, which need no copy to stay where they are?"""

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import torch
 
+from tsa_compile.generate.sampling import sample
+
 Tensor = torch.Tensor
 
 
@@ -48,7 +50,7 @@ def accept_sampled(drafted: Tensor, draft: Tensor | None, target: Tensor) -> Acc
     """
     chances = keep_chances(drafted, draft, target)
     kept = leading(torch.rand_like(chances) < chances)
-    own = torch.multinomial(correction(kept, drafted, draft, target), 1)
+    own = sample(correction(kept, drafted, draft, target))
     tokens = torch.cat([drafted, own], 1).scatter(1, kept[:, None], own)
     return Accepted(kept, tokens)
 

@@ -9,6 +9,7 @@ import torch
 
 from tsa_compile.cache.names import cache_name
 from tsa_compile.cache.pinned import PinnableRows
+from tsa_compile.generate.draft_loop import Drafted, DraftLoop
 from tsa_compile.session import Session
 
 Tensor = torch.Tensor
@@ -61,25 +62,42 @@ class CachedSteps:
     def step(self, tokens: Tensor) -> Tensor:
         """Append `tokens` `[B, n]` to every row; the logits `[B, n, V]` behind each, float32."""
         n = tokens.shape[1]
+        logits: Tensor = self.session(**self._call(tokens, n)).logits
+        self._advance(n)
+        return logits[:, -n:].float()
+
+    def loop(self, tokens: Tensor, loop: DraftLoop) -> Drafted | None:
+        """All steps of `loop` behind `tokens` `[B, 1]`, as one call; None: they do not run on fixed buffers."""
+        drafted = self.session.loop(loop, **self._call(tokens, loop.steps))
+        if drafted is not None:
+            self._advance(loop.steps)
+        return drafted
+
+    def _call(self, tokens: Tensor, n: int) -> dict[str, Any]:
+        """The arguments of a call on `tokens`, of which the mask is; positions are those of the next `n` tokens."""
         kwargs = {"input_ids": tokens, "use_cache": True, "return_dict": True, self._name: self.cache}
         if self._positions is not None:
             kwargs["position_ids"] = self._next_positions(n)
         if self._mask is not None or self.apart is not None:
-            kwargs["attention_mask"] = self._mask_with(n, tokens)
-        logits: Tensor = self.session(**kwargs).logits
+            kwargs["attention_mask"] = self._mask_with(tokens.shape[1], tokens)
+        return kwargs
+
+    def _advance(self, n: int) -> None:
         self._ahead = self._ahead + n
         if self.apart is not None:
             self.apart = [length + n for length in self.apart]
-        return logits[:, -n:].float()
 
-    def keep(self, new: Sequence[int]) -> None:
-        """Row `b` keeps the prompt and `new[b]` tokens behind it: the same number, unless rows may differ."""
+    def keep(self, new: Sequence[int], on_device: Tensor | None = None) -> None:
+        """Row `b` keeps the prompt and `new[b]` tokens behind it: the same number, unless rows may differ.
+
+        `on_device`: the same, int64 `[B]`, if it is there: then nothing is copied to it.
+        """
         if self.apart is None:
             self.cache.crop(self._prompt + new[0] - self.length)  # 0, too: layers with a window go back to its size
             self._ahead = new[0]
         else:
             self.apart = [self._prompt + n for n in new]
-            self._set_lengths()
+            self._set_lengths(None if on_device is None else on_device + self._prompt)
 
     def restart(self, rows: Tensor, mask: Tensor, positions: Tensor) -> None:
         """Batch rows `rows` `[n]` have other prompts: their `mask` and `positions`, `[n, L]`, as many places as the ones before.
@@ -94,11 +112,12 @@ class CachedSteps:
         for layer in self.cache.layers:
             layer.key_mask = longest.bool()
 
-    def _set_lengths(self) -> None:
+    def _set_lengths(self, lengths: Tensor | None = None) -> None:
         assert self.apart is not None
-        device = self.cache.layers[0].settled().keys.device
-        lengths = torch.tensor(self.apart, dtype=torch.int32, device=device)
-        self._ahead = lengths.long()[:, None] - self._prompt
+        if lengths is None:
+            lengths = torch.tensor(self.apart, device=self.cache.layers[0].settled().keys.device)
+        self._ahead = lengths[:, None] - self._prompt
+        lengths = lengths.to(torch.int32)
         for layer in self.cache.layers:
             layer.set_lengths(lengths, max(self.apart))
 

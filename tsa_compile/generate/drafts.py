@@ -9,6 +9,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from tsa_compile.generate.cached_steps import CachedSteps
+from tsa_compile.generate.draft_loop import DraftLoop, why_not
+from tsa_compile.generate.sampling import sample
 from tsa_compile.generate.token_rows import TokenRows, scores_behind
 from tsa_compile.plan import Plan
 from tsa_compile.policies.base import Policy
@@ -23,10 +25,12 @@ class Proposed(NamedTuple):
     Args:
         tokens: int64 `[B, n]`.
         chances: `[B, n, V]`, the distributions that they were sampled from; None: each was certain.
+        at_once: came all of them of one call?
     """
 
     tokens: Tensor
     chances: Tensor | None = None
+    at_once: bool = False
 
 
 @dataclasses.dataclass
@@ -52,7 +56,8 @@ class Request:
 
     def keep_known(self) -> None:
         """The cache keeps each row's tokens but the last."""
-        self.steps.keep([length - self.rows.prompt - 1 for length in self.rows.lengths])
+        rows = self.rows
+        self.steps.keep([length - rows.prompt - 1 for length in rows.lengths], rows.ends[:, 0] - (rows.prompt + 1))
 
 
 class Draft(Protocol):
@@ -67,24 +72,39 @@ class Draft(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class PolicyDraft:
-    """The model itself, one token at a time, under a policy for drafts. (Vegas, arXiv 2602.07223; MagicDec, 2408.11049.)"""
+    """The model itself, one token at a time, under a policy for drafts. (Vegas, arXiv 2602.07223; MagicDec, 2408.11049.)
+
+    All its steps are one call, and one recording, where they run on fixed buffers and no logits processor looks at the tokens.
+    """
 
     policy: Policy
 
     def propose(self, request: Request, n: int) -> Proposed:
-        rows, backend = request.rows, request.steps.session.backend
-        token, tokens, chances = rows.last(), [], []
-        with backend.under(request.plan, drafting=True):
-            for i in range(n):
-                scores = request.scores(request.steps.step(token), i)[:, 0]
-                if request.sampled:
-                    chances.append(scores.softmax(-1))
-                    token = torch.multinomial(chances[-1], 1)
-                else:
-                    token = scores.argmax(-1, keepdim=True)
-                rows.propose(token, i)
-                tokens.append(token)
+        with request.steps.session.backend.under(request.plan, drafting=True):
+            proposed = self._at_once(request, n) or self._one_by_one(request, n)
         request.keep_known()
+        return proposed
+
+    def _at_once(self, request: Request, n: int) -> Proposed | None:
+        """By one call; None: that cannot be."""
+        if why_not(request.processors) is not None:
+            return None
+        drafted = request.steps.loop(request.rows.last(), DraftLoop(n, request.processors, request.sampled))
+        if drafted is None:
+            return None
+        request.rows.propose(drafted.tokens)
+        return Proposed(*drafted, at_once=True)
+
+    def _one_by_one(self, request: Request, n: int) -> Proposed:
+        rows = request.rows
+        token, tokens, chances = rows.last(), [], []
+        for i in range(n):
+            scores = request.scores(request.steps.step(token), i)[:, 0]
+            if request.sampled:
+                chances.append(scores.softmax(-1))
+            token = sample(chances[-1]) if request.sampled else scores.argmax(-1, keepdim=True)
+            rows.propose(token, i)
+            tokens.append(token)
         return Proposed(torch.cat(tokens, 1), torch.stack(chances, 1) if chances else None)
 
 

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from tsa_compile.generate.sampling import sample
+
 Tensor = torch.Tensor
 
 
@@ -26,13 +28,9 @@ class Drawn(NamedTuple):
 
 
 def draw(logits: Tensor, temperature: float, top: int, generator: torch.Generator | None) -> Drawn:
-    """Sample from the softmax of `logits / temperature`, float32 `[n, V]`.
-
-    The first of exponential waiting times with these probabilities as rates; `torch.multinomial` waits for the device.
-    """
+    """Sample from the softmax of `logits / temperature`, float32 `[n, V]`."""
     logps = torch.log_softmax(logits / temperature, -1)
-    waits = torch.empty_like(logps).exponential_(generator=generator)
-    tokens = (logps.exp() / waits).argmax(-1, keepdim=True)
+    tokens = sample(logps.exp(), generator)
     return Drawn(tokens[:, 0], logps.gather(1, tokens)[:, 0], *logps.topk(min(top, logps.shape[1])))
 
 

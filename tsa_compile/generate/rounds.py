@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from tsa_compile.generate.accept import accept_greedy, accept_sampled
+from tsa_compile.generate.draft_loop import why_not
 from tsa_compile.generate.drafts import Draft, Proposed, Request
 from tsa_compile.generate.payoff import Cost, Payoff
 from tsa_compile.generate.settle import Ends
@@ -70,6 +71,9 @@ class Rounds:
 
     def _look_at_drafts(self, steps: dict[str, int]) -> None:
         """Did the draft's policy run as it was meant to? `steps`: how the request's steps ran, and how many."""
+        one_by_one = why_not(self.request.processors)
+        if one_by_one is not None:
+            self.seen.notes[f"the steps of a draft run one by one: {one_by_one}"] += 1  # what was asked for: no warning
         reasons = self.request.steps.session.backend.why_dense_drafts(self.request.plan)
         self.seen.draft_sites, self.seen.sparse_sites = len(reasons), sum(reason is None for reason in reasons)
         if reasons and not self.seen.sparse_sites:
@@ -100,6 +104,7 @@ class Rounds:
             self.request.keep_known()  # layers with a window forget what they kept for a crop
             return
         self.seen.draft_steps += 0 if self.draft.policy is None else self.gamma
+        self.seen.draft_loops += proposed.at_once
         kept, new = self._settle(steps.step(torch.cat([rows.last(), proposed.tokens], 1)), proposed)
         self.request.keep_known()
         kept, new = [kept[b] for b in open_rows], [new[b] for b in open_rows]
@@ -117,7 +122,7 @@ class Rounds:
         """Accept and append; see `Ends.settle`."""
         request, rows = self.request, self.request.rows
         scores, begin = request.scores(logits), max(rows.lengths)
-        drafted, chances = (rows.ids[:, :0], None) if proposed is None else proposed
+        drafted, chances = (rows.ids[:, :0], None) if proposed is None else proposed[:2]
         sampled = request.sampled
         accepted = accept_sampled(drafted, chances, scores.softmax(-1)) if sampled else accept_greedy(drafted, scores)
         kept, new = self.ends.settle(rows, accepted, self.together)

@@ -29,40 +29,53 @@ class Ends:
     def settle(self, rows: TokenRows, accepted: Accepted, together: bool) -> tuple[list[int], list[int]]:
         """Append what is new to `rows`; of each row, how many drafted tokens the rule kept, and how many new ones it got.
 
+        The device is read once, for all of it; criteria of the caller's own read it besides.
+
         Args:
             rows: those that are done get nothing.
             accepted: of a step.
             together: all rows become longer by as many tokens as every open row has; `pad`s stand behind those that end. What a
                 row gets then depends on other rows alone, so the law of its tokens stays the target's.
         """
-        until, ended = up_to_end(accepted, None if self.tokens is None else self.tokens.to(accepted.tokens.device))
-        kept, new, at_end = torch.stack([accepted.kept, until, ended.long()]).tolist()  # the one read of a step
-        for b, length in enumerate(rows.lengths):
-            if new[b] > self.max_length - length:
-                new[b], at_end[b] = self.max_length - length, 0
+        tokens = accepted.tokens
+        if self.tokens is not None:
+            self.tokens = self.tokens.to(tokens.device)
+        new, ended = up_to_end(accepted, self.tokens)
+        left = self.max_length - rows.ends[:, 0]
+        new, ended = torch.minimum(new, left), ended & (new <= left)
         if self._others:
-            self._ask_others(rows, accepted.tokens, new, at_end)
-        new = [0 if done else n for done, n in zip(rows.done, new, strict=True)]
-        counts, tokens = new, accepted.tokens
+            new, ended = self._ask_others(rows, tokens, new, ended)
+        new = new.masked_fill(rows.over, 0)
+        counts = new
         if together:
-            going_on = [n for n, end, done in zip(new, at_end, rows.done, strict=True) if not (end or done)]
-            counts = [min(going_on, default=max(new))] * rows.batch
-            own = torch.tensor(new, device=tokens.device)[:, None]
-            tokens = torch.where(torch.arange(tokens.shape[1], device=tokens.device) < own, tokens, rows.pad)
+            counts = fewest(new, ended | rows.over)
+            own = torch.arange(tokens.shape[1], device=tokens.device) < new[:, None]
+            tokens = torch.where(own, tokens, rows.pad)
         rows.append(tokens, counts)
-        for b, count in enumerate(counts):
-            rows.done[b] = rows.done[b] or bool(at_end[b] and new[b] <= count) or rows.lengths[b] >= self.max_length
-        return kept, [min(n, count) for n, count in zip(new, counts, strict=True)]
+        rows.over = rows.over | (ended & (new <= counts)) | (rows.ends[:, 0] >= self.max_length)
+        told = torch.stack([accepted.kept, torch.minimum(new, counts), counts, rows.over.long()])
+        kept, got, appended, over = told.tolist()  # the one read of a round
+        rows.know(appended, over)
+        return kept, got
 
-    def _ask_others(self, rows: TokenRows, tokens: Tensor, new: list[int], at_end: list[int]) -> None:
-        """Cut each row's new tokens behind the first at which some criterion stops it."""
+    def _ask_others(self, rows: TokenRows, tokens: Tensor, new: Tensor, ended: Tensor) -> tuple[Tensor, Tensor]:
+        """`new` and `ended`, cut behind the first token at which some criterion stops a row."""
         rows.propose(tokens)
+        counts, stopped = new.tolist(), ended.tolist()
         for length in {n for b, n in enumerate(rows.lengths) if not rows.done[b]}:
             waiting = {b for b, n in enumerate(rows.lengths) if n == length and not rows.done[b]}
             for count in range(1, tokens.shape[1] + 1):
-                waiting = {b for b in waiting if new[b] >= count}
+                waiting = {b for b in waiting if counts[b] >= count}
                 if not waiting:
                     break
                 stops = torch.stack([c(rows.ids[:, : length + count], None) for c in self._others]).any(0).tolist()
                 for b in [b for b in waiting if stops[b]]:
-                    new[b], at_end[b] = count, 1
+                    counts[b], stopped[b] = count, True
+        return torch.tensor(counts, device=new.device), torch.tensor(stopped, device=new.device)
+
+
+def fewest(new: Tensor, closed: Tensor) -> Tensor:
+    """int64 `[B]`: for every row the least of `new` `[B]` among rows that are not `closed`; if all are, the most."""
+    none = torch.iinfo(torch.int64).max
+    least = new.masked_fill(closed, none).min()
+    return torch.where(least == none, new.max(), least).expand_as(new)

@@ -39,6 +39,7 @@ class TokenRows:
         lengths: tokens of each row.
         ends: int64 `[B, 1]`, the same, where the tokens are.
         done: has the row ended?
+        over: bool `[B]`, the same, where the tokens are.
     """
 
     def __init__(self, prompt: Tensor, room: int, pad: int) -> None:
@@ -48,6 +49,7 @@ class TokenRows:
         self.lengths = [self.prompt] * batch
         self.ends = prompt.new_full((batch, 1), self.prompt)
         self.done = [False] * batch
+        self.over = torch.zeros(batch, dtype=torch.bool, device=prompt.device)
 
     @property
     def batch(self) -> int:
@@ -62,13 +64,19 @@ class TokenRows:
         places = self.ends + behind + torch.arange(tokens.shape[1], device=self.ids.device)
         self.ids.scatter_(1, places, tokens)
 
-    def append(self, tokens: Tensor, new: Sequence[int]) -> None:
-        """The first `new[b]` tokens of row `b` of `tokens` `[B, n]` are its next; what was proposed behind them is taken back."""
-        n = tokens.shape[1]
-        counts = torch.tensor(new, device=tokens.device)[:, None]
-        self.propose(torch.where(torch.arange(n, device=tokens.device) < counts, tokens, self.pad))
+    def append(self, tokens: Tensor, new: Tensor) -> None:
+        """The first `new[b]` tokens of row `b` of `tokens` `[B, n]` are its next; what was proposed behind them is taken back.
+
+        Nothing waits for the device: whoever has read `new`, int64 `[B]`, tells `know`.
+        """
+        counts = new[:, None]
+        self.propose(torch.where(torch.arange(tokens.shape[1], device=tokens.device) < counts, tokens, self.pad))
         self.ends = self.ends + counts
+
+    def know(self, new: Sequence[int], over: Sequence[int]) -> None:
+        """The host's side of `append` and of `over`."""
         self.lengths = [length + count for length, count in zip(self.lengths, new, strict=True)]
+        self.done = [bool(x) for x in over]
 
     def all(self) -> Tensor:
         """int64 `[B, longest]`, `pad` behind the shorter rows."""
@@ -101,7 +109,6 @@ def _scores(processors: Any, rows: TokenRows, logits: Tensor, behind: int) -> Te
     result: Tensor | None = None
     for length in sorted(set(rows.lengths)):
         scores: Tensor = processors(rows.ids[:, : length + behind], logits.clone())
-        own = torch.tensor([n == length for n in rows.lengths], device=logits.device)[:, None]
-        result = scores if result is None else torch.where(own, scores, result)
+        result = scores if result is None else torch.where(rows.ends == length, scores, result)
     assert result is not None
     return result
