@@ -66,7 +66,8 @@ class Speculation:
 
     def __str__(self) -> str:
         by_place = " ".join(f"{share:.2f}" for share in self.acceptance)
-        steps = f"{self.draft_steps} draft (of {self.draft_loops} drafts at once), {self.verify_steps} verify, {self.plain_steps} plain"
+        drafts = f"{self.draft_steps} draft ({self.draft_loops} drafts at once)"
+        steps = f"{drafts}, {self.verify_steps} verify, {self.plain_steps} plain"
         line = (
             f"{self.requests} request(s), {self.tokens} tokens; {self.tokens_a_verify:.2f} tokens a verify; steps: {steps}; "
             f"acceptance by place: {by_place or 'none'}"

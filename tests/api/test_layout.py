@@ -38,6 +38,7 @@ PART_OF = {
     "traced": "backend",
     "entry_point": "backend",
     "speculation": "report",
+    "step_loop": "session",
     "steps": "session",
     "partial_steps": "session",
     "model_state": "session",

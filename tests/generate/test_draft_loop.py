@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import warnings
 
 import pytest
@@ -82,7 +83,7 @@ def test_the_host_reads_the_device_once_a_round(models, how, call, monkeypatch):
     for name in READS:
         monkeypatch.setattr(torch.Tensor, name, counted(name, getattr(torch.Tensor, name)))
     both(models, draft, **call, **how)
-    between = [b - a for a, b in zip(draft.before, draft.before[1:], strict=False)]
+    between = [b - a for a, b in itertools.pairwise(draft.before)]
     assert len(between) > 3
     assert set(between) == {1}, names
 
@@ -159,6 +160,6 @@ def test_a_round_waits_once_on_a_gpu(how, call):
         finally:
             torch.cuda.set_sync_debug_mode("default")
             CountedDraft.propose = own
-    between = [b - a for a, b in zip(rounds, rounds[1:], strict=False)]
+    between = [b - a for a, b in itertools.pairwise(rounds)]
     assert len(between) > 2
     assert set(between) == {1}, [str(w.message) for w in waits]
