@@ -98,6 +98,18 @@ def select_pages(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return _int32(logits, logits.shape[0], kv_heads, size), _int32(logits, logits.shape[0], kv_heads)
 
 
+def projected_scores(q: Tensor, index: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    pages = pages_of(index.shape[2])
+    new = lambda n: q.new_empty(*index.shape[:2], 1, n, dtype=torch.float32)  # noqa: E731
+    return new(pages), new((pages + CHUNK - 1) // CHUNK)
+
+
+def join_pages(
+    indices: Tensor, list_counts: Tensor, start: Any, lengths: Any, capacity: int, owners: Any, local: Any, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    return _int32(indices, indices.shape[0], len(local), pages_of(capacity)), _int32(indices, indices.shape[0], len(local))
+
+
 def routed_attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return page_attention(q, k, v)
 

@@ -10,7 +10,17 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from tsa_compile.kernels import arguments, checks, decode_checks, fakes, kept, key_block_checks, page_checks, routed_checks
+from tsa_compile.kernels import (
+    arguments,
+    checks,
+    decode_checks,
+    fakes,
+    kept,
+    key_block_checks,
+    page_checks,
+    projected_checks,
+    routed_checks,
+)
 from tsa_compile.kernels.registry import LIBRARY, Operator, add, observing, register
 
 _RULE = "float coverage, int window, int pool, int min_tokens"
@@ -197,6 +207,31 @@ OPERATORS = (
         host="select.top_pages.host:select_pages",
     ),
     Operator(
+        "append_projected(Tensor(a!) index, Tensor(b!) positions, Tensor(c!) counts, Tensor query, Tensor key,"
+        " Tensor frequencies, Tensor k, Tensor? placed, Tensor begin, Tensor end, Tensor? key_mask, int new, int[] heads,"
+        " bool interleaved, float factor) -> ()",
+        check=projected_checks.append_projected,
+        fake=fakes.append_pages,
+        reference="state.append_projected.reference:append_projected_reference",
+        host="state.append_projected.host:append_projected",
+    ),
+    Operator(
+        "projected_scores(Tensor q, Tensor index, Tensor positions, Tensor query, Tensor frequencies, Tensor? start,"
+        " Tensor? lengths, Tensor? key_mask, int[] heads, bool interleaved, float factor) -> (Tensor logits, Tensor parts)",
+        check=projected_checks.projected_scores,
+        fake=fakes.projected_scores,
+        reference="score.projected.reference:projected_scores_reference",
+        host="score.projected.host:projected_scores",
+    ),
+    Operator(
+        "join_pages(Tensor indices, Tensor list_counts, Tensor? start, Tensor? lengths, int capacity, int[] owners, bool[] local,"
+        " int sinks, int recent) -> (Tensor indices, Tensor counts)",
+        check=projected_checks.join_pages,
+        fake=fakes.join_pages,
+        reference="select.joined_pages.reference:join_pages_reference",
+        host="select.joined_pages.host:join_pages",
+    ),
+    Operator(
         "routed_attention(Tensor q, Tensor k, Tensor v, Tensor? indices, Tensor? counts, Tensor? start, Tensor? lengths,"
         f" Tensor? key_mask, float scale, bool travel, str group) -> {_ATTENDED}",
         check=routed_checks.routed_attention,
@@ -295,7 +330,7 @@ for _operator in OPERATORS:
 def source_tag() -> str:
     """A hash of the table and of what it registers: compile caches see a schema, but neither its fake nor its gradient."""
     tables = ("ops", "registry", "arguments", "types", "fakes", "common/results")
-    names = (*tables, "checks", "decode_checks", "page_checks", "key_block_checks", "routed_checks")
+    names = (*tables, "checks", "decode_checks", "page_checks", "key_block_checks", "projected_checks", "routed_checks")
     files = (Path(__file__).parent / f"{name}.py" for name in names)
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:16]
 
