@@ -37,3 +37,28 @@ def chosen_again(out: Tensor, arguments: tuple[Any, ...], named: Mapping[str, An
 
 def by_itself(result: Tensor, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
     """Of an operator that tells recorders as it chooses, since what it chooses is not its result."""
+
+
+def pairs_read(bits: Tensor, length: int) -> Tensor:
+    """Share of the causal query-key pairs that each list of a bitmap reads of a whole prompt without padding.
+
+    Args:
+        bits: `[B, lists, row blocks, words]`.
+        length: tokens.
+
+    Returns:
+        float64 `[B, lists]`.
+    """
+    device = bits.device
+    begin = torch.arange(bits.shape[2], device=device) * ROWS
+    rows = (length - begin).clamp(max=ROWS).double()
+    before = torch.arange(bits.shape[3] * 64, device=device) * KEYS < begin[:, None]
+    blocks = torch.stack([torch.stack([_set(one, before) for one in of_row]) for of_row in bits])
+    pairs = (blocks * KEYS * rows + rows * (rows + 1) / 2).sum(-1)
+    return pairs / (length * (length + 1) / 2)
+
+
+def _set(bits: Tensor, among: Tensor) -> Tensor:
+    """Set bits of a list `[row blocks, words]` among some of them, bool `[row blocks, words * 64]`: float64 `[row blocks]`."""
+    is_set = (bits[:, :, None] >> torch.arange(64, device=bits.device) & 1).flatten(1).bool()
+    return (is_set & among).sum(1).double()

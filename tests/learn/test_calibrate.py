@@ -279,7 +279,7 @@ def test_prompts_are_text_or_ids_and_lose_their_beginning(tmp_path):
         ({"--out": "no/such/plan.json"}, "--out: no/such/plan.json cannot be written"),
         ({"--coverages": "abc"}, "--coverages must be numbers, comma separated, got 'abc'"),
         ({"--policy": "broken.json"}, "--policy broken.json: "),
-        ({"--policy": "dense.json"}, "--policy dense.json: policy must be a TokenSparse, got Dense"),
+        ({"--policy": "dense.json"}, "--policy dense.json: policy must be a TokenSparse or a BlockSparse, got Dense"),
     ],
 )
 def test_what_is_wrong_on_the_command_line_is_said_at_once(tmp_path, monkeypatch, changes, message):

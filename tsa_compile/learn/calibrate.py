@@ -12,17 +12,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from tsa_compile.learn import search
+from tsa_compile.learn.calibrate_blocks import ALPHAS, calibrate_blocks
 from tsa_compile.learn.measurements import Run
 from tsa_compile.learn.meter import Meter, Sample
-from tsa_compile.learn.model_inputs import as_inputs, fingerprint
+from tsa_compile.learn.model_inputs import as_inputs, fingerprint, versions
 from tsa_compile.learn.search import Step
 from tsa_compile.learn.state import Measured
 from tsa_compile.learn.target import Target
 from tsa_compile.plan import Plan
+from tsa_compile.policies.block_sparse import BlockSparse
 from tsa_compile.policies.token_sparse import TokenSparse
 from tsa_compile.progress import Advance, Start
 from tsa_compile.progress import progress as progress_bar
@@ -36,8 +37,9 @@ def calibrate(
     prompts: Iterable[Any],
     target: str = "kl<=0.01",
     *,
-    policy: TokenSparse | None = None,
-    coverages: Iterable[float] = COVERAGES,
+    policy: TokenSparse | BlockSparse | None = None,
+    coverages: Iterable[float] | None = None,
+    alphas: Iterable[float] | None = None,
     method: str = "loss",
     last: int = 128,
     state: str | Path | None = None,
@@ -45,19 +47,23 @@ def calibrate(
 ) -> Plan:
     """A plan that meets `target` on `prompts`: as sparse as the loss allows, or as true as the sparsity allows.
 
-    The model runs layers x coverages + about ten times on each prompt, one prompt at a time; no candidate is traced anew. It is
-    left as it was. `docs/calibration.md` has the method and an example.
+    The model runs layers x coverages + about ten times on each prompt, one prompt at a time; with `BlockSparse` two times the
+    layers + about twenty. No candidate is traced anew. It is left as it was. `docs/calibration.md` has both methods and examples.
 
     Args:
         model: any module in evaluation mode whose output is logits `[1, L, vocabulary]` or has them as `.logits`.
         prompts: token ids or keyword arguments with `input_ids`, one unpadded prompt an entry, longer than
             `policy.min_tokens + policy.window` tokens. Take your own, as long as in use.
-        target: "kl<=X": mean KL(dense || sparse) of the last predictions, in nats; "sparsity>=X": mean share of tokens that
-            the layers do not keep, over all layers that can be sparse.
-        policy: what a sparse layer gets, but for its coverage; None: `TokenSparse()`.
-        coverages: what a layer may get, each in (0, 1).
-        method: "loss": the order of steps that single layers' losses give; "drift": the paper's order, with far fewer runs.
-        last: predictions at the end of each prompt that are compared.
+        target: "kl<=X": mean KL(dense || sparse) of the compared predictions, in nats. For `TokenSparse` "sparsity>=X": mean
+            share of tokens that the layers do not keep, over all layers that can be sparse. For `BlockSparse` "pairs<=X": mean
+            share of the causal query-key pairs that these layers read.
+        policy: what a sparse layer gets, but for its coverage or alpha; None: `TokenSparse()`.
+        coverages: `TokenSparse`: what a layer may get, each in (0, 1); None: `COVERAGES`.
+        alphas: `BlockSparse`: what a query head may get, each in (0, 1); None: `calibrate_blocks.ALPHAS`.
+        method: "loss": by what the loss says of single layers. With far fewer runs, for `TokenSparse` "drift": the paper's order;
+            for `BlockSparse` "error": by the errors of heads alone, and "one": one alpha for all.
+        last: predictions at the end of each prompt that are compared; for `BlockSparse` those at the end of the rows that are not
+            dense, and as many in the middle.
         state: a JSON file; what is measured goes there, and an interrupted call goes on from it, with the same result.
         progress: show a progress bar on stderr.
 
@@ -71,12 +77,18 @@ def calibrate(
     """
     goal = Target.parse(target)
     base = TokenSparse() if policy is None else policy
-    ladder = tuple(sorted({float(c) for c in coverages}))
-    _check(model, base, ladder, method, last)
+    _check_model(model, last)
+    if isinstance(base, BlockSparse):
+        _refuse_other("coverages", coverages, base)
+        tried = ALPHAS if alphas is None else alphas
+        return calibrate_blocks(model, prompts, goal, base, tried, method, last, state, progress)
+    _refuse_other("alphas", alphas, base)
+    ladder = tuple(sorted({float(c) for c in (COVERAGES if coverages is None else coverages)}))
+    _check(goal, base, ladder, method)
     inputs = as_inputs(model, prompts, last, base.min_tokens + base.window)
     key = {
         "prompts and model": fingerprint(model, inputs), "policy": _without_coverage(base), "last": last,
-        "versions": _versions(model),
+        "versions": versions(model),
     }  # fmt: skip
     measured = Measured(state, key)
     meter = Meter(model, base, last)
@@ -88,13 +100,23 @@ def calibrate(
     return _plan(run, goal, steps[:n], sample, method, layers)
 
 
-def _check(model: nn.Module, base: Any, ladder: tuple[float, ...], method: str, last: int) -> None:
+def _check(goal: Target, base: Any, ladder: tuple[float, ...], method: str) -> None:
     if not isinstance(base, TokenSparse):
-        raise ValueError(f"policy must be a TokenSparse, got {base!r}")
+        raise ValueError(f"policy must be a TokenSparse or a BlockSparse, got {base!r}")
+    if goal.quantity == "pairs":
+        raise ValueError(f'target must be "kl<=X" or "sparsity>=X" for TokenSparse, got {str(goal)!r}')
     if not ladder or not all(0 < c < 1 for c in ladder):
         raise ValueError(f"coverages must be numbers in (0, 1), got {ladder}")
     if method not in METHODS:
-        raise ValueError(f"method must be one of {METHODS}, got {method!r}")
+        raise ValueError(f"method must be one of {METHODS} for TokenSparse, got {method!r}")
+
+
+def _refuse_other(name: str, given: Any, base: Any) -> None:
+    if given is not None:
+        raise ValueError(f"{name} must be None for {type(base).__name__}, which has none, got {given!r}")
+
+
+def _check_model(model: nn.Module, last: int) -> None:
     if last < 1:
         raise ValueError(f"last must be at least 1, got {last}")
     if model.training:
@@ -167,14 +189,3 @@ def _without_coverage(base: TokenSparse) -> dict[str, Any]:
     fields = base.to_dict()
     del fields["coverage"]
     return fields
-
-
-def _versions(model: nn.Module) -> dict[str, str]:
-    from tsa_compile import __version__
-
-    parameter = next(model.parameters())
-    device = torch.cuda.get_device_name(parameter.device) if parameter.is_cuda else parameter.device.type
-    return {
-        "model": type(model).__name__, "device": device, "dtype": str(parameter.dtype).removeprefix("torch."),
-        "torch": torch.__version__, "tsa_compile": __version__,
-    }  # fmt: skip

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tsa_compile.learn.calibrate import calibrate
 from tsa_compile.learn.prompt_file import read_prompts
 from tsa_compile.learn.target import Target
 from tsa_compile.plan import Plan
 from tsa_compile.policies.base import from_dict
+from tsa_compile.policies.block_sparse import BlockSparse
 from tsa_compile.policies.token_sparse import TokenSparse
 from tsa_compile.tools.load_models import load_causal_lm, load_tokenizer
 
@@ -20,7 +22,8 @@ def calibrate_files(
     prompts: Sequence[str],
     target: str,
     policy: str | None,
-    coverages: Iterable[float],
+    coverages: Iterable[float] | None,
+    alphas: Iterable[float] | None,
     method: str,
     last: int,
     max_tokens: int | None,
@@ -30,17 +33,16 @@ def calibrate_files(
     Target.parse(target)  # before the model loads
     base = _read_policy(policy) if policy else None
     given = list(read_prompts(prompts, lambda: load_tokenizer(model), max_tokens))
-    return calibrate(
-        load_causal_lm(model), given, target, policy=base, coverages=coverages, method=method, last=last, state=state
-    )
+    options: dict[str, Any] = {"coverages": coverages, "alphas": alphas, "method": method, "last": last, "state": state}
+    return calibrate(load_causal_lm(model), given, target, policy=base, **options)
 
 
-def _read_policy(path: str) -> TokenSparse:
-    """Raises ValueError, naming option and file, if it holds no `TokenSparse`."""
+def _read_policy(path: str) -> TokenSparse | BlockSparse:
+    """Raises ValueError, naming option and file, if it holds neither."""
     try:
         policy = from_dict(json.loads(Path(path).read_text()))
-        if not isinstance(policy, TokenSparse):
-            raise ValueError(f"policy must be a TokenSparse, got {policy!r}")
+        if not isinstance(policy, (TokenSparse, BlockSparse)):
+            raise ValueError(f"policy must be a TokenSparse or a BlockSparse, got {policy!r}")
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"--policy {path}: {error}") from error
     return policy

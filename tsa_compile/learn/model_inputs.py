@@ -59,3 +59,15 @@ def fingerprint(model: nn.Module, inputs: list[dict[str, Any]]) -> str:
     for given in inputs:
         digest.update(given["input_ids"].cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def versions(model: nn.Module) -> dict[str, str]:
+    """What a measurement of the model was made with."""
+    from tsa_compile import __version__
+
+    parameter = next(model.parameters())
+    device = torch.cuda.get_device_name(parameter.device) if parameter.is_cuda else parameter.device.type
+    return {
+        "model": type(model).__name__, "device": device, "dtype": str(parameter.dtype).removeprefix("torch."),
+        "torch": torch.__version__, "tsa_compile": __version__,
+    }  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a calibration must reach: `kl<=X` or `sparsity>=X`."""
+"""What a calibration must reach: `kl<=X`, `sparsity>=X` or `pairs<=X`."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import dataclasses
 import math
 import re
 
-_FORM = re.compile(r"\s*(kl\s*<=|sparsity\s*>=)\s*([0-9.eE+-]+)\s*")
+_FORM = re.compile(r"\s*(kl\s*<=|sparsity\s*>=|pairs\s*<=)\s*([0-9.eE+-]+)\s*")
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A bound on the loss (`kl`: KL(dense || sparse) in nats, at most) or on the sparsity (share of tokens, at least)."""
+    """A bound on the loss (`kl`: KL(dense || sparse) in nats, at most), on the sparsity (share of tokens that are not kept, at
+    least) or on the pairs (share of the causal query-key pairs that are read, at most)."""
 
     quantity: str
     bound: float
@@ -21,7 +22,7 @@ class Target:
         """The target that `text` says.
 
         Raises:
-            ValueError: it is neither "kl<=X" with X > 0 nor "sparsity>=X" with X in (0, 1).
+            ValueError: it is neither "kl<=X" with X > 0 nor "sparsity>=X" or "pairs<=X" with X in (0, 1).
         """
         match = _FORM.fullmatch(text) if isinstance(text, str) else None
         try:
@@ -30,11 +31,11 @@ class Target:
             target = None
         limit = math.inf if target and target.quantity == "kl" else 1.0
         if target is None or not 0 < target.bound < limit:
-            raise ValueError(f'target must be "kl<=X" with X > 0 or "sparsity>=X" with X in (0, 1), got {text!r}')
+            raise ValueError(f'target must be "kl<=X" with X > 0 or "sparsity>=X" or "pairs<=X" with X in (0, 1), got {text!r}')
         return target
 
     def met_by(self, kl: float, sparsity: float) -> bool:
         return kl <= self.bound if self.quantity == "kl" else sparsity >= self.bound
 
     def __str__(self) -> str:
-        return f"{self.quantity}{'<=' if self.quantity == 'kl' else '>='}{self.bound:g}"
+        return f"{self.quantity}{'>=' if self.quantity == 'sparsity' else '<='}{self.bound:g}"

@@ -93,6 +93,10 @@ class BlockSparse(Policy):
         """Tokens before a row block, in whole key blocks, that all of its rows read."""
         return -(-(self.window - 1) // KEYS) * KEYS
 
+    def sparse_rows(self, length: int) -> int:
+        """Rows of a prompt of `length` tokens before those that `last_dense` makes dense."""
+        return length if self.last_dense == 0 else max(length - self.last_dense, 0) // ROWS * ROWS
+
     def select(self, emit: Emit, site: AttentionSite, state: Any) -> PageBitmap | None:
         if site.dense_below:
             return None

@@ -30,14 +30,16 @@ def key_block_attention_reference(
     keys, values = (x.to(exact).repeat_interleave(heads // k.shape[1], 1) for x in (k, v))
     for r, from_position in enumerate(begin.tolist()):
         low, high = (max(0, min(x - (k_len - q_len), q_len)) for x in (from_position, from_position + ROWS))
+        horizon = min(from_position + ROWS, k_len)  # of the row block: own keys end there, too
         kept = (bits[:, :, r, key // (KEYS * 64)] >> (key // KEYS % 64) & 1).bool() | _is_own(key, own[:, r])[:, None]
         seen = valid[:, None] & kept.repeat_interleave(heads // bits.shape[1], 1)
-        causal = key <= torch.arange(low, high, device=q.device)[:, None] + k_len - q_len
-        scores = scale * q[:, :, low:high].to(exact) @ keys.transpose(2, 3)
-        scores = scores.masked_fill(~(seen[:, :, None] & causal), -torch.inf)
+        hidden = key > torch.arange(low, high, device=q.device)[:, None] + k_len - q_len
+        seen, hidden = seen[..., :horizon], hidden[:, :horizon]
+        scores = (scale * q[:, :, low:high].to(exact)) @ keys[:, :, :horizon].mT
+        scores = scores.masked_fill_(~seen[:, :, None], -torch.inf).masked_fill_(hidden, -torch.inf)
         total = scores.logsumexp(-1)
-        weights = torch.where(total[..., None] == -torch.inf, 0, scores.softmax(-1))  # a row without keys is zero
-        out[:, :, low:high] = (weights @ values).to(out.dtype)
+        weights = scores.sub_(total.clamp_min(torch.finfo(exact).min)[..., None]).exp_()  # a row without keys is zero
+        out[:, :, low:high] = (weights @ values[:, :, :horizon]).to(out.dtype)
         lse[:, :, low:high] = total.float()
     return out, lse if need_lse else no_lse(q)
 
