@@ -91,7 +91,8 @@ def train(name: str, seed: int, given: argparse.Namespace) -> dict[str, Any]:
     args = GRPOConfig(
         output_dir=str(given.out / "trainer"), seed=seed, max_steps=given.steps, learning_rate=given.lr, beta=0.0,
         per_device_train_batch_size=given.micro, gradient_accumulation_steps=batch // given.micro,
-        num_generations=given.samples, max_completion_length=given.new, bf16=False, use_cpu=not torch.cuda.is_available(),
+        num_generations=given.samples, max_completion_length=given.new, bf16=torch.cuda.is_available(),
+        use_cpu=not torch.cuda.is_available(),
         lr_scheduler_type="constant", logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True,
     )  # fmt: skip
     data = questions(tokenizer, given.prompts * given.steps, given.context, seed)

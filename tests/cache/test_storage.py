@@ -102,6 +102,21 @@ def test_a_storage_serves_the_next_request():
     assert filled(70, batch=3, pool=pool).keys.shape[0] == 3
 
 
+def test_kinds_of_state_take_turns_over_the_same_rows():
+    """What is recorded over one plan's buffers stays valid while another plan has its turn, and rows are not held twice."""
+    pool, lease = Pool(), []
+    for kinds in ((PageSums(),), (), (PageSums(),)):
+        rows = Rows(Lease(pool), kinds)
+        rows.append(*new_rows(2, 60))
+        lease.append(rows.buffers)
+        del rows
+        gc.collect()
+    assert lease[0] is lease[2]
+    assert lease[0] is not lease[1]
+    assert lease[1].states == {}
+    assert all(lease[0][n] is lease[1][n] for n in (0, 1))
+
+
 def test_a_view_outlives_its_cache():
     """Someone keeps the keys of a request that is gone: the next one must not write into them."""
     pool = Pool()

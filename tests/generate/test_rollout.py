@@ -206,6 +206,16 @@ def test_training_mode_and_what_is_in_force_end_with_the_rollout(prompts):
     assert model._compiled_call_impl is None
 
 
+def test_no_number_of_prompts_is_traced_after_the_first_rollout(model, prompts):
+    torch._dynamo.reset()
+    rollouts = Rollouts(model, EXACT, batch=3, ends=ENDS, look_every=2)
+    rollouts(prompts[:1], 2, new_tokens=4)
+    graphs = len(rollouts.session.backend.graphs)
+    for count in (2, len(prompts)):
+        rollouts(prompts[:count], 3, new_tokens=4)
+    assert len(rollouts.session.backend.graphs) == graphs
+
+
 def test_the_common_mass_of_some_tokens_is_no_less_than_of_all():
     p, q = (torch.randn(50, 30).mul(2).log_softmax(-1) for _ in range(2))
     want = acceptance(p, q)

@@ -52,7 +52,7 @@ class Storage:
     def __init__(self, batch: int, capacity: int) -> None:
         self.batch = batch
         self.capacity = capacity
-        self.layers: dict[int, tuple[KvSize, tuple[str, ...], Buffers]] = {}
+        self.layers: dict[int, tuple[KvSize, dict[tuple[str, ...], Buffers]]] = {}  # by the kinds of state
         self._places: dict[tuple[torch.device, torch.dtype], Place] = {}
 
     def place(self, device: torch.device, dtype: torch.dtype) -> Place:
@@ -62,21 +62,29 @@ class Storage:
         return self._places[device, dtype]
 
     def buffers(self, layer: int, size: KvSize, states: KvStates) -> Buffers:
-        """The layer's buffers, made at its first use, or anew where the size or the kinds of state are others than before."""
+        """The layer's buffers, made at its first use and for another size. Those of other kinds of state have the same rows."""
         names = tuple(kind.name for kind in states.kinds)
-        held = self.layers.get(layer)
-        if held is None or held[:2] != (size, names):
+        held, by_kinds = self.layers.get(layer, (None, {}))
+        if held != size:
+            by_kinds = {}
+            self.layers[layer] = size, by_kinds
+        if names not in by_kinds:
             with torch.inference_mode(False):  # a tensor of inference mode has no version counter
-                shape = (size.batch, size.kv_heads, size.capacity)
-                keys = torch.empty((*shape, size.head_dim), dtype=size.dtype, device=size.device)
-                values = torch.empty((*shape, size.v_head_dim), dtype=size.v_dtype, device=size.device)
-                held = (size, names, Buffers(keys, values, states.allocate(size)))
-            self.layers[layer] = held
-        return held[2]
+                rows = [each[:2] for each in by_kinds.values()][:1] or [_rows(size)]
+                by_kinds[names] = Buffers(*rows[0], states.allocate(size))
+        return by_kinds[names]
 
     def drop_seen(self) -> None:
         """Forget buffers that someone still looks at: a view of keys may outlive its cache, and must keep its values."""
-        self.layers = {n: held for n, held in self.layers.items() if not any(_is_seen(t) for t in held[2][:2])}
+        self.layers = {
+            n: held for n, held in self.layers.items() if not any(_is_seen(t) for b in held[1].values() for t in b[:2])
+        }
+
+
+def _rows(size: KvSize) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = (size.batch, size.kv_heads, size.capacity)
+    keys = torch.empty((*shape, size.head_dim), dtype=size.dtype, device=size.device)
+    return keys, torch.empty((*shape, size.v_head_dim), dtype=size.v_dtype, device=size.device)
 
 
 def _is_seen(tensor: torch.Tensor) -> bool:

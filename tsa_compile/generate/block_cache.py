@@ -87,6 +87,7 @@ class BlockCache:
         self.counts = Counts()
         self._mask: Tensor | None = None
         self._side: torch.cuda.Stream | None = None
+        self._selecting = False  # on that stream, since the last `join`
 
     def begin(self, phase: str, rows: int) -> None:
         """The model is about to be called on `rows` tokens behind the prefix."""
@@ -103,8 +104,9 @@ class BlockCache:
 
     def join(self) -> None:
         """Wait, on the device, for the selections of a first step: they read the block's keys, which the next step writes."""
-        if self._side is not None:
+        if self._side is not None and self._selecting:  # a call that is recorded must not wait for one that is not
             torch.cuda.current_stream(self._side.device).wait_stream(self._side)
+        self._selecting = False
 
     def commit(self, rows: int) -> None:
         """The rows that were written last belong to the prefix."""
@@ -147,6 +149,7 @@ class BlockCache:
         self._side.wait_stream(torch.cuda.current_stream(site.device))
         with torch.cuda.stream(self._side):
             policy.select(call, site, state)
+        self._selecting = True
         site.operands.q.record_stream(self._side)
 
     def _block_causal(self, q: Tensor, keys: int) -> Tensor | None:

@@ -69,6 +69,8 @@ class RolloutBatch:
     def run(self) -> None:
         """Until every sample has ended; they are in `slots` then."""
         counts = self.session.steps.counts()
+        if not self.session.backend.graphs:
+            self._trace_prefills()
         self._refill(list(range(self.batch)))
         while left := [self._new_tokens - 1 - at for at in self._at if at is not None]:
             for _ in range(min(self.how.look_every, max(left))):
@@ -113,13 +115,23 @@ class RolloutBatch:
             steps.restart(self._index(idle), whole, positions_of(whole))
         steps.keep([1 - self._begin if at is None else at for at in self._at])
 
-    def _prefill(self, prompts: list[Tensor], given: list[tuple[int, int, int]]) -> None:
-        """Read prompts; `given`: batch row, sample and prompt of each of the rows that begin now."""
+    def _trace_prefills(self) -> None:
+        """One prompt is a graph and several are another: both now, so that no later refill is the first of its kind."""
+        for count in range(1, min(2, self.how.rows_at_once) + 1):
+            for layer in self._read(self.prompts[:1] * count)[0].layers:
+                layer.release()
+
+    def _read(self, prompts: Sequence[Tensor]) -> tuple[Any, Tensor, Tensor, Tensor]:
+        """Prompts, left padded: (a cache of theirs, their next token's logits `[B, V]`, mask, positions `[B, L]`)."""
         ids, mask = left_padded(prompts, self._device, self._begin)
         positions = positions_of(mask)
         small = Cache(self.model, len(prompts), self._begin, self._prefills)  # never the storage that steps are recorded over
         call = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "use_cache": True, self._name: small}
-        logits = self.session(**call, logits_to_keep=1).logits[:, -1].float()
+        return small, self.session(**call, logits_to_keep=1).logits[:, -1].float(), mask, positions
+
+    def _prefill(self, prompts: list[Tensor], given: list[tuple[int, int, int]]) -> None:
+        """Read prompts; `given`: batch row, sample and prompt of each of the rows that begin now."""
+        small, logits, mask, positions = self._read(prompts)
         rows, samples, chosen = (self._index(x) for x in zip(*given, strict=True))
         if self._steps is None:
             self._steps = self._begin_steps(small, mask, positions)
