@@ -232,13 +232,12 @@ def test_a_gate_switches_off_and_says_so(models, caplog):
     with caplog.at_level(logging.WARNING, "tsa_compile"):
         want, got, seen = both(models, Wrong(), more={"costs": [(1, 64, 0.3, 1.1), (8, 64, 0.0, 0.5)]}, max_new_tokens=40)
     assert torch.equal(want, got)
-    assert seen.verify_steps == 16  # looked at, before anything is decided
+    assert 0 < seen.verify_steps < 6  # they lose more than a fiftieth of 40 tokens
     assert seen.plain_steps > 0
     (note,) = seen.notes
-    assert "switched off for the rest of the request: a round gives" in note
-    assert "costs 2.30 exact steps" in note
+    assert "switched off for the rest of the request: rounds, of 2.30 exact steps, have lost" in note
     assert note in caplog.text
-    assert note in str(tsa.report(models[1]))
+    assert note in " ".join(str(tsa.report(models[1])).split())
     seen = both(models, Wrong(), more={"costs": [(1, 64, 0.0, 0.9)]}, max_new_tokens=40)[2]
     assert not seen.notes
     seen = both(models, more={"costs": [(1, 64, 1.0, 1.1)]})[2]

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tsa_compile.generate.accept import accept_greedy, accept_sampled
+from tsa_compile.generate.accept import Accepted, accept_greedy, accept_sampled
 from tsa_compile.generate.draft_loop import why_not
 from tsa_compile.generate.drafts import Draft, Proposed, Request
 from tsa_compile.generate.payoff import Cost, Payoff
@@ -41,7 +41,7 @@ class Rounds:
         self, draft: Draft, gamma: int, costs: tuple[Cost, ...], request: Request, ends: Ends, streamer: Any = None
     ) -> None:
         self.draft, self.gamma, self.request, self.ends, self.streamer = draft, gamma, request, ends, streamer
-        self.payoff: Payoff | None = Payoff(costs, gamma)
+        self.payoff: Payoff | None = Payoff(costs, gamma, ends.max_length - request.rows.prompt)
         self.seen = Speculation(requests=1)
         self.keeps_scores = False
         self.scores: list[tuple[Tensor, Tensor]] = []
@@ -59,15 +59,18 @@ class Rounds:
 
     def run(self, logits: Tensor) -> None:
         """All new tokens, of which `logits` `[B, 1, V]` is the first's. The cache then lacks the last of each row."""
-        rows = self.request.rows
-        self._part()
-        self._settle(logits, None)
+        self.begin(logits)
         steps = self.request.steps.session.steps
         before = steps.counts()
-        while not all(rows.done):
-            self._round()
+        while not all(self.request.rows.done):
+            self.go_on()
         if self.seen.draft_steps:
             self._look_at_drafts({how: n - before.get(how, 0) for how, n in steps.counts().items()})
+
+    def begin(self, logits: Tensor) -> None:
+        """The first token, by `logits` `[B, 1, V]`."""
+        self._part()
+        self._settle(logits, None)
 
     def _look_at_drafts(self, steps: dict[str, int]) -> None:
         """Did the draft's policy run as it was meant to? `steps`: how the request's steps ran, and how many."""
@@ -91,7 +94,7 @@ class Rounds:
         else:
             self.go_together(why)
 
-    def _round(self) -> None:
+    def go_on(self) -> None:
         """A draft and its verification, or one plain step."""
         rows, steps = self.request.rows, self.request.steps
         open_rows = [b for b, done in enumerate(rows.done) if not done]
@@ -123,9 +126,7 @@ class Rounds:
         request, rows = self.request, self.request.rows
         scores, begin = request.scores(logits), max(rows.lengths)
         drafted, chances = (rows.ids[:, :0], None) if proposed is None else proposed[:2]
-        sampled = request.sampled
-        accepted = accept_sampled(drafted, chances, scores.softmax(-1)) if sampled else accept_greedy(drafted, scores)
-        kept, new = self.ends.settle(rows, accepted, self.together)
+        kept, new = self.ends.settle(rows, self.judge(drafted, chances, scores), self.together)
         self.seen.tokens += sum(new)
         for n in range(max(rows.lengths) - begin):
             if self.keeps_scores:
@@ -133,3 +134,9 @@ class Rounds:
             if self.streamer is not None:
                 self.streamer.put(rows.ids[:, begin + n].cpu())
         return kept, new
+
+    def judge(self, drafted: Tensor, chances: Tensor | None, scores: Tensor) -> Accepted:
+        """The accept rule, of `scores` `[B, n + 1, V]`."""
+        if self.request.sampled:
+            return accept_sampled(drafted, chances, scores.softmax(-1))
+        return accept_greedy(drafted, scores)

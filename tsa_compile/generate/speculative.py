@@ -43,8 +43,10 @@ def speculative(
         draft: a policy for drafts, such as `PageSparse(keep=0.07)`; "lookup": what followed the same tokens before; "window": the
             first and the last keys; or an object of `generate.drafts`.
         gamma: tokens of a draft, 1 to 15.
-        costs: lines (batch, length, draft, verify) of what steps cost, in exact decode steps; speculation is switched off for
-            the rest of a request, and the log says so, once rounds cost more than they give. None: it never is.
+        costs: lines (batch, length, draft, verify) of what steps cost, in exact decode steps, and maybe of the tokens that a
+            round gave there; speculation does not begin where it does not pay by these, and is switched off for the rest of a
+            request, and the log says so, once it has lost more than a fiftieth of its steps, or rounds cost more than they
+            give. None: it never is.
         streamer: as of `generate()`, which hands it to no function: give it to both (`tsa_compile.generate` does).
 
     Raises:

@@ -8,8 +8,7 @@ import torch
 import tsa_compile as tsa
 from tests.cache.models import tiny
 from tsa_compile.session import attached
-from tsa_compile.steps import FIXED
-from tsa_compile.tools.bench import acceptance, round_costs
+from tsa_compile.tools.bench import acceptance, forced_rounds
 
 pytest.importorskip("transformers")
 
@@ -34,12 +33,28 @@ def test_acceptance(sampled):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("batch", [1, 2])
-def test_costs_of_a_round(batch):
+@pytest.mark.parametrize(("batch", "draft"), [(1, "verify"), (2, "verify"), (2, "pages")])
+def test_rounds_at_an_acceptance_that_is_given(batch, draft):
+    """On a CPU, whose times say nothing: everything is measured, drafts are sparse, and the gate switches off."""
+    torch.manual_seed(0)
     model = tiny("llama", layers=1)
-    measured = round_costs.measure_round(model, tsa.Remembered("verify", keys=8, share=0.1), batch, 60, 3, repeats=2)
-    assert measured.steps == {FIXED: 15}  # three kinds, three times to warm up and two to be timed
-    assert (measured.cost.batch, measured.cost.length) == (batch, 60)
-    assert measured.cost.draft > 0
-    assert measured.exact_ms > 0
-    assert round_costs.measure_round(model, "lookup", batch, 60, 3, repeats=1).cost.draft == 0
+    case = forced_rounds.RoundCase(batch, 300, 3, 2.5, rounds=40, repeats=2, gated=30)
+    exact = forced_rounds.measure_exact(model, case)
+    made = {"verify": tsa.Remembered("verify", keys=8, share=0.1), "pages": tsa.PageSparse(pages=4)}[draft]
+    row = forced_rounds.measure_rounds(model, case, draft, made, exact)
+    assert row.at_once
+    assert row.sparse == (1, 1)
+    assert abs(row.t - 2.5) < 0.5
+    assert row.bound == row.t / (3 * row.c + row.v)
+    assert min(row.c, row.v, row.speedup, row.of_bound, row.gate, *row.tokens_per_second) > 0
+    assert "switched off" in row.gate_note
+    assert attached(model) is None
+    assert "of the bound" in forced_rounds.told(row)
+
+
+@pytest.mark.parametrize("given", [1.5, 4.0, 6.9])
+def test_the_coin_gives_so_many_tokens(given):
+    bias = forced_rounds.RoundCase(1, 100, 6, given).bias
+    assert abs(sum(bias**n for n in range(7)) - given) < 1e-9
+    with pytest.raises(ValueError, match="given must be tokens of a round"):
+        forced_rounds.RoundCase(1, 100, 6, 7.0)

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from tsa_compile.tools.bench.diffusion_cli import bench_diffusion
 from tsa_compile.tools.bench.rollout_cli import bench_rollout
+from tsa_compile.tools.bench.round_cli import bench_round
 from tsa_compile.tools.option_values import numbers
 
 bench = typer.Typer(help="Time attention or a whole prefill on the GPU, dense against sparse.", no_args_is_help=True)
@@ -21,6 +22,7 @@ JsonFile = Annotated[str | None, typer.Option("--json", help="write the results 
 
 bench.command("diffusion")(bench_diffusion)
 bench.command("rollout")(bench_rollout)
+bench.command("round")(bench_round)
 
 
 @bench.command("attention")
@@ -125,32 +127,6 @@ def bench_acceptance(
         if json:
             versions = dict(torch=torch.__version__, transformers=transformers.__version__)
             output.write_json(json, rows, environment=versions, model=model, dtype=str(loaded[0].dtype))
-
-
-@bench.command("round")
-def bench_round(
-    model: Annotated[str, typer.Argument(help="smollm2, gemma3-270m, a folder or a Hugging Face id")] = "smollm2",
-    draft: Annotated[str, typer.Option(help="verify, pages or window, of acceptance; or lookup")] = "verify",
-    cases: Annotated[str, typer.Option(help="batch x length, comma separated")] = "1x32768,1x131072,4x32768",
-    gamma: Annotated[int, typer.Option(help="tokens of a draft", min=1, max=15)] = 6,
-    share: Annotated[float, typer.Option(help="of the keys, that drafts read; at least 256 keys")] = 0.07,
-    json: JsonFile = None,
-) -> None:
-    """Draft and verify steps beside exact ones on this machine: what `tsa_compile.speculative(costs=...)` takes."""
-    import torch
-
-    from tsa_compile.tools.bench import acceptance, output, round_costs
-    from tsa_compile.tools.load_models import load_causal_lm
-
-    loaded, rows = load_causal_lm(model), list[round_costs.RoundCost]()
-    device = torch.cuda.get_device_name() if loaded.device.type == "cuda" else "cpu"
-    for batch, length in _sizes(cases):
-        made = acceptance.DRAFTS[draft](share, length)
-        rows.append(round_costs.measure_round(loaded, made, batch, length, gamma))
-        console.print(rows[-1], markup=False, highlight=False)
-        if json:
-            environment = dict(device=device, torch=torch.__version__)
-            output.write_json(json, rows, environment=environment, model=model, dtype=str(loaded.dtype), draft=draft)
 
 
 @bench.command("prefill")

@@ -3,90 +3,86 @@
 from __future__ import annotations
 
 import dataclasses
-import statistics
-import time
 from typing import Any
 
 import torch
 
-from tsa_compile.cache.names import CACHES, cache_name
-from tsa_compile.generate.cached_steps import CachedSteps
-from tsa_compile.generate.drafts import as_draft
-from tsa_compile.generate.payoff import Cost
-from tsa_compile.generate.speculative_plan import plan_of, session_of
+from tsa_compile.cache.names import cache_name
+from tsa_compile.generate.draft_loop import DraftLoop
+from tsa_compile.generate.drafts import Draft, Request
+from tsa_compile.tools.bench.round_requests import now, seconds_of
 
-WARMUP = 3  # rounds: a step runs, is recorded, is replayed
+WARMUP = 3  # of each kind of step: it runs, is recorded, is replayed
+NEW = 24  # tokens of `generate()` that are timed
 
 
 @dataclasses.dataclass(frozen=True)
-class RoundCost:
-    """One batch and length.
+class StepTimes:
+    """Milliseconds of calls one behind another.
 
     Args:
-        cost: as the gate takes it.
-        gamma: tokens of a draft; the verify step has one more.
-        exact_ms: wall time of an exact decode step, with what the host does between steps.
-        steps: how the steps ran, and how many.
+        draft: of one of the `gamma` steps of a draft; 0: without the model.
+        verify: of the step over `gamma + 1` tokens.
+        at_once: were the steps of a draft one call?
     """
 
-    cost: Cost
-    gamma: int
-    exact_ms: float
-    steps: dict[str, int]
+    draft: float
+    verify: float
+    at_once: bool
 
 
-def measure_round(model: Any, draft: Any, batch: int, length: int, gamma: int, repeats: int = 15) -> RoundCost:
-    """Medians of the three kinds of step, in turns, over a cache of `length` random tokens; the model stays transformed.
-
-    Sampling, logits processors and the choice between drafted tokens are left out.
-    """
-    draft = as_draft(draft)
-    session = session_of(model, draft.policy)
-    plan = plan_of(session, draft.policy)
-    before = session.steps.counts()
-    seconds: dict[str, list[float]] = {"exact": [], "draft": [], "verify": []}
-    with torch.no_grad(), session.backend.under(plan):
-        ids, steps = _filled(model, session, batch, length, gamma)
-        for _ in range(WARMUP + repeats):
-            for kind, rows in (("verify", gamma + 1), ("draft", 1), ("exact", 1)):
-                seconds[kind].append(_seconds(steps, ids[:, :rows], plan, kind == "draft" and draft.policy is not None))
-    exact, drafted, verify = (statistics.median(seconds[kind][WARMUP:]) for kind in ("exact", "draft", "verify"))
-    ran = {how: n - before.get(how, 0) for how, n in session.steps.counts().items()}
-    share = 0.0 if draft.policy is None else drafted / exact
-    return RoundCost(Cost(batch, length, round(share, 4), round(verify / exact, 4)), gamma, round(1e3 * exact, 4), ran)
+def exact_ms(model: Any, request: Request, cache: Any, repeats: int) -> tuple[float, float]:
+    """Milliseconds of an exact step: of calls one behind another, and of `generate()`, which looks at each token."""
+    step = timed_step(request, 1, repeats)
+    kept = cache.get_seq_length()
+    took = []
+    for new in (4, 4, 4 + NEW):
+        ids = torch.randint(2, 100, (request.rows.batch, cache.get_seq_length() + 1), device=model.device)
+        options = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
+        name = cache_name(model)
+        assert name is not None
+        start = now(model.device)
+        model.generate(ids, attention_mask=torch.ones_like(ids), **{name: cache}, **options)
+        took.append(now(model.device) - start)
+    cache.crop(kept - cache.get_seq_length())
+    return step, 1e3 * (took[2] - took[1]) / NEW
 
 
-def _filled(model: Any, session: Any, batch: int, length: int, gamma: int) -> tuple[torch.Tensor, CachedSteps]:
-    """Random tokens, and steps behind a prefill of them; rows of a batch apart, as generation has them where they can be."""
-    from transformers import DynamicCache
+def step_times(request: Request, draft: Draft, gamma: int, repeats: int) -> StepTimes:
+    """Of a draft and its verification; the cache is as it was afterwards."""
+    verify = timed_step(request, gamma + 1, repeats)
+    if draft.policy is None:
+        return StepTimes(0.0, verify, at_once=True)
+    loop, token = DraftLoop(gamma, request.processors, request.sampled), request.rows.last()
+    with request.steps.session.backend.under(request.plan, drafting=True):
+        at_once = request.steps.loop(token, loop) is not None
+        keep_all(request)
+        if not at_once:
+            return StepTimes(timed_step(request, 1, repeats), verify, at_once=False)
 
-    ids = torch.randint(model.config.vocab_size, (batch, length), device=model.device)
-    outputs = model(input_ids=ids, use_cache=True, return_dict=True, logits_to_keep=1, **_cache(model, DynamicCache))
-    name = next(name for name in CACHES if outputs.get(name) is not None)
-    positions = torch.arange(length, device=ids.device).expand(batch, -1)
-    steps = CachedSteps(model, session, outputs[name], {"position_ids": positions}, 2 * gamma + 1)
-    if batch > 1 and steps.why_together() is None:
-        steps.part(batch)
-    return ids, steps
+        def drafted() -> None:
+            request.steps.loop(token, loop)
+            keep_all(request)
 
-
-def _cache(model: Any, make: Any) -> dict[str, Any]:
-    name = cache_name(model)
-    assert name is not None
-    return {name: make(config=model.config)}
-
-
-def _seconds(steps: CachedSteps, tokens: torch.Tensor, plan: Any, drafting: bool) -> float:
-    """One step behind the prompt, from a device that waits until it waits again; taken back afterwards."""
-    start = _now(tokens.device)
-    with steps.session.backend.under(plan, drafting):
-        steps.step(tokens)
-    end = _now(tokens.device)
-    steps.keep([0] * len(tokens))
-    return end - start
+        return StepTimes(1e3 * _warm(drafted, repeats, token.device) / gamma, verify, at_once=True)
 
 
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+def timed_step(request: Request, rows: int, repeats: int) -> float:
+    """Milliseconds of a step of `rows` tokens, behind the prompt."""
+    tokens = request.rows.ids.new_ones(request.rows.batch, rows)
+
+    def step() -> None:
+        request.steps.step(tokens)
+        keep_all(request)
+
+    return 1e3 * _warm(step, repeats, tokens.device)
+
+
+def keep_all(request: Request) -> None:
+    """Back to the prompt."""
+    request.steps.keep([0] * request.rows.batch, torch.zeros_like(request.rows.ends[:, 0]))
+
+
+def _warm(work: Any, repeats: int, device: torch.device) -> float:
+    seconds_of(work, WARMUP, device)
+    return seconds_of(work, repeats, device)
