@@ -209,7 +209,7 @@ def test_training_mode_and_what_is_in_force_end_with_the_rollout(prompts):
 def test_no_number_of_prompts_is_traced_after_the_first_rollout(model, prompts):
     torch._dynamo.reset()
     rollouts = Rollouts(model, EXACT, batch=3, ends=ENDS, look_every=2)
-    rollouts(prompts[:1], 2, new_tokens=4)
+    rollouts(prompts[:1], 3, new_tokens=4)
     graphs = len(rollouts.session.backend.graphs)
     for count in (2, len(prompts)):
         rollouts(prompts[:count], 3, new_tokens=4)
