@@ -20,7 +20,8 @@ from tsa_compile.kernels.attend.decode import device
 from tsa_compile.kernels.attend.decode.config import decode_config
 from tsa_compile.kernels.common.splits_device import merge_kernel
 from tsa_compile.kernels.score.page_index import device as scores
-from tsa_compile.kernels.select.top_pages import device as select
+from tsa_compile.kernels.select.top_pages import bins_device, list_device, shares_device
+from tsa_compile.kernels.select.top_pages.host import CONFIG
 from tsa_compile.kernels.state.append_pages import device as append
 from tsa_compile.kernels.state.listed_keys import device as listed
 
@@ -54,18 +55,25 @@ def decode(capability, dtype, dim, v_dim, queries, swap=False, given=(), one=Fal
     return compile_kernel(device.decode_kernel, capability, dtype, config.num_warps, config.num_stages, constants, bias=bias)
 
 capability = int(sys.argv[1])
+numbers = {"keep": "*i64", "mass_bits": "i64", "logits": "*fp32", "parts": "*fp32", "scores": "*i32", "gathered": "*fp32",
+           "indices": "*i32", "list_counts": "*i32", "table": "*i32", "pages": "i32", "sinks": "i32",
+           "begin": "*i32", "end": "*i32"}
 made = decode(capability, "bf16", 128, 128, 4, given=("lengths",))
 assert "cp.async" in made.asm["ptx"] and ", 16," in made.asm["ptx"]  # 16 bytes a thread, in flight
 decode(capability, "fp16", 80, 96, 48, given=("lengths", "start", "blocks", "bias", "sinks", "dumped"), CAPPED=True, one=True)
 decode(capability, "fp32", 256, 256, 64, given=("lengths",))
 decode(capability, "bf16", 128, 128, 4, given=("lengths", "blocks", "pages", "counts"))
 decode(capability, "bf16", 128, 128, 4, given=("lengths", "pages", "counts", "windows"))
+for early in (False, True) if capability >= 90 else (False,):  # starts of a launch within another
+    for queries, tile, chunks in ((4, 512, 128), (64, 64, 64)):
+        shape = dict(start=None, blocks=None, QUERIES=queries, CHUNKS=chunks, TILE=tile, EARLY=early)
+        compile_kernel(shares_device.page_shares_kernel, capability, "bf16", CONFIG.share_warps, 3, shape, **numbers)
+    shape = dict(keep=None, SMALL=CONFIG.small, BLOCK=CONFIG.block, EARLY=early)
+    for mass in (False, True) if capability != 86 else (False,):
+        compile_kernel(list_device.page_lists_kernel, capability, "bf16", CONFIG.warps, 3, shape | {"MASS": mass}, **numbers)
 if capability == 90:
     decode(90, "bf16", 128, 128, 4, swap=True, given=("lengths", "start", "key_mask"))
     decode(90, "fp32", 128, 128, 28, swap=True, given=("lengths",))
-    numbers = {"keep": "*i64", "mass_bits": "i64", "logits": "*fp32", "parts": "*fp32", "scores": "*fp32", "gathered": "*fp32",
-               "indices": "*i32", "list_counts": "*i32", "table": "*i32", "pages": "i32", "sinks": "i32",
-               "begin": "*i32", "end": "*i32"}
     for dtype, sums in (("bf16", "bf16"), ("bf16", "fp32")):
         none = dict(start=None, blocks=None, key_mask=None, k_sd=1, q_sd=1, D=128, BLOCK_D=128)
         compile_kernel(append.append_pages_kernel, 90, dtype, 4, 3, none | {"PAGES": 4}, sums="*" + sums, **numbers)
@@ -74,7 +82,7 @@ if capability == 90:
         compile_kernel(scores.page_scores_kernel, 90, dtype, 4, 1, none | shape, sums="*" + sums, **numbers)
     for mass in (False, True):
         none = dict(start=None, blocks=None, keep=None, QUERIES=4, BLOCK=2048, MASS=mass)
-        compile_kernel(select.top_pages_kernel, 90, "bf16", 8, 3, none, **numbers)
+        compile_kernel(bins_device.top_pages_kernel, 90, "bf16", 8, 3, none, **numbers | {"scores": "*fp32"})
     decode(90, "bf16", 256, 256, 64, given=("lengths", "bias", "key_mask"), bias="*i1")
 compile_kernel(listed.rank_kernel, capability, "bf16", 4, 3, {"BLOCK": 1024}, scores="*fp32", begin="*i32", rank="*fp32")
 none = {"sinks": None, "DV": 128, "BLOCK_DV": 128, "BLOCK_S": 64}

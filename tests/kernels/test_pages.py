@@ -186,13 +186,21 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("ties", [False, True])
-@pytest.mark.parametrize("rule", RULES)
-def test_triton_chooses_what_the_reference_chooses(rule, ties):
+SIZES = {"at once": {}, "the larger block": {"small": 16, "block": 1024}, "blocks in turn": {"small": 16, "block": 512}}
+CASES = [
+    *((rule, ties, "at once") for rule in RULES for ties in (False, True)),
+    *((rule, True, sizes) for rule in ("share by head", "mass") for sizes in SIZES if sizes != "at once"),
+]
+
+
+@pytest.mark.parametrize(("rule", "ties", "sizes"), CASES)
+def test_triton_chooses_what_the_reference_chooses(rule, ties, sizes, monkeypatch):
     """Logits on a grid, so that both precisions order shares alike; where they tie, by position."""
     pytest.importorskip("triton")
+    from tsa_compile.kernels.select.top_pages import host
     from tsa_compile.kernels.select.top_pages.host import select_pages
 
+    monkeypatch.setattr(host, "CONFIG", host.CONFIG._replace(**SIZES[sizes]))
     batch, kv_heads, capacity = 4, 2, 9000
     pages, lengths = -(-capacity // 16), int32(capacity, 2111, 5, 0)
     start = int32(0, 33, 0, 0)
@@ -217,6 +225,31 @@ def test_triton_chooses_what_the_reference_chooses(rule, ties):
             assert abs(len(n) - len(expected)) <= (rule == "mass" and 2)  # float32 shares differ in the last digit
             assert set(n) <= set(expected) or set(expected) <= set(n)
             assert n == sorted(n)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.data())
+def test_lists_of_any_scores(data):
+    """Of shares from 0 to 1, few or many alike, some of them always read, some no page: the first so many of the sorted ones."""
+    pytest.importorskip("triton")
+    from tsa_compile.kernels.select.top_pages import host
+
+    always = 1 << 30
+    bits = torch.tensor([0.0, 1e-30, 1e-4, 1.0001e-4, 0.5, 1.0]).view(torch.int32).tolist()
+    values = st.sampled_from([*bits, -1]) | st.integers(bits[2], bits[2] + 9)
+    scores = data.draw(st.lists(st.tuples(values, st.booleans()), min_size=1, max_size=150))
+    scores = [x + always * (x >= 0 and data.draw(st.integers(0, 5)) == 0 and forced) for x, forced in scores]
+    keep, number = data.draw(st.sampled_from([0.0, 0.1, 1.0])), data.draw(st.integers(0, 40))
+    real = [x for x in scores if x >= 0]
+    wanted = min(len(real), max(sum(x >= always for x in real), math.ceil(keep * len(real) - 1e-7) + number))
+    chosen = sorted(sorted((p for p, x in enumerate(scores) if x >= 0), key=lambda p: (-scores[p], p))[:wanted])
+    room = torch.full((1, -(-len(scores) // 16) * 16), 7, dtype=torch.int32, device=DEVICE)
+    room[0, : len(scores)] = int32(*scores)
+    indices, counts = torch.full((1, 1, 150), -5, dtype=torch.int32, device=DEVICE), int32(-5).view(1, 1)
+    config = data.draw(st.sampled_from([host.CONFIG, host.CONFIG._replace(small=16, block=64)]))
+    host.launch_lists(room, indices, counts, (*WHOLE, 16 * len(scores)), ([keep], [number], 0.0, 0, 1), config)
+    assert indices[0, 0, : int(counts[0, 0])].tolist() == chosen
+    assert (indices[0, 0, int(counts[0, 0]) :] == -5).all(), "written behind the list"
 
 
 def test_opcheck():

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from tsa_compile.tools.bench import decode
+from tsa_compile.tools.bench import decode, select_variants
 from tsa_compile.tools.bench.decode_cases import CASES, ROUND_BYTES, Buffers, DecodeCase
 
 SMALL = DecodeCase(2, 512, heads=4, kv_heads=2, dim=16, keep=0.25)
@@ -41,3 +41,17 @@ def test_nothing_is_timed_after_a_wrong_result():
     assert max(decode.check(SMALL, x).values()) < decode.TOLERANCE
     with pytest.raises(RuntimeError, match="B2 L0K: relative error above"):
         decode.check(SMALL, dataclasses.replace(x, v=x.v.masked_fill(torch.arange(16) == 3, torch.nan)))
+
+
+def test_variants_of_the_lists_are_compared_before_they_are_timed(monkeypatch):
+    """Each through Triton's interpreter; one that makes other lists is told."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(decode, "graph_ms", lambda work, repeats: float(len(work())))
+    monkeypatch.setattr(select_variants, "VARIANTS", select_variants.VARIANTS[:1])
+    monkeypatch.setattr(select_variants, "EARLY", ())
+    buffers = [Buffers.random(SMALL, "cpu")]
+    assert len(decode.run_sweep(SMALL, buffers, "select", 1)) == 2
+    wrong = {"wrong": lambda x, scores: tuple(t + 1 for t in decode.select(SMALL, x, scores))}
+    monkeypatch.setattr(decode, "select_variants", lambda case: wrong)
+    with pytest.raises(RuntimeError, match=r"100\.0% of the pages of variant 'wrong' are others"):
+        decode.run_sweep(SMALL, buffers, "select", 1)

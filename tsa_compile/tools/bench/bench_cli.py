@@ -60,19 +60,22 @@ def bench_attention(
 @bench.command("decode")
 def bench_decode_step(
     only: Annotated[str | None, typer.Option(help="cases whose name contains this; several: 'B1 L32K,B8'")] = None,
-    sweep: Annotated[bool, typer.Option(help="also time other tiles, stages and warps of both attention kernels")] = False,
+    sweep: Annotated[str, typer.Option(help="also time other tiles, stages and warps of: 'exact,attend,select'")] = "",
     repeats: Repeats = 15,
     json: JsonFile = None,
 ) -> None:
     """Decode attention, every key or selected pages, beside SDPA; each result is checked in float64 before it is timed."""
     from tsa_compile.tools.bench import decode, decode_cases, output
 
+    swept = [part.strip() for part in sweep.split(",") if part]
+    if unknown := set(swept) - {"exact", "attend", "select"}:
+        raise typer.BadParameter(f"--sweep has no {', '.join(sorted(unknown))}; it takes exact, attend and select")
     gpu, versions = _gpu()
     rows = list[decode.DecodeRow]()
     for case in decode_cases.CASES:
         if only is not None and not any(part.strip() in case.name for part in only.split(",")):
             continue
-        rows.append(decode.bench_decode(case, gpu["copy_tbps"], sweep, repeats))
+        rows.append(decode.bench_decode(case, gpu["copy_tbps"], swept, repeats))
         console.print("\n".join(decode.told(rows[-1])), markup=False, highlight=False)
         if json:
             output.write_json(json, rows, environment=versions, ceilings=gpu)

@@ -7,6 +7,7 @@ is the bytes it must read over the copy rate measured in the same run.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,6 +32,7 @@ from tsa_compile.tools.bench.decode_forms import (
     score,
     select,
 )
+from tsa_compile.tools.bench.select_variants import Select, differing, select_variants
 from tsa_compile.tools.bench.timing import graph_ms
 
 TOLERANCE = 1e-2  # relative error in bf16
@@ -57,12 +59,14 @@ class DecodeRow:
     sweep: dict[str, dict[str, float]]
 
 
-def bench_decode(case: DecodeCase, copy_tbps: float, sweep: bool = False, repeats: int = 15, device: str = "cuda") -> DecodeRow:
+def bench_decode(
+    case: DecodeCase, copy_tbps: float, sweep: Sequence[str] = (), repeats: int = 15, device: str = "cuda"
+) -> DecodeRow:
     """Check, then time, one case on a GPU.
 
     Args:
         copy_tbps: the rate of a device copy, bytes read plus written, in 10**12 a second.
-        sweep: also time VARIANTS of both attention kernels.
+        sweep: also time variants of these kernels: "exact", "attend", "select".
 
     Raises:
         RuntimeError: a result is wrong; nothing is timed then.
@@ -71,7 +75,7 @@ def bench_decode(case: DecodeCase, copy_tbps: float, sweep: bool = False, repeat
     errors = check(case, buffers[0])
     forms = exact_forms(case, buffers[0].k.device) | (page_forms(case, buffers) | sampled_forms(case) if case.rows == 1 else {})
     times = {name: round_ms(form, buffers, repeats) for name, form in forms.items()}
-    swept = ("exact", *(["attend"] if case.rows == 1 else [])) if sweep else ()
+    swept = [name for name in sweep if case.rows == 1 or name == "exact"]
     found = {name: run_sweep(case, buffers, name, repeats) for name in swept}
     return DecodeRow(case, times, case.floors(copy_tbps), errors, found)
 
@@ -133,9 +137,11 @@ def _error(case: DecodeCase, x: Buffers, rule: Lists | str | None) -> float:
 
 
 def run_sweep(case: DecodeCase, buffers: Sequence[Buffers], which: str, repeats: int) -> dict[str, float]:
-    """Milliseconds a call of each variant of "exact" or "attend"; NaN where the GPU lacks the shared memory."""
+    """Milliseconds a call of each variant of "exact", "attend" or "select"; NaN where the GPU lacks the shared memory."""
     from triton.runtime.errors import OutOfResources
 
+    if which == "select":
+        return sweep_select(case, buffers, repeats)
     lists = {id(x): select(case, x, score(case, x)) for x in buffers} if which == "attend" else {}
     queries, found = case.heads // case.kv_heads * case.rows, {}
     for variant in VARIANTS:
@@ -145,6 +151,25 @@ def run_sweep(case: DecodeCase, buffers: Sequence[Buffers], which: str, repeats:
         except OutOfResources:
             found[label(variant)] = float("nan")
     return found
+
+
+def sweep_select(case: DecodeCase, buffers: Sequence[Buffers], repeats: int) -> dict[str, float]:
+    """Milliseconds a call of each variant of "select".
+
+    Raises:
+        RuntimeError: one does not make the operator's lists. Pages whose scores differ by rounding alone may be others.
+    """
+    scores, found = {id(x): score(case, x) for x in buffers}, {}
+    for name, form in select_variants(case).items():
+        made = scores[id(buffers[0])]
+        if (wrong := differing(form(buffers[0], made), select(case, buffers[0], made))) > 1e-3:
+            raise RuntimeError(f"{case.name}: {wrong:.1%} of the pages of variant {name!r} are others; it is not timed")
+        found[name] = round_ms(functools.partial(_select_of, form, scores), buffers, repeats)
+    return found
+
+
+def _select_of(form: Select, scores: dict[int, Lists], x: Buffers) -> Lists:
+    return form(x, scores[id(x)])
 
 
 def form_of(case: DecodeCase, lists: dict[int, Lists], config: DecodeConfig) -> Form:
@@ -175,5 +200,5 @@ def told(row: DecodeRow) -> list[str]:
         lines.append(f"  {name:16} {ms * 1000:8.1f} us, {ms / dense:.3f} of SDPA{over}")
     for which, found in row.sweep.items():
         ranked = sorted((ms, name) for name, ms in found.items() if ms == ms)
-        lines += [f"  {which}: {ms * 1000:8.1f} us  {name}" for ms, name in ranked[:6]]
+        lines += [f"  {which}: {ms * 1000:8.1f} us  {name}" for ms, name in (ranked if which == "select" else ranked[:6])]
     return lines
