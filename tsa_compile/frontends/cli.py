@@ -11,6 +11,7 @@ from rich.console import Console
 
 from tsa_compile.tools.bench.bench_cli import JsonFile, Repeats, bench, tune
 from tsa_compile.tools.diffusion.diffusion_cli import diffusion
+from tsa_compile.tools.eval_cli import evaluate
 from tsa_compile.tools.gate_cli import gate
 from tsa_compile.tools.option_values import numbers
 from tsa_compile.tools.reach_cli import reach
@@ -121,27 +122,6 @@ def calibrate(
     console.print(f"{out}: {plan.notes['sparse layers']} layers sparse; {plan.notes['measured']}", markup=False)
 
 
-@app.command("eval")
-def evaluate(
-    model: Annotated[str, typer.Argument(help="a Hugging Face folder or id, or a packaged model: smollm2, gemma3-270m")],
-    out: Annotated[str, typer.Option(help="folder for results.json, report.md and report.html; a second call goes on from it")],
-    lengths: Annotated[str, typer.Option(help="prompt lengths in tokens, comma separated")] = "4096",
-    samples: Annotated[int, typer.Option(help="for each task and length", min=1)] = 20,
-    tasks: Annotated[str | None, typer.Option(help="comma separated; default: all; 'ruler': its 13 tasks")] = None,
-    coverages: Annotated[str, typer.Option(help="of the standard variants, comma separated")] = "0.005,0.02,0.05,0.1,0.2",
-    families: Annotated[str, typer.Option(help="of the standard variants, beside dense")] = "paper,all,inner,floor",
-    policy: Annotated[list[str] | None, typer.Option(help="JSON file of a policy or plan to compare as well")] = None,
-    batch_tokens: Annotated[int, typer.Option(help="tokens that run at a time", min=256)] = 163_840,
-    name: Annotated[str | None, typer.Option(help="what the report calls the model; default: MODEL")] = None,
-) -> None:
-    """What sparsity costs MODEL: retrieval, perplexity, divergence from dense and time, for several settings of the attention."""
-    from tsa_compile.tools.evaluate import eval_cli
-
-    variants = (coverages, families, policy or [])
-    found = eval_cli.evaluate_model(model, out, lengths, samples, tasks, *variants, batch_tokens, name, console)
-    console.print(found, markup=False)
-
-
 @app.command("export")
 def export_command(
     model: Annotated[str, typer.Argument(help="a Hugging Face folder or id, smollm2, or an exported .onnx file")],
@@ -216,6 +196,7 @@ def zoo(
         raise typer.Exit(1)
 
 
+app.command("eval")(evaluate)
 app.command()(tune)
 app.command()(reach)
 app.command()(gate)

@@ -161,9 +161,9 @@ def _by_loss(
 
 
 def divergence(dense: Tensor, sparse: Tensor) -> Tensor:
-    """KL(dense || sparse) in nats, of logits `[vocabulary]`."""
+    """KL(dense || sparse) in nats, float32 `[...]`, of logits `[..., vocabulary]`."""
     p, q = (torch.log_softmax(logits.float(), -1) for logits in (dense, sparse))
-    return (p.exp() * (p - q)).sum()
+    return (p.exp() * (p - q)).sum(-1)
 
 
 def _similarities(routes: Routes, anchors: Sequence[int]) -> dict[str, float]:

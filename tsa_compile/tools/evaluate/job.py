@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import platform
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,10 +15,10 @@ from rich.console import Console
 from tsa_compile.progress import progress
 from tsa_compile.tools.evaluate.cells import INSIDE, TASKS, TEXT, InsideCell, RetrievalCell, TextCell
 from tsa_compile.tools.evaluate.prompter import Prompter
-from tsa_compile.tools.evaluate.reference_text import reference_text
 from tsa_compile.tools.evaluate.ruler_cell import RulerCell
 from tsa_compile.tools.evaluate.ruler_data import TASKS as RULER
 from tsa_compile.tools.evaluate.runner import Runner
+from tsa_compile.tools.evaluate.setting import check_lengths, setting
 from tsa_compile.tools.evaluate.store import Store
 from tsa_compile.tools.evaluate.variants import COVERAGES, FAMILIES, Variant, low_drift_half, own_variant, standard_variants
 
@@ -64,9 +62,9 @@ def run(options: Options, model: Any, tokenizer: Any, folder: str | Path, consol
     Raises:
         ValueError: the file holds results of another setting, or a prompt is longer than the model's positions.
     """
-    _check_lengths(options, model)
+    check_lengths(options.lengths, model)
     runner, prompter = Runner(model), Prompter(tokenizer)
-    store = Store(Path(folder) / "results.json", _setting(options, model))
+    store = Store(Path(folder) / "results.json", setting(options.model, options.samples, model))
     variants = _variants(options, runner, prompter, store)
     plan = [(n, t, _of_task(t, variants, options)) for n in options.lengths for t in (*TASKS, *RULER) if t in options.tasks]
     total = sum(len(chosen) for _, _, chosen in plan)
@@ -121,20 +119,3 @@ def _variants(options: Options, runner: Runner, prompter: Prompter, store: Store
     store.data["model"] = {"layers": layers, "depth": depth, "low_drift": half}
     store.add_variants(variants)
     return variants
-
-
-def _check_lengths(options: Options, model: Any) -> None:
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and max(options.lengths) > limit:
-        raise ValueError(f"lengths go up to {max(options.lengths)}, but the model has {limit} positions")
-
-
-def _setting(options: Options, model: Any) -> dict[str, Any]:
-    import transformers
-
-    gpu = torch.cuda.get_device_name() if next(model.parameters()).device.type == "cuda" else "CPU"
-    return {
-        "model": options.model, "samples": options.samples, "dtype": str(model.dtype).removeprefix("torch."), "device": gpu,
-        "torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version(),
-        "text": hashlib.sha256(reference_text().encode()).hexdigest()[:16],
-    }  # fmt: skip

@@ -9,19 +9,14 @@ from typing import Any
 
 from tsa_compile.tools import plots
 from tsa_compile.tools.evaluate.cells import DEPTHS, GENERATORS, INSIDE, NEEDLE
+from tsa_compile.tools.evaluate.document import document
 from tsa_compile.tools.evaluate.ruler_summary import ruler_cells
+from tsa_compile.tools.evaluate.setting import setting_line
 from tsa_compile.tools.evaluate.summary import Data, Row, cell, lengths, rows
 from tsa_compile.tools.evaluate.text_tables import html_table, markdown_table
 from tsa_compile.tools.evaluate.variants import INNER
 
 _STAGES = ("select", "sparse attention", "dense attention", "everything else")
-_STYLE = f"""{plots.STYLE}
-h2{{margin-top:2em;border-bottom:1px solid var(--grid)}}h3{{margin-bottom:.3em}}p{{max-width:60em}}.soft{{color:var(--soft)}}
-.plots{{display:flex;flex-wrap:wrap;gap:1em}}
-table{{font-size:13px;border-collapse:collapse;font-variant-numeric:tabular-nums}}
-td,th{{padding:.25em .5em;border-bottom:1px solid var(--grid);text-align:right}}
-td:first-child,th:first-child{{text-align:left;white-space:nowrap}}th{{font-weight:600;vertical-align:bottom}}
-"""
 _COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("tokens dropped", lambda r: _percent(r.sparsity)),
     ("KL", lambda r: "" if r.kl is None else f"{r.kl:.2g}"),
@@ -38,13 +33,6 @@ _COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
 
 def title(data: Data) -> str:
     return f"{data['setting']['model']}: what sparse attention costs"
-
-
-def setting_line(data: Data) -> str:
-    """Where and with what it was measured."""
-    s = data["setting"]
-    machine = f"{s['device']}, {s['dtype']}, torch {s['torch']}, transformers {s['transformers']}, Python {s['python']}"
-    return f"{machine}; {s['samples']} samples a cell"
 
 
 def markdown(data: Data) -> str:
@@ -73,9 +61,7 @@ def page(data: Data) -> str:
             _layers(data, own),
             _inside(data, own),
         ]
-    head = "<meta charset=utf-8><meta name=viewport content='width=device-width'>"
-    head += f"<title>{html.escape(title(data))}</title><style>{_STYLE}</style>"
-    return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(body)}</body></html>\n"
+    return document(title(data), "".join(body))
 
 
 def _about(data: Data) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,7 @@ class RulerCell:
             prefill = self._runner.prefill(ids, plan, mask=mask)
             found = self._answer(prefill, mask, batch)
             answers += found
-            scores += [self._score(text, s) for text, s in zip(found, batch, strict=True)]
+            scores += [score(text, s["outputs"], self._part) for text, s in zip(found, batch, strict=True)]
             runs.append((prefill.seconds, len(batch), prefill.kept))
         kept = {str(i): sum(r[2][i] for r in runs) / len(runs) for i in runs[0][2]}
         return {
@@ -43,35 +45,56 @@ class RulerCell:
             "seconds": min(s / n for s, n, _ in runs), "batch": max(n for _, n, _ in runs),
         }  # fmt: skip
 
-    def _score(self, text: str, sample: Sample) -> float:
-        return score(text, sample["outputs"], self._part)
-
-    @torch.no_grad()
     def _answer(self, prefill: Prefill, mask: Tensor, batch: list[Sample]) -> list[str]:
-        """Greedy answers; a sample ends at an end token, or when its answer has the full score, which more text cannot change."""
-        runner, hidden = self._runner, prefill.hidden
-        ends = _end_tokens(runner.model)
-        out: list[list[int]] = [[] for _ in batch]
-        open_ = set(range(len(batch)))
-        for step in range(self._new):
-            token = runner.logits(hidden[:, -1:]).argmax(-1)
-            for row, t in enumerate(token[:, 0].tolist()):
-                if row in open_:
-                    open_ = open_ - {row} if t in ends else open_
-                    out[row] += [t] * (row in open_)
-            open_ = {row for row in open_ if self._score(self._text(out[row]), batch[row]) < 1.0}
-            if not open_ or step + 1 == self._new:
-                break
+        runner = self._runner
+
+        @torch.no_grad()
+        def step(token: Tensor) -> Tensor:
+            nonlocal mask
             mask = torch.cat((mask, mask.new_ones(len(batch), 1)), 1)
             positions = mask.sum(1, keepdim=True) - 1
             step_out = runner.decoder(
                 input_ids=token, past_key_values=prefill.cache, attention_mask=mask, position_ids=positions, use_cache=True
             )
-            hidden = step_out.last_hidden_state
-        return [self._text(ids) for ids in out]
+            return runner.logits(step_out.last_hidden_state)
+
+        scores = [partial(score, outputs=s["outputs"], part=self._part) for s in batch]
+        return greedy(runner.logits(prefill.hidden[:, -1:]), step, self._new, end_tokens(runner.model), self._text, scores)
 
     def _text(self, ids: list[int]) -> str:
-        return re.sub(r"[\x00-\x1f]", "\n", self._prompter.decode(ids).strip()).strip()
+        return answer_text(self._prompter, ids)
+
+
+def greedy(
+    logits: Tensor, step: Callable[[Tensor], Tensor], new: int, ends: set[int], text: Callable[[list[int]], str],
+    scores: Sequence[Callable[[str], float]],
+) -> list[str]:  # fmt: skip
+    """Greedy answers; a sample ends at an end token, or when its answer has the full score, which more text cannot change.
+
+    Args:
+        logits: `[B, 1, vocabulary]` of the first token. step: tokens `[B, 1]` -> the logits of the next.
+        new: tokens of an answer, at most.
+        ends: end tokens. text: of token ids.
+        scores: of each sample's text, in [0, 1].
+    """
+    out: list[list[int]] = [[] for _ in scores]
+    open_ = set(range(len(scores)))
+    for n in range(new):
+        token = logits.argmax(-1)
+        for row, t in enumerate(token[:, 0].tolist()):
+            if row in open_:
+                open_ = open_ - {row} if t in ends else open_
+                out[row] += [t] * (row in open_)
+        open_ = {row for row in open_ if scores[row](text(out[row])) < 1.0}
+        if not open_ or n + 1 == new:
+            break
+        logits = step(token)
+    return [text(ids) for ids in out]
+
+
+def answer_text(prompter: Prompter, ids: list[int]) -> str:
+    """What was written, without the blanks around it and without control characters."""
+    return re.sub(r"[\x00-\x1f]", "\n", prompter.decode(ids).strip()).strip()
 
 
 def left_padded(ids: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -82,6 +105,7 @@ def left_padded(ids: list[list[int]], device: torch.device) -> tuple[Tensor, Ten
     return torch.tensor(padded, device=device), torch.tensor(mask, device=device)
 
 
-def _end_tokens(model: Any) -> set[int]:
+def end_tokens(model: Any) -> set[int]:
+    """Those that end an answer."""
     found = model.generation_config.eos_token_id
     return set(found) if isinstance(found, list) else {found} - {None}

@@ -32,17 +32,17 @@ class RulerRow:
     high: float
 
 
-def ruler_rows(data: Mapping[str, Any]) -> list[RulerRow]:
-    """By length, then in the order of the variants; none without a dense run."""
+def ruler_rows(data: Mapping[str, Any], known: Sequence[str] = TASKS) -> list[RulerRow]:
+    """By length, then in the order of the variants, over the tasks among `known`; none without a dense run."""
     found: dict[tuple[int, str], dict[str, list[float]]] = {}
     for c in data["cells"]:
-        if c["task"] in TASKS:
+        if c["task"] in known:
             found.setdefault((c["length"], c["variant"]), {})[c["task"]] = c["scores"]
     names = [v["name"] for v in data.get("variants", [])]
     out = []
     for length, variant in sorted(found, key=lambda key: (key[0], names.index(key[1]))):
         own, dense = found[length, variant], found.get((length, DENSE), {})
-        tasks = [t for t in TASKS if t in own and t in dense]
+        tasks = [t for t in known if t in own and t in dense]
         if tasks:
             scores = {t: sum(own[t]) / len(own[t]) for t in tasks}
             pairs = [[a - b for a, b in zip(own[t], dense[t], strict=True)] for t in tasks]
@@ -63,13 +63,13 @@ def paired(differences: Sequence[Sequence[float]], resamples: int = RESAMPLES) -
     return point, low, high
 
 
-def ruler_cells(data: Mapping[str, Any], length: int) -> list[list[str]]:
-    """A table as text, its head first; empty without RULER cells of that length."""
-    rows = [r for r in ruler_rows(data) if r.length == length]
+def ruler_cells(data: Mapping[str, Any], length: int, known: Sequence[str] = TASKS, name: str = "RULER") -> list[list[str]]:
+    """A table as text, its head first; empty without cells of these tasks at that length."""
+    rows = [r for r in ruler_rows(data, known) if r.length == length]
     if not rows:
         return []
-    tasks = [t for t in TASKS if any(t in r.scores for r in rows)]
-    head = ["RULER", "mean", "minus dense, points", "95 %", *(t.removeprefix(PREFIX) for t in tasks)]
+    tasks = [t for t in known if any(t in r.scores for r in rows)]
+    head = [name, "mean", "minus dense, points", "95 %", *(t.removeprefix(PREFIX) for t in tasks)]
     return [head, *(_cells(r, tasks) for r in rows)]
 
 

@@ -16,6 +16,7 @@ from tsa_compile.policies.token_sparse import TokenSparse
 from tsa_compile.recorder import record_kept
 from tsa_compile.rules import layer_number
 from tsa_compile.session import Session
+from tsa_compile.tools.evaluate.causal_lm import CausalLM
 from tsa_compile.traced import LATE
 
 Tensor = torch.Tensor
@@ -31,24 +32,14 @@ class Prefill:
     kept: dict[int, float]
 
 
-class Runner:
-    """One model under many plans.
-
-    Raises:
-        TypeError: the model has no `get_decoder` and no output embeddings: not a causal language model of transformers.
-    """
+class Runner(CausalLM):
+    """One model under many plans of prefill."""
 
     def __init__(self, model: Any) -> None:
-        if not hasattr(model, "get_decoder") or model.get_output_embeddings() is None:
-            raise TypeError(f"eval takes a causal language model of transformers, got {type(model).__name__}")
-        self.model = model
-        self.decoder = model.get_decoder()
-        self.device = next(model.parameters()).device
+        super().__init__(model)
         self.widest = Plan(TokenSparse())
         self._session = Session(self.decoder, self.widest)
-        self._head = model.get_output_embeddings()
         self._group = head_group(model)
-        self._softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
 
     def find_layers(self, ids: Tensor) -> dict[int, str]:
         """Layer -> path of its attention module, for every layer that can be sparse."""
@@ -71,11 +62,11 @@ class Runner:
         if plan is not None:
             _mark_lengths(ids, cache, *padding.values())
             self._session.plan, call = plan, self._session
-        self._wait()
+        self.wait()
         start = time.perf_counter()
         with record_kept(self.decoder, self._group) as kept:
             hidden = call(input_ids=ids, past_key_values=cache, use_cache=True, **padding).last_hidden_state
-        self._wait()
+        self.wait()
         seconds = time.perf_counter() - start
         shares = {layer_number(module) or 0: share for module, share in kept.by_module()}
         if self._session.untraced:
@@ -83,12 +74,6 @@ class Runner:
         if plan is not None and any(site.reason == LATE for site in self._session.report.sites):
             raise RuntimeError(f"a prefill ran dense: {LATE}")
         return Prefill(hidden, cache, seconds, shares)
-
-    @torch.no_grad()
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states [..., D] -> logits [..., vocabulary]."""
-        logits = self._head(hidden)
-        return logits if self._softcap is None else self._softcap * torch.tanh(logits / self._softcap)
 
     @torch.no_grad()
     def decode(self, prefill: Prefill, new_tokens: int) -> list[list[int]]:
@@ -111,10 +96,6 @@ class Runner:
         logits = self.logits(torch.cat((prefill.hidden[:, -1:], after), 1)).float()
         losses = F.cross_entropy(logits.transpose(1, 2), ids, reduction="none").tolist()
         return [sum(row[: len(a)]) / len(a) for row, a in zip(losses, answers, strict=True)]
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
 
 
 def _mark_lengths(ids: Tensor, cache: Any, *padding: Tensor) -> None:
