@@ -18,7 +18,7 @@ def diffusion(
     rate: Annotated[float, typer.Option(help="learning rate")] = 1e-3,
     device: Annotated[str, typer.Option(help="cuda or cpu")] = "cuda",
 ) -> None:
-    """Train some six million parameters on recall in prose, then compare remembered keys with dense attention."""
+    """Train some five million parameters on recall in prose, then compare remembered keys with dense attention."""
     from tsa_compile.tools.diffusion import experiment
 
     console = Console(soft_wrap=True)

@@ -26,10 +26,10 @@ Tensor = torch.Tensor
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """Sizes and lengths; the defaults are some six million parameters and prefixes of 1,024 tokens."""
+    """Sizes and lengths; the defaults are some five million parameters and prefixes of 1,024 tokens."""
 
-    keys: int = 64
-    values: int = 32
+    keys: int = 32
+    values: int = 16
     questions: int = 16
     prefix: int = 1024
     width: int = 256

@@ -108,7 +108,8 @@ def training_loss(model: BlockLM, ids: Tensor, noise: Tensor, mask: Tensor, firs
     noisy = torch.where(noise, model.sizes.mask_id, learned)
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))  # with a mask no fused kernel takes groups
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
     logits = model(torch.cat([noisy, ids], 1), torch.cat([at[first:], at]), attend)[:, : noisy.shape[1]]
     last = torch.arange(noise.shape[1], device=ids.device) >= noise.shape[1] - model.sizes.block
