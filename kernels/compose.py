@@ -6,12 +6,10 @@ import functools
 
 import torch
 
-from tsa_compile.kernels.attend.decode.host import decode_attention
 from tsa_compile.kernels.attend.pages.host import key_block_attention
 from tsa_compile.kernels.attend.tokens.engines import InnerEngine
 from tsa_compile.kernels.attend.tokens.packed import packed_attention
 from tsa_compile.kernels.common.launch import check_triton
-from tsa_compile.kernels.common.merge import merge
 from tsa_compile.kernels.common.padding import attend_padding
 from tsa_compile.kernels.common.ranks import order_or_unread
 from tsa_compile.kernels.compose_reference import token_block_attention_reference
@@ -102,37 +100,6 @@ def remember_keys(x: Operands, scale: float, queries: int, count: int) -> Keys:
         chosen = torch.arange(wanted, dtype=torch.int32, device=q.device).expand(batch, kv_heads, -1)
     counts = torch.full((batch,), wanted + rows, dtype=torch.int32, device=q.device)
     return Keys(torch.cat([chosen, block], 2), counts)
-
-
-def listed_attention(
-    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, since: Tensor, start: Tensor | None,
-    lengths: Tensor | None, key_mask: Tensor | None, scale: float, mask: Tensor | None = None, sinks: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`tsa::listed_attention` by Triton: the listed keys, gathered as they are read, and those from `since` on, merged.
-
-    Nothing waits for the device. Scratch: the lists once more, and the launches' own.
-    """
-    (batch, heads, rows, dim), (kv_heads, k_len) = q.shape, k.shape[1:3]
-    lists, group = batch * kv_heads, heads // kv_heads
-    own = torch.arange(lists, dtype=torch.int32, device=q.device)[:, None] * k_len
-    table = (indices.view(lists, -1).clamp(max=k_len - 1) + own).int()  # a list's keys among those of all lists
-    flat_k, flat_v = (x.reshape(lists, 1, k_len, x.shape[3]) for x in (k, v))
-    of_list = None if mask is None else _mask_of_lists(mask, batch, heads, kv_heads, indices)
-    listed = decode_attention(
-        q.reshape(lists, group, rows, dim), flat_k, flat_v, table, 1, None, counts.view(lists), None, scale, of_list, causal=False
-    )
-    first = since if start is None else torch.maximum(since, start)
-    end = torch.full_like(first, k_len) if lengths is None else (lengths if start is None else start + lengths)
-    rest = decode_attention(q, k, v, None, 1, first, (end - first).clamp_min(0), key_mask, scale, mask, sinks)
-    shape = (batch, heads, rows, v.shape[3])
-    return merge(Attended(listed[0].reshape(shape), listed[1].reshape(shape[:3])), Attended(rest[0], rest[1]))
-
-
-def _mask_of_lists(mask: Tensor, batch: int, heads: int, kv_heads: int, indices: Tensor) -> Tensor:
-    """A mask `[B or 1, H or 1, 1, L]` at the listed keys: `[B * Hk, G, 1, N]`."""
-    grouped = mask.expand(batch, heads, 1, mask.shape[3]).unflatten(1, (kv_heads, -1))
-    at = indices.long().clamp(max=mask.shape[3] - 1)[:, :, None, None].expand(-1, -1, heads // kv_heads, 1, -1)
-    return grouped.gather(4, at).flatten(0, 1)
 
 
 def token_block_attention(

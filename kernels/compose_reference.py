@@ -11,7 +11,6 @@ from collections.abc import Callable
 
 import torch
 
-from tsa_compile.kernels.attend.decode.reference import attend_visible, visible_keys
 from tsa_compile.kernels.attend.pages.reference import key_block_attention_reference
 from tsa_compile.kernels.attend.tokens.reference import RowStrip, by_row, merge_strip
 from tsa_compile.kernels.checks import check_reference_engine
@@ -22,7 +21,7 @@ from tsa_compile.kernels.score.probes.reference import probe_scores_reference
 from tsa_compile.kernels.score.window.reference import token_scores_reference
 from tsa_compile.kernels.select.threshold_pages.reference import select_key_blocks_reference
 from tsa_compile.kernels.select.tokens.reference import everything_row, select_row
-from tsa_compile.kernels.types import IDENTITY, Attended, KeyBlockRule, Keys, KvView, Operands, Strip, TokenRule, Tokens
+from tsa_compile.kernels.types import Attended, KeyBlockRule, Keys, Operands, Strip, TokenRule, Tokens
 
 Tensor = torch.Tensor
 
@@ -70,20 +69,6 @@ def remember_keys_reference(x: Operands, scale: float, queries: int, count: int)
         lists.append(torch.cat([chosen, block], 1))
     indices = torch.stack(lists) if lists else block.new_empty(0, kv_heads, wanted + rows)
     return Keys(indices.int(), torch.full((batch,), wanted + rows, dtype=torch.int32, device=x.q.device))
-
-
-def listed_attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, since: Tensor, start: Tensor | None,
-    lengths: Tensor | None, key_mask: Tensor | None, scale: float, mask: Tensor | None = None, sinks: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`tsa::listed_attention` on any device. Half inputs are computed in float32, float64 stays float64."""
-    capacity = k.shape[2]
-    valid = torch.arange(indices.shape[2], device=q.device) < counts[..., None]
-    listed = torch.zeros(*counts.shape, capacity + 1, dtype=torch.bool, device=q.device)
-    listed = listed.scatter(2, torch.where(valid, indices.long(), capacity), True)[..., :capacity]
-    read = listed | (torch.arange(capacity, device=q.device) >= since[:, None, None])
-    visible = visible_keys(q, k, KvView(None, 1, start, lengths), key_mask, 0, True)[:, None] & read[:, :, None]
-    return attend_visible(q, k, v, IDENTITY, visible, scale, mask, sinks, 0.0, False)[:2]
 
 
 def token_block_attention_reference(

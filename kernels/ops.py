@@ -174,8 +174,8 @@ OPERATORS = (
         " Tensor? key_mask, float scale, Tensor? mask=None, Tensor? sinks=None) -> (Tensor out, Tensor lse)",
         check=decode_checks.listed_attention,
         fake=fakes.page_attention,
-        reference="compose_reference:listed_attention_reference",
-        host="compose:listed_attention",
+        reference="attend.decode.reference:listed_attention_reference",
+        host="attend.decode.listed_host:listed_attention",
     ),
     Operator(
         "load_pages(Tensor(a!) pool, Tensor store, Tensor moves) -> ()",

@@ -16,7 +16,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from tsa_compile.kernels.attend.decode import device
+from tsa_compile.kernels.attend.decode import device, listed_device
 from tsa_compile.kernels.attend.decode.config import decode_config
 from tsa_compile.kernels.common.splits_device import merge_kernel
 from tsa_compile.kernels.score.page_index import device as scores
@@ -84,6 +84,13 @@ if capability == 90:
         none = dict(start=None, blocks=None, keep=None, QUERIES=4, BLOCK=2048, MASS=mass)
         compile_kernel(bins_device.top_pages_kernel, 90, "bf16", 8, 3, none, **numbers | {"scores": "*fp32"})
     decode(90, "bf16", 256, 256, 64, given=("lengths", "bias", "key_mask"), bias="*i1")
+for dtype, dim, given in (("bf16", 128, ("key_mask", "start", "lengths")), ("fp32", 256, ("bias", "sinks"))):
+    config = decode_config(4, dim, dim, DTYPES[dtype], (capability // 10, capability % 10), "bias" in given, True)
+    constants = {n: None for n in ("start", "lengths", "key_mask", "bias", "sinks") if n not in given}
+    constants |= dict(q_sd=1, k_sd=1, v_sd=1, D=dim, DV=dim, BLOCK_D=dim, BLOCK_DV=dim, BLOCK_M=16, BLOCK_N=config.block_n,
+                      ONE=False, PRECISION="tf32x3" if dtype == "fp32" else "ieee")
+    numbers = {"indices": "*i32", "since": "*i32", "bias": "*fp32"}
+    compile_kernel(listed_device.listed_kernel, capability, dtype, config.num_warps, config.num_stages, constants, **numbers)
 compile_kernel(listed.rank_kernel, capability, "bf16", 4, 3, {"BLOCK": 1024}, scores="*fp32", begin="*i32", rank="*fp32")
 none = {"sinks": None, "DV": 128, "BLOCK_DV": 128, "BLOCK_S": 64}
 compile_kernel(merge_kernel, capability, "bf16", 4, 2, none)

@@ -7,8 +7,10 @@ import math
 import pytest
 import torch
 
-from tsa_compile.kernels import compose, ops  # noqa: F401 - registers torch.ops.tsa
-from tsa_compile.kernels.compose_reference import listed_attention_reference
+from tsa_compile.kernels import ops  # noqa: F401 - registers torch.ops.tsa
+from tsa_compile.kernels.attend.decode import config, listed_host
+from tsa_compile.kernels.attend.decode.listed_host import listed_attention
+from tsa_compile.kernels.attend.decode.reference import listed_attention_reference
 from tsa_compile.kernels.state.listed_keys.host import list_keys, ranks
 from tsa_compile.kernels.state.listed_keys.reference import list_keys_reference
 from tsa_compile.kernels.state.listed_keys.reference import ranks as reference_ranks
@@ -148,12 +150,34 @@ def test_the_kernels_agree(dtype, masked):
     k, v = (torch.cat([x, x * torch.nan], 2)[:, :, :LENGTH] for x in (k, v))
     mask = torch.randn(BATCH, 1, 1, LENGTH, device=device) if masked else None
     half = [x.to(dtype) for x in (q, k, v)]
-    out, lse = compose.listed_attention(*half, indices, counts, since, None, lengths, key_mask, 0.3, mask)
-    exact = [x.double() for x in half]
-    wide = None if mask is None else mask.double()
-    want, want_lse = listed_attention_reference(*exact, indices, counts, since, None, lengths, key_mask, 0.3, wide)
-    assert float((out.double() - want).norm() / want.norm()) < (1e-5 if dtype == torch.float32 else 1.5e-3)
-    torch.testing.assert_close(lse, want_lse, rtol=1e-3, atol=1e-3)
+    start = torch.tensor([6, 0, 3], dtype=torch.int32, device=device)
+    for first, ends, sinks in (
+        (None, lengths, None),
+        (start, lengths - start, torch.randn(HEADS, device=device)),
+        (None, None, None),
+    ):
+        out, lse = listed_attention(*half, indices, counts, since, first, ends, key_mask, 0.3, mask, sinks)
+        exact = [x.double() for x in half]
+        wide = [None if x is None else x.double() for x in (mask, sinks)]
+        want, want_lse = listed_attention_reference(*exact, indices, counts, since, first, ends, key_mask, 0.3, *wide)
+        assert float((out.double() - want).norm() / want.norm()) < (1e-5 if dtype == torch.float32 else 1.5e-3)
+        torch.testing.assert_close(lse, want_lse, rtol=1e-3, atol=1e-3)
+
+
+def test_more_query_heads_than_a_tile_and_one_part(monkeypatch):
+    """A group of 40 heads, and a cache that one program reads; a row that is short of its own list's end."""
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    _, k, v, indices, counts, since, lengths, key_mask = (x.to(device) for x in listed_case())
+    q = torch.randn(BATCH, 40 * KV_HEADS, 1, DIM, device=device)
+    monkeypatch.setattr(listed_host, "split_count", lambda *sizes: 1)
+    monkeypatch.setattr(config, "QUERY_BYTES", 16 * DIM * 4)
+    sinks = torch.randn(40 * KV_HEADS, device=device)
+    out, lse = listed_attention(q, k, v, indices, counts, since, None, lengths, key_mask, 0.3, None, sinks)
+    exact = (q.double(), k.double(), v.double(), indices, counts, since, None, lengths, key_mask, 0.3, None, sinks.double())
+    want, want_lse = listed_attention_reference(*exact)
+    torch.testing.assert_close(out.double(), want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(lse, want_lse, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -64,6 +64,20 @@ def page_attention_reference(
     return attend_visible(q, k, v, view, visible[:, None] & kept[:, :, None], scale, mask, sinks, softcap, False)[:2]
 
 
+def listed_attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, since: Tensor, start: Tensor | None,
+    lengths: Tensor | None, key_mask: Tensor | None, scale: float, mask: Tensor | None = None, sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`tsa::listed_attention` on any device. Half inputs are computed in float32, float64 stays float64."""
+    capacity = k.shape[2]
+    valid = torch.arange(indices.shape[2], device=q.device) < counts[..., None]
+    listed = torch.zeros(*counts.shape, capacity + 1, dtype=torch.bool, device=q.device)
+    listed = listed.scatter(2, torch.where(valid, indices.long(), capacity), True)[..., :capacity]
+    read = listed | (torch.arange(capacity, device=q.device) >= since[:, None, None])
+    visible = visible_keys(q, k, KvView(None, 1, start, lengths), key_mask, 0, True)[:, None] & read[:, :, None]
+    return attend_visible(q, k, v, KvView(None, 1, None, None), visible, scale, mask, sinks, 0.0, False)[:2]
+
+
 def _within(
     windows: Sequence[int], first_keys: int, first: Tensor, end: Tensor, rows: int, capacity: int, mask: Tensor | None
 ) -> Tensor:
