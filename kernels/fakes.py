@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from tsa_compile.kernels.common.page_basis import empty_basis
 from tsa_compile.kernels.common.pages import CHUNK, empty_index, pages_of
 from tsa_compile.kernels.common.results import empty_result, no_lse
 from tsa_compile.kernels.common.row_blocks import key_block_count, row_block_count, word_count
@@ -90,6 +91,18 @@ def page_scores(q: Tensor, sums: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     pages = pages_of(rest[-2])
     new = lambda n: q.new_empty(*q.shape[:3], n, dtype=torch.float32)  # noqa: E731
     return new(pages), new((pages + CHUNK - 1) // CHUNK)
+
+
+def page_basis(k: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return empty_basis(k)
+
+
+def refine_scores(q: Tensor, logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(logits), q.new_empty(*logits.shape[:3], (logits.shape[3] + CHUNK - 1) // CHUNK, dtype=torch.float32)
+
+
+def complete_pages(out: Tensor, lse: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return merge((out, lse), (out, lse))
 
 
 def select_pages(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:

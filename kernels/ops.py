@@ -17,6 +17,7 @@ from tsa_compile.kernels import (
     fakes,
     kept,
     key_block_checks,
+    page_basis_checks,
     page_checks,
     projected_checks,
     routed_checks,
@@ -199,6 +200,37 @@ OPERATORS = (
         host="score.page_index.host:page_scores",
     ),
     Operator(
+        "append_basis(Tensor(a!) basis, Tensor(b!) coords, Tensor(c!) scales, Tensor k, Tensor? blocks, int block, Tensor? start,"
+        " Tensor begin, Tensor end, Tensor? key_mask, int new) -> ()",
+        check=page_basis_checks.append_basis,
+        fake=fakes.append_pages,
+        reference="state.append_basis.reference:append_basis_reference",
+        host="state.append_basis.host:append_basis",
+    ),
+    Operator(
+        f"page_basis(Tensor k, {_VIEW}, Tensor? key_mask) -> (Tensor basis, Tensor coords, Tensor scales)",
+        check=page_basis_checks.page_basis,
+        fake=fakes.page_basis,
+        reference="state.append_basis.reference:page_basis_reference",
+        host="state.append_basis.host:page_basis",
+    ),
+    Operator(
+        "refine_scores(Tensor q, Tensor logits, Tensor counts, Tensor basis, Tensor coords, Tensor scales, Tensor? indices,"
+        f" Tensor? list_counts, {_VIEW}, int capacity, float scale) -> (Tensor logits, Tensor parts)",
+        check=page_basis_checks.refine_scores,
+        fake=fakes.refine_scores,
+        reference="score.page_basis.reference:refine_scores_reference",
+        host="score.page_basis.host:refine_scores",
+    ),
+    Operator(
+        f"complete_pages(Tensor out, Tensor lse, Tensor logits, Tensor sums, Tensor counts, Tensor indices,"
+        f" Tensor list_counts, {_VIEW}, int capacity) -> {_ATTENDED}",
+        check=page_basis_checks.complete_pages,
+        fake=fakes.complete_pages,
+        reference="attend.completion.reference:complete_pages_reference",
+        host="attend.completion.host:complete_pages",
+    ),
+    Operator(
         f"select_pages(Tensor logits, Tensor parts, Tensor counts, {_VIEW}, int capacity, int kv_heads, float[] keep,"
         " int[] table, float mass, int sinks, int recent) -> (Tensor indices, Tensor counts)",
         check=page_checks.select_pages,
@@ -330,7 +362,8 @@ for _operator in OPERATORS:
 def source_tag() -> str:
     """A hash of the table and of what it registers: compile caches see a schema, but neither its fake nor its gradient."""
     tables = ("ops", "registry", "arguments", "types", "fakes", "common/results")
-    names = (*tables, "checks", "decode_checks", "page_checks", "key_block_checks", "projected_checks", "routed_checks")
+    pages = ("page_checks", "page_basis_checks", "key_block_checks", "projected_checks")
+    names = (*tables, "checks", "decode_checks", *pages, "routed_checks")
     files = (Path(__file__).parent / f"{name}.py" for name in names)
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:16]
 

@@ -34,13 +34,18 @@ def append_pages(
     sums: Tensor, counts: Tensor, k: Tensor, blocks: Tensor | None, block: int, start: Tensor | None, begin: Tensor,
     end: Tensor, key_mask: Tensor | None, new: int,
 ) -> None:  # fmt: skip
-    name, batch = "tsa::append_pages", begin.shape[0]
-    _check_keys(name, k, KvView(blocks, block, start, end), batch)
-    check_view(name, k.new_empty(batch, 0), k, KvView(blocks, block, begin, end))
-    capacity = k.shape[2] if blocks is None else blocks.shape[1] * block
-    check_index(name, sums, counts, KvView(blocks, block, start, end), capacity)
+    name, view = "tsa::append_pages", KvView(blocks, block, start, end)
+    check_append(name, k, view, begin, key_mask, new)
+    check_index(name, sums, counts, view, k.shape[2] if blocks is None else blocks.shape[1] * block)
     if tuple(sums.shape[:2]) != tuple(k.shape[:2]) or sums.shape[3] != k.shape[3]:
         raise ValueError(f"{name}: sums {tuple(sums.shape)} do not fit keys {tuple(k.shape)}")
+
+
+def check_append(name: str, k: Tensor, view: KvView, begin: Tensor, key_mask: Tensor | None, new: int) -> None:
+    """Raise a ValueError that names operator `name`, unless rows up to `view.lengths`, from `begin` on new, fit keys `k`."""
+    batch = begin.shape[0]
+    _check_keys(name, k, view, batch)
+    check_view(name, k.new_empty(batch, 0), k, KvView(view.blocks, view.block, begin, view.lengths))
     if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.dim() != 2 or key_mask.shape[0] != batch):
         raise ValueError(f"{name}: key_mask must be bool [{batch}, rows], got {key_mask.dtype} {tuple(key_mask.shape)}")
     if new < 0:
@@ -99,9 +104,10 @@ def load_pages(pool: Tensor, store: Tensor, moves: Tensor) -> None:
 
 
 def page_sums(
-    k: Tensor, blocks: Tensor | None, block: int, start: Tensor | None, lengths: Tensor | None, key_mask: Tensor | None
-) -> None:
-    name, view = "tsa::page_sums", KvView(blocks, block, start, lengths)
+    k: Tensor, blocks: Tensor | None, block: int, start: Tensor | None, lengths: Tensor | None, key_mask: Tensor | None,
+    name: str = "tsa::page_sums",
+) -> None:  # fmt: skip
+    view = KvView(blocks, block, start, lengths)
     batch = k.shape[0] if blocks is None else blocks.shape[0]
     _check_keys(name, k, view, batch)
     if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.dim() != 2 or key_mask.shape[0] != batch):
@@ -118,7 +124,7 @@ def page_scores(
     check_index(name, sums, counts, view, capacity)
     if q.shape[1] % sums.shape[1] or q.shape[3] != sums.shape[3]:
         raise ValueError(f"{name}: q {tuple(q.shape)} does not fit sums {tuple(sums.shape)}")
-    _check_table(name, q, view)
+    check_table(name, q, view)
 
 
 def select_pages(
@@ -132,7 +138,7 @@ def select_pages(
         if x.dtype != torch.float32 or tuple(x.shape) != (*logits.shape[:3], size) or not x.is_contiguous():
             raise ValueError(f"{name}: {label} must be contiguous float32 [B, H, rows, {size}], got {x.dtype} {tuple(x.shape)}")
     check_index(name, None, counts, view, capacity)
-    _check_table(name, logits, view)
+    check_table(name, logits, view)
     if kv_heads < 1 or logits.shape[1] % kv_heads:
         raise ValueError(f"{name}: kv_heads must divide {logits.shape[1]} heads, got {kv_heads}")
     check_budget(name, kv_heads, keep, table, mass, sinks, recent)
@@ -161,8 +167,8 @@ def _check_keys(name: str, k: Tensor, view: KvView, batch: int) -> None:
     check_view(name, k.new_empty(batch, 0), k, view)
 
 
-def _check_table(name: str, q: Tensor, view: KvView) -> None:
-    """The parts of a view that are read without its keys."""
+def check_table(name: str, q: Tensor, view: KvView) -> None:
+    """Raise a ValueError that names operator `name`, unless the parts of a view that are read without its keys fit `q`."""
     for label, x in (("start", view.start), ("lengths", view.lengths)):
         if x is not None and (x.dtype != torch.int32 or tuple(x.shape) != (q.shape[0],) or not x.is_contiguous()):
             raise ValueError(f"{name}: {label} must be contiguous int32 [{q.shape[0]}], got {x.dtype} {tuple(x.shape)}")

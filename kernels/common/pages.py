@@ -36,3 +36,10 @@ def empty_index(k: Tensor) -> tuple[Tensor, Tensor]:
     dtype = k.dtype if k.dtype in (torch.bfloat16, torch.float64) else torch.float32
     shape = (k.shape[0], k.shape[1], pages_of(k.shape[2]))
     return k.new_empty(*shape, k.shape[3], dtype=dtype), k.new_empty(shape[0], 1, shape[2], dtype=torch.int32)
+
+
+def listed_pages(indices: Tensor, counts: Tensor, pages: int) -> Tensor:
+    """Lists int32 `[B, Hk, N]` with `counts` `[B, Hk]` entries -> bool `[B, Hk, pages]`: is the page in the list?"""
+    valid = (torch.arange(indices.shape[2], device=indices.device) < counts[..., None]) & (indices < pages)
+    kept = torch.zeros(*indices.shape[:2], pages + 1, dtype=torch.bool, device=indices.device)
+    return kept.scatter(2, torch.where(valid, indices.long(), pages), True)[..., :pages]

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
+from tsa_compile.kernels.common.pages import PAGE, listed_pages
 from tsa_compile.kernels.common.view import key_range, rows_in_order
 from tsa_compile.kernels.types import KvView
 
 Tensor = torch.Tensor
 HIDDEN = -1e38  # a number at or below it, in a mask of numbers, hides the key: models write -inf or their dtype's lowest
-PAGE = 16  # rows of the cache
 
 
 def decode_attention_reference(
@@ -89,13 +89,6 @@ def _within(
     if mask is None or mask.dtype == torch.bool:
         return seen if mask is None else seen & mask
     return torch.where(seen, mask, -torch.inf)
-
-
-def listed_pages(indices: Tensor, counts: Tensor, pages: int) -> Tensor:
-    """Lists int32 `[B, Hk, N]` with `counts` `[B, Hk]` entries -> bool `[B, Hk, pages]`: is the page in the list?"""
-    valid = torch.arange(indices.shape[2], device=indices.device) < counts[..., None]
-    kept = torch.zeros(*indices.shape[:2], pages + 1, dtype=torch.bool, device=indices.device)
-    return kept.scatter(2, torch.where(valid, indices.long(), pages), True)[..., :pages]
 
 
 def visible_keys(q: Tensor, k: Tensor, view: KvView, key_mask: Tensor | None, window: int, causal: bool) -> Tensor:
