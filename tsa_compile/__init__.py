@@ -17,6 +17,7 @@ from tsa_compile.learn import calibrate
 from tsa_compile.plan import Plan
 from tsa_compile.policies.block_sparse import BlockSparse
 from tsa_compile.policies.bridge import Bridge
+from tsa_compile.policies.context_parallel import ContextParallel
 from tsa_compile.policies.dense import Dense
 from tsa_compile.policies.exact import Exact
 from tsa_compile.policies.head_split import HeadSplit
@@ -37,6 +38,7 @@ __all__ = [
     "Bridge",
     "Cache",
     "Completion",
+    "ContextParallel",
     "Dense",
     "Exact",
     "HeadSplit",

@@ -125,6 +125,15 @@ class Backend:
         """A graph is about to run."""
         self._thread.runs = self.runs + 1
         self._thread.last = graph, form
+        replaced, dense = self.attended
+        own = 0 if form.fallen else sum(d.reason is None for d in form.decisions)
+        self._thread.attended = replaced + own, dense + len(form.decisions) - own
+
+    @property
+    def attended(self) -> tuple[int, int]:
+        """How many attentions ran in this thread's graphs: those that were replaced, and the others."""
+        counts: tuple[int, int] = getattr(self._thread, "attended", (0, 0))
+        return counts
 
     def replaced(self, runs: int, calls: int = 1) -> int:
         """How many attentions were replaced, if since this thread had run `runs` graphs one alone ran for each of `calls` whole

@@ -80,5 +80,9 @@ def check_replaced(backend: Backend, runs: int, layers: int) -> None:
         RuntimeError: it did not.
     """
     if backend.replaced(runs) < layers:
-        dense = {f"{s.module}: {s.reason}" for s in backend.sites() if not s.replaced}
-        raise RuntimeError(f"not all {layers} attentions of a decode step were replaced: {sorted(dense)}")
+        raise RuntimeError(f"not all {layers} attentions of a decode step were replaced: {dense_sites(backend)}")
+
+
+def dense_sites(backend: Backend) -> list[str]:
+    """The attentions that were traced and not replaced, with the reasons."""
+    return sorted({f"{s.module}: {s.reason}" for s in backend.sites() if not s.replaced})

@@ -223,12 +223,12 @@ def without_session(plan: Plan) -> Plan:
     """The plan, for attention outside of a session.
 
     Raises:
-        ValueError: a policy needs the cache that only a session keeps.
+        ValueError: a policy needs what only a session does.
     """
     named = [*(getattr(plan, phase) for phase in PHASES), *(rule.policy for rule in plan.rules)]
     for policy in named:
         if policy is not None and policy.needs_session:
-            raise ValueError(f"{policy.name} needs the cache that tsa_compile.transform keeps around decode steps: use that")
+            raise ValueError(f"{policy.name} needs what tsa_compile.transform does around a model's calls: use that")
     if plan.reuse:
         raise ValueError("Plan.reuse needs the graph of several layers that tsa_compile.transform has: use that")
     return plan

@@ -75,6 +75,7 @@ class Report:
         untraced: those of them in which no compiled graph ran.
         passes: how often each pass found or changed something, and its seconds, over all graphs and plans.
         steps: how decode steps ran, and how many; of a transformed model whose plan has a policy for them.
+        prompts: how prompts ran, and how many; of a transformed model whose plan spreads them over a process group.
         speculation: what speculative generation came to; None: there was none.
         front: "trace", or "interface": a transformers model's own attention interface, without graphs.
         ranks: kept shares are of the heads of so many processes.
@@ -87,6 +88,7 @@ class Report:
     untraced: int = 0
     passes: dict[str, PassReport] = dataclasses.field(default_factory=dict)
     steps: dict[str, int] = dataclasses.field(default_factory=dict)
+    prompts: dict[str, int] = dataclasses.field(default_factory=dict)
     speculation: Speculation | None = None
     front: str = "trace"
     ranks: int = 1
@@ -174,6 +176,9 @@ class Report:
             if self.passes:
                 ran = ", ".join(f"{name} {p.count} in {p.seconds:.2f} s" for name, p in self.passes.items())
                 console.print(f"passes: {ran}", markup=False, highlight=False)
+            if self.prompts:
+                ran = ", ".join(f"{n} {how}" for how, n in self.prompts.items())
+                console.print(f"prompts: {ran}", markup=False, highlight=False)
             if self.speculation is not None:
                 console.print(f"speculation: {self.speculation}", markup=False, highlight=False)
         return capture.get()

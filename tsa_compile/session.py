@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from tsa_compile import first_call
 from tsa_compile.backend import Backend
+from tsa_compile.context_calls import ContextCalls
 from tsa_compile.dynamo import called, isolated, lengths_vary, room, settings, skips, traced_by_others
 from tsa_compile.interface.front import front_of
 from tsa_compile.model_state import ModelState
@@ -65,6 +66,7 @@ class Session:
         self._room = room(model)
         self._lock = threading.Lock()
         self.steps = Steps(self.backend, ModelState(model, RefuseTraces))
+        self.prompts = ContextCalls(self.backend, self.steps)
         self.calls = self.untraced = 0
         self.speculation: Speculation | None = None
         weakref.finalize(self, self.backend.close)
@@ -81,7 +83,7 @@ class Session:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's call, compiled. From any thread, also while others compile."""
         before = self.backend.runs
-        result = self.steps.run(self._traced, args, kwargs)
+        result = self.prompts.run(self._traced, args, kwargs)
         ran = self.backend.runs > before
         with self._lock:
             self.calls += 1
@@ -114,7 +116,7 @@ class Session:
         """What the plan does with what was traced so far."""
         report = self.backend.report
         report.calls, report.untraced, report.steps = self.calls, self.untraced, self.steps.counts()
-        report.speculation = self.speculation
+        report.prompts, report.speculation = self.prompts.counts(), self.speculation
         return report
 
     def speculated(self, seen: Speculation) -> None:

@@ -66,7 +66,7 @@ class Steps:
         plan = self._backend.plan
         if not plan.decodes:
             return call(*args, **kwargs)
-        states, keeping = self._of_plan(plan)
+        states, keeping = self.of_plan(plan)
         prepared = prepare(args, kwargs, self.pool, states, keeping)
         self._tell(prepared)
         rows = _rows_of(args, kwargs)
@@ -82,7 +82,7 @@ class Steps:
             self._count(why)
             return call(*args, **kwargs)
         runs = self._backend.runs
-        given = {**self._named(args), **kwargs}
+        given = {**self.named(args), **kwargs}
         if keeping is not None:
             given = with_positions(self._backend.model, given, prepared.cache)
         result = self._on_buffers(call, given, prepared, rows, None)
@@ -99,7 +99,7 @@ class Steps:
         plan = self._backend.plan
         if not plan.decodes:
             return None
-        states, keeping = self._of_plan(plan)
+        states, keeping = self.of_plan(plan)
         prepared = prepare((), kwargs, self.pool, states, keeping)
         self._tell(prepared)
         if keeping is not None or self._not_fixed(prepared, (), kwargs) is not None:
@@ -123,13 +123,13 @@ class Steps:
             layer.advance(rows * steps)
         return result
 
-    def _of_plan(self, plan: Plan) -> tuple[Callable[[int], Kinds], Any]:
+    def of_plan(self, plan: Plan) -> tuple[Callable[[int], Kinds], Any]:
         """`states_for` and `keeping_of`, the same objects for the same plan."""
         if self._known_plan is None or self._known_plan[0] is not plan:
             self._known_plan = (plan, states_for(plan), keeping_of(plan))
         return self._known_plan[1:]
 
-    def _named(self, args: Sequence[Any]) -> dict[str, Any]:
+    def named(self, args: Sequence[Any]) -> dict[str, Any]:
         """The call's first argument, by its name."""
         if not args:
             return {}

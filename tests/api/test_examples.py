@@ -92,9 +92,10 @@ def test_routed():
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", EXAMPLES / "routed.py"]
     done = subprocess.run(command, cwd=EXAMPLES.parent, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": "."})
     assert done.returncode == 0, done.stderr
-    for rank, held in ((0, 263), (1, 256)):
-        assert f"rank {rank} of 2, Exact: holds {held} of 519 rows, 20 of 20 tokens alike" in done.stdout
-        assert f"rank {rank} of 2, PageSparse: holds {held} of 519 rows" in done.stdout
+    for rank, held in ((0, 367), (1, 352)):
+        exact = f"rank {rank} of 2, Exact: holds {held} of 719 rows, 20 of 20 tokens alike, prompt {{'spread over 2 ranks': 1}}"
+        assert exact in done.stdout
+        assert f"rank {rank} of 2, PageSparse: holds {held} of 719 rows" in done.stdout
 
 
 @pytest.mark.slow  # tests/api/test_resident_policy.py does the same

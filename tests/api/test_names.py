@@ -38,6 +38,9 @@ NAMES = {
     "TokenSparse.paper": "coverage=0.005, **fields",  # as the paper has it: without completion
     "Completion": "window=256, sinks=4, heavy=256",
     "BlockSparse": "alpha=0.05, pool=128, window=256, sinks=4, last_dense=128, share='head', lookahead=True",
+    "ContextParallel": (
+        "inner=BlockSparse(alpha=0.05, pool=128, window=256, sinks=4, last_dense=128, share='head', lookahead=True), group=None"
+    ),
     "Bridge": "block, w_t, w_s, offset=0",
     "Bridge.source_extended": "block, w_t, offset=0",  # bridges read the whole block before
     "Bridge.overlapping": "block, overlap, offset=0",  # every row reads so many tokens before its block

@@ -70,7 +70,7 @@ def test_tokens_of_every_page_and_of_a_few():
 
 
 def test_outside_of_a_session_it_is_an_error():
-    with pytest.raises(Exception, match="Resident needs the cache that tsa_compile"):
+    with pytest.raises(Exception, match="Resident needs what tsa_compile"):
         torch.compile(torch.nn.Linear(1, 1), backend="tsa", options={"policy": plan(pages=8)})(torch.ones(1))
 
 

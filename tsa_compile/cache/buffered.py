@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -122,6 +123,16 @@ class Buffered:
         if self._late is not None:
             late, self._late = self._late, None
             self.append(*late)
+
+    def gather_late(self, whole: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """What waits of a traced graph is a part of the new rows; all of them, `whole` of it, go into the buffers."""
+        if self._late is not None:
+            self._late = whole(self._late[0]), whole(self._late[1])
+        self.settle()
+
+    def drop_late(self) -> None:
+        """What waits of a traced graph is forgotten."""
+        self._late = None
 
     def settled(self) -> Buffers:
         """The buffers with everything in them."""

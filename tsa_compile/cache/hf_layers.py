@@ -21,6 +21,7 @@ class LayerTypes(NamedTuple):
     sliding: type[SlidingMethods]
     spread: type[SpreadMethods]
     resident: type[ResidentMethods]
+    passing: type[Any]
 
     def that_keep(self, keeping: Any) -> Callable[..., Any]:
         """What makes the full layers of one cache; `keeping`: see `Policy.keeping`."""
@@ -48,4 +49,10 @@ def layer_types() -> LayerTypes:
     class ResidentLayer(ResidentMethods, GrowingLayer):
         """Its rows lie in host memory."""
 
-    return LayerTypes(GrowingLayer, GrowingSlidingLayer, SpreadLayer, ResidentLayer)
+    class PassingLayer(DynamicLayer):
+        """It keeps nothing: a call that has no cache."""
+
+        def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+            return key_states, value_states
+
+    return LayerTypes(GrowingLayer, GrowingSlidingLayer, SpreadLayer, ResidentLayer, PassingLayer)

@@ -33,7 +33,7 @@ class Policy:
     phases: ClassVar[frozenset[str]] = frozenset({"prefill"})  # those of `site.PHASES` that it is for
     min_queries: int = 128  # prefill: so few query rows over a cache are left to the model
     reads_blocks: ClassVar[bool] = False  # do the operators take keys that lie in blocks anywhere (`KvView.blocks`)?
-    needs_session: ClassVar[bool] = False  # does it need the cache that `tsa.transform` keeps around decode steps?
+    needs_session: ClassVar[bool] = False  # does it need what `tsa.transform` does around calls, such as the cache that it keeps?
     shareable: ClassVar[bool] = False  # is what `select` gives right at any site with the same sizes and mask (`Plan.reuse`)?
     by_rows: ClassVar[bool] = False  # do the operators see to `min_queries` where only they know the number of rows?
     by_length: ClassVar[bool] = False  # do they take `site.dense_below`?

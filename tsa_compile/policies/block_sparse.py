@@ -103,7 +103,7 @@ class BlockSparse(Policy):
         x, real = site.operands, padding(emit, site)
         blocks, block, length = places(site)
         means, counts = emit(torch.ops.tsa.key_block_means.default, x.k, *real, blocks, block, **length)
-        chosen = (x.q, x.k, means, counts, *real, site.scale, *self._rule)
+        chosen = (x.q, x.k, means, counts, *real, site.scale, *self.rule)
         return PageBitmap(emit(torch.ops.tsa.select_key_blocks.default, *chosen, **self._options(site), **length))
 
     def attend(self, emit: Emit, site: AttentionSite, selection: Selection | None) -> Any:
@@ -112,12 +112,13 @@ class BlockSparse(Policy):
         rest = (blocks, block, start, lengths, key_mask, site.scale)
         if selection is None:
             options = {**self._options(site), **length, "dense_below": site.dense_below}
-            return emit(torch.ops.tsa.block_sparse_attention.default, x.q, x.k, x.v, *rest, *self._rule, **options)
+            return emit(torch.ops.tsa.block_sparse_attention.default, x.q, x.k, x.v, *rest, *self.rule, **options)
         assert isinstance(selection, PageBitmap)
         return emit(torch.ops.tsa.key_block_attention.default, x.q, x.k, x.v, selection.bits, *rest, False, **length)[0]
 
     @property
-    def _rule(self) -> tuple[Any, ...]:
+    def rule(self) -> tuple[Any, ...]:
+        """`alpha`, `pool`, `window`, `sinks` and `last_dense`, as the operators take them."""
         alphas = [float(a) for a in (self.alpha if isinstance(self.alpha, tuple) else (self.alpha,))]
         return alphas, self.pool, self.window, self.sinks, self.last_dense
 
