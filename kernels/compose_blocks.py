@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from tsa_compile.kernels.attend.pages.host import key_block_attention
+from tsa_compile.kernels.attend.pages.host import attend
 from tsa_compile.kernels.attend.pages.reference import key_block_attention_reference
 from tsa_compile.kernels.common.view import length_of
 from tsa_compile.kernels.score.page_mass.host import key_block_means
@@ -24,14 +24,20 @@ def block_sparse_attention(x: Operands, k_len: int | None, scale: float, alpha: 
     """On a GPU. Where every key is read, a whole prompt without padding goes to PyTorch's SDPA. Nothing waits for the device."""
     if not any(alpha) and _is_plain(x):
         return _dense(x, scale)
-    return _attend(
-        key_block_attention, x, k_len, scale, _chosen(key_block_means, select_key_blocks, x, k_len, scale, alpha, *rule)
-    )
+    (blocks, block, start, lengths, _), mask = x.view, x.key_mask
+    k_len = length_of(x.k, x.view, k_len)
+    queue = x.q.new_empty(1, dtype=torch.int32)
+    means = key_block_means(x.k, start, lengths, mask, blocks, block, k_len)
+    bits = select_key_blocks(x.q, *means, start, lengths, mask, k_len, scale, alpha, *rule, queue=queue)
+    return attend(x.q, x.k, x.v, None, bits, x.view, mask, k_len, scale, queue)
 
 
 def block_sparse_attention_reference(x: Operands, k_len: int | None, scale: float, alpha: Sequence[float], *rule: Any) -> Tensor:
     """On any device."""
-    return _attend(key_block_attention_reference, x, k_len, scale, _chosen(*_REFERENCES, x, k_len, scale, alpha, *rule))
+    bits = _chosen(*_REFERENCES, x, k_len, scale, alpha, *rule)
+    view, mask = x.view[:4], x.key_mask
+    out: Tensor = key_block_attention_reference(x.q, x.k, x.v, bits, *view, mask, scale, False, k_len=k_len)[0]
+    return out
 
 
 def chosen_blocks(x: Operands, k_len: int | None, scale: float, alpha: Sequence[float], *rule: Any) -> Tensor:
@@ -48,12 +54,6 @@ def _chosen(means_of: Callable[..., Any], select: Callable[..., Tensor], x: Oper
     padding = (x.view.start, x.view.lengths, x.key_mask)
     means = means_of(x.k, *padding, x.view.blocks, x.view.block, k_len)
     return select(x.q, *means, *padding, length_of(x.k, x.view, k_len), *rule)
-
-
-def _attend(attend: Callable[..., Any], x: Operands, k_len: int | None, scale: float, bits: Tensor) -> Tensor:
-    blocks, block, start, lengths, _ = x.view
-    out: Tensor = attend(x.q, x.k, x.v, bits, blocks, block, start, lengths, x.key_mask, scale, False, k_len=k_len)[0]
-    return out
 
 
 def _is_plain(x: Operands) -> bool:

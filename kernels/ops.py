@@ -361,7 +361,7 @@ for _operator in OPERATORS:
 
 def source_tag() -> str:
     """A hash of the table and of what it registers: compile caches see a schema, but neither its fake nor its gradient."""
-    tables = ("ops", "registry", "arguments", "types", "fakes", "common/results")
+    tables = ("ops", "registry", "forward_only", "arguments", "types", "fakes", "common/results")
     pages = ("page_checks", "page_basis_checks", "key_block_checks", "projected_checks")
     names = (*tables, "checks", "decode_checks", *pages, "routed_checks")
     files = (Path(__file__).parent / f"{name}.py" for name in names)

@@ -16,8 +16,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from tsa_compile.kernels.forward_only import refuse_gradients, refuse_gradients_and_count_versions
+
 Tensor = torch.Tensor
 Observer = Callable[[Tensor, int], None]
+REMEMBERED = 4096  # descriptions of an operator's arguments; then it begins anew
+_NUMBERS = frozenset((type(None), bool, int, float, str))
 LIBRARY = torch.library.Library("tsa", "DEF")
 
 
@@ -26,7 +30,8 @@ class Operator(NamedTuple):
 
     Args:
         schema: as `torch.library` reads it: `name(Tensor q, ...) -> Tensor`.
-        check: raises a ValueError that names the operator, the argument, its value and what is allowed. Reads shapes, never data.
+        check: raises a ValueError that names the operator, the argument, its value and what is allowed. It reads shapes, strides,
+            dtypes and devices, never data, and is asked once for the same.
             Not asked where sizes are symbols, as each comparison would guard a graph against other lengths: calls have numbers.
         fake: uninitialised results of the real shapes, dtypes and strides.
         reference: "module:function" below `tsa_compile.kernels`, in plain PyTorch: what runs on CPU tensors.
@@ -53,21 +58,26 @@ def add(operator: Operator) -> None:
     """Define and register one operator."""
     LIBRARY.define(operator.schema)
 
-    def checked(args: Any, kwargs: Any, check: bool = True) -> tuple[Any, Any]:
-        if operator.arguments is not None:
-            args, kwargs = operator.arguments(*args, **kwargs), {}
-        if check:
-            operator.check(*args, **kwargs)
-        return args, kwargs
+    def taken(args: Any, kwargs: Any) -> tuple[Any, Any]:
+        return (args, kwargs) if operator.arguments is None else (operator.arguments(*args, **kwargs), {})
 
-    def fake(*args: Any, **kwargs: Any) -> Any:
-        symbolic = any(isinstance(n, torch.SymInt) for x in (*args, *kwargs.values()) if isinstance(x, Tensor) for n in x.shape)
-        args, kwargs = checked(args, kwargs, check=not symbolic)
+    def fake(*flat: Any, **named: Any) -> Any:
+        args, kwargs = taken(flat, named)
+        if not any(isinstance(n, torch.SymInt) for x in (*flat, *named.values()) if isinstance(x, Tensor) for n in x.shape):
+            operator.check(*args, **kwargs)
         return operator.fake(*args, **kwargs)
+
+    right: set[Any] = set()  # descriptions of arguments that were checked
 
     def run(where: str) -> Callable[..., Any]:
         def call(*flat: Any, **named: Any) -> Any:
-            args, kwargs = checked(flat, named)
+            args, kwargs = taken(flat, named)
+            described = (*map(_describe, flat), *named, *map(_describe, named.values()))
+            if described not in right:
+                operator.check(*args, **kwargs)
+                if len(right) >= REMEMBERED:
+                    right.clear()
+                right.add(described)
             result = resolve(where)(*args, **kwargs)
             kept = operator.kept
             if kept is not None:
@@ -81,13 +91,23 @@ def add(operator: Operator) -> None:
 
 def register(name: str, fake: Callable[..., Any], cpu: Callable[..., Any], cuda: Callable[..., Any]) -> None:
     """Register functions for operator `name`, whose schema is defined: `add` does both from one row."""
+    op = getattr(torch.ops.tsa, name).default
+    cuda = on_its_device(cuda)
     torch.library.register_fake(f"tsa::{name}", fake, lib=LIBRARY)
     LIBRARY.impl(name, cpu, "CPU")
-    LIBRARY.impl(name, on_its_device(cuda), "CUDA")
-    if getattr(torch.ops.tsa, name).default._schema.is_mutable:
-        _register_writer(getattr(torch.ops.tsa, name).default)
+    LIBRARY.impl(name, cuda, "CUDA")
+    if op._schema.is_mutable:
+        refuse_gradients_and_count_versions(LIBRARY, op)
     else:
-        torch.library.register_autograd(f"tsa::{name}", _forward_only(f"tsa::{name}"), lib=LIBRARY)
+        refuse_gradients(LIBRARY, op, {"CPU": cpu, "CUDA": cuda})
+
+
+def _describe(x: Any) -> Any:
+    """All that a check can see of an argument."""
+    kind = x.__class__
+    if kind in _NUMBERS:
+        return x
+    return tuple(x) if kind is list else (x.shape, x.stride(), x.dtype, x.device)
 
 
 @functools.cache
@@ -107,36 +127,6 @@ def on_its_device(host: Callable[..., Any]) -> Callable[..., Any]:
             return host(first, *args, **kwargs)
 
     return call
-
-
-def _forward_only(name: str) -> Callable[..., Any]:
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise NotImplementedError(
-            f"{name} is forward only: it has no gradient. Train the dense model (tsa_compile.restore), "
-            "or run under torch.no_grad()."
-        )
-
-    return backward
-
-
-def _register_writer(op: Any) -> None:
-    """What torch does not do by itself for an operator that writes its arguments: refuse gradients at once, count versions."""
-    written = [i for i, a in enumerate(op._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
-    refuse = _forward_only(op._schema.name)
-
-    def autograd(keys: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
-            refuse(None)
-        return op.redispatch(keys & torch._C._after_autograd_keyset, *args, **kwargs)
-
-    def count_versions(keys: Any, *args: Any, **kwargs: Any) -> Any:
-        for i in written:
-            torch.autograd.graph.increment_version(args[i])
-        with torch._C._AutoDispatchBelowADInplaceOrView():
-            return op.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, *args, **kwargs)
-
-    LIBRARY.impl(op._opname, autograd, "Autograd", with_keyset=True)
-    LIBRARY.impl(op._opname, count_versions, "ADInplaceOrView", with_keyset=True)
 
 
 # ---- recorders

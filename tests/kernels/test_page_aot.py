@@ -25,7 +25,7 @@ from tsa_compile.kernels.select.threshold_pages.host import step, tile
 
 TYPES = {"means": "*fp32", "counts": "*i32", "key_mask": "*i1",
          "lse": "*fp32", "bits": "*i64", "starts": "*i32", "lengths": "*i32", "alphas": "*fp32",
-         "scratch": "*i32", "blocks": "*i32", "scale_log2": "fp32", "alpha_log2": "fp32"}
+         "scratch": "*i32", "blocks": "*i32", "queue": "*i32", "scale_log2": "fp32", "alpha_log2": "fp32"}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 capability = int(sys.argv[1])
@@ -68,7 +68,7 @@ if capability == 90 and sys.argv[2] not in DTYPES:
         return f"tensordesc<bf16[1, 1, {rows}, {columns}],{gl.NVMMASharedLayout(128, 16, 4)!r}>"
 
     types = TYPES | {"q": pieces(128, 128), "k": pieces(64, 64), "v": pieces(64, 64), "out": "*bf16", "holes": "*i1",
-                     "queue": "*i32", "table": "*i32"}
+                     "table": "*i32"}
     constants = dict(D=128, STAGES=3, START=True, LENGTH=True, MASK=True, LSE=True, TABLE=sys.argv[2] == "blocks")
     names = [p.name for p in hopper.params]
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}

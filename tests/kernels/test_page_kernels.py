@@ -76,8 +76,10 @@ def test_choice(shape, pool):
 def test_choice_by_other_pools(pool):
     case = moved(make_case(q_len=390, k_len=520, heads=2, kv_heads=1, batch=2, padding="left"), torch.float32, DEVICE)
     means = page_mass.key_block_means(case.k, *case.padding)
-    got = threshold.select_key_blocks(case.q, *means, *case.padding, 520, case.scale, [0.2], pool, 1, 0, 0)
+    queue = torch.full((1,), 7, dtype=torch.int32, device=DEVICE)
+    got = threshold.select_key_blocks(case.q, *means, *case.padding, 520, case.scale, [0.2], pool, 1, 0, 0, queue=queue)
     check_choice(case, got, 0.2, pool, 1, 0, 0, slack=1.001)
+    assert queue.item() == 0
 
 
 def test_more_than_one_word_of_a_bitmap():

@@ -7,6 +7,7 @@ import functools
 import torch
 
 from tsa_compile.kernels.attend.pages import hopper
+from tsa_compile.kernels.common.launcher import Launch
 from tsa_compile.kernels.common.results import empty_result, no_lse
 from tsa_compile.kernels.common.row_blocks import KEYS, ROWS, key_block_count, row_block_count, word_count
 from tsa_compile.kernels.common.tiles import LOG2_E, Config, capability_of, precision, section_heads, small_shared
@@ -14,6 +15,7 @@ from tsa_compile.kernels.common.view import length_of
 from tsa_compile.kernels.types import KvView
 
 Tensor = torch.Tensor
+Shape = tuple[int, ...]
 _PER_PROCESSOR = 8  # programs, at most, that run on a multiprocessor at once
 
 
@@ -28,55 +30,78 @@ def key_block_attention(
     Raises:
         ValueError: the scale is not positive.
     """
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32) if need_lse else None
+    view = KvView(blocks, block, start, lengths)
+    out = attend(q, k, v, lse, bits, view, key_mask, length_of(k, view, k_len), scale)
+    return out, no_lse(q) if lse is None else lse
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, lse: Tensor | None, bits: Tensor, view: KvView, key_mask: Tensor | None, k_len: int,
+    scale: float, queue: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """As `key_block_attention`: out, and the log-sum-exp into `lse` if it is wanted; on Hopper by its own kernel where it can.
+
+    Args:
+        queue: int32 `[1]`, zero; None: made here, if it is needed.
+    """
     if scale <= 0:
         raise ValueError(f"tsa::key_block_attention on a GPU takes a positive scale, not {scale}")
     out = empty_result(q, v)
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32) if need_lse else no_lse(q)
-    if out.numel() > 0:
-        view = KvView(blocks, block, start, lengths)
-        launch(q, k, v, out, lse if need_lse else None, bits, view, key_mask, length_of(k, view, k_len), scale)
-    return out, lse
-
-
-def launch(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, bits: Tensor, view: KvView, key_mask: Tensor | None,
-    k_len: int, scale: float,
-) -> None:  # fmt: skip
-    """Attention into `out`, and the log-sum-exp into `lse` if it is wanted: on Hopper by its own kernel, where that takes it."""
-    if hopper.takes(q, k, v, view):
-        return hopper.launch(q, k, v, out, lse, bits, view, key_mask, k_len, scale)
-    launch_any(q, k, v, out, lse, bits, view, key_mask, k_len, scale)
+    operands = (q, k, v, out, lse, bits, view, key_mask, k_len, scale)
+    if out.numel() > 0 and not hopper.launch(*operands, queue):
+        launch_any(*operands)
+    return out
 
 
 def launch_any(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, bits: Tensor, view: KvView, key_mask: Tensor | None,
     k_len: int, scale: float,
 ) -> None:  # fmt: skip
-    """`launch` by the Triton kernel for any GPU. Scratch: 4 bytes a key block and program."""
+    """Attention into `out`, and the log-sum-exp into `lse` if it is wanted, by the Triton kernel for any GPU.
+
+    Scratch: 4 bytes a key block and program.
+    """
+    blocks, block, start, lengths, _ = view
+    apart = (0 if key_mask is None else key_mask.stride(0), 0 if blocks is None else blocks.stride(0))
+    given = (start is not None, lengths is not None, key_mask is not None, lse is not None)
+    strides = (q.stride(), k.stride(), v.stride(), out.stride())
+    run = _launch(q.device, q.dtype, q.shape, k.shape, v.shape, *strides, bits.shape[1], k_len, scale, block, *apart, *given)
+    scratch = torch.empty(run.grid[0], key_block_count(k_len), dtype=torch.int32, device=q.device)
+    run(
+        q, k, v, out, out if lse is None else lse, bits, *[q if x is None else x for x in (start, lengths, key_mask)], blocks,
+        scratch,
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1024)
+def _launch(
+    device: torch.device, dtype: torch.dtype, q: Shape, k: Shape, v: Shape, q_strides: Shape, k_strides: Shape, v_strides: Shape,
+    out_strides: Shape, lists: int, k_len: int, scale: float, block: int, m_sb: int, blocks_sb: int, start: bool, lengths: bool,
+    key_mask: bool, lse: bool,
+) -> Launch:  # fmt: skip
+    """Of operands of these shapes and strides; lists: of the bitmap; m_sb, blocks_sb: rows of mask and table are so far apart."""
     import triton
 
     from tsa_compile.kernels.attend.pages.device import key_block_attention_kernel
 
-    (batch, heads, q_len, dim), kv_heads, v_dim, blocks = q.shape, k.shape[1], v.shape[-1], view.blocks
+    (batch, heads, q_len, dim), kv_heads, v_dim = q, k[1], v[3]
     block_d, block_dv = (max(16, triton.next_power_of_2(d)) for d in (dim, v_dim))
-    config = tile_config(max(block_d, block_dv), q.dtype, capability_of(q.device))
+    config = tile_config(max(block_d, block_dv), dtype, capability_of(device))
     row_blocks = row_block_count(q_len, k_len)
     tiles = row_blocks * (ROWS // config.block_m)
-    section = section_heads(heads, kv_heads, k_len, (dim + v_dim) * q.element_size())
+    section = section_heads(heads, kv_heads, k_len, (dim + v_dim) * dtype.itemsize)
     total = batch * heads * tiles
-    programs, capacity = min(total, _programs(q.device)), key_block_count(k_len)
-    scratch = torch.empty(programs, capacity, dtype=torch.int32, device=q.device)
-    padding = (q if x is None else x for x in (view.start, view.lengths, key_mask))
-    key_block_attention_kernel[(programs,)](
-        q, k, v, out, out if lse is None else lse, bits, *padding, blocks, scratch,
-        *q.stride(), *k.stride(), *v.stride(), *out.stride()[:3],
-        0 if key_mask is None else key_mask.stride(0),
-        heads, kv_heads, bits.shape[1], q_len, k_len, row_blocks, word_count(k_len), tiles, section, total, capacity,
-        0 if blocks is None else blocks.stride(0), view.block, max(1, k.shape[2] // view.block), scale * LOG2_E,
+    numbers = (
+        *q_strides, *k_strides, *v_strides, *out_strides[:3], m_sb,
+        heads, kv_heads, lists, q_len, k_len, row_blocks, word_count(k_len), tiles, section, total, key_block_count(k_len),
+        blocks_sb, block, max(1, k[2] // block), scale * LOG2_E,
+    )  # fmt: skip
+    return Launch(
+        key_block_attention_kernel, (min(total, _programs(device)),), numbers,
         D=dim, DV=v_dim, BLOCK_D=block_d, BLOCK_DV=block_dv, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        PER=KEYS // config.block_n, CHUNK=16,
-        START=view.start is not None, LENGTH=view.lengths is not None, MASK=key_mask is not None, LSE=lse is not None,
-        PRECISION=precision(q.dtype), **config.options,
+        PER=KEYS // config.block_n, CHUNK=16, START=start, LENGTH=lengths, MASK=key_mask, LSE=lse, PRECISION=precision(dtype),
+        **config.options,
     )  # fmt: skip
 
 

@@ -110,7 +110,7 @@ def forced_blocks(c, counts, key_blocks, begin, own, first, end, window, sinks, 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def select_key_blocks_kernel(
-    q, means, counts, bits, starts, lengths, key_mask, alphas, q_sb, q_sh, q_sl, q_sd, m_sb,
+    q, means, counts, bits, starts, lengths, key_mask, alphas, queue, q_sb, q_sh, q_sl, q_sd, m_sb,
     heads, kv_heads, q_len, k_len, row_blocks, key_blocks, words, scale_log2, alpha_log2, window, sinks, last_dense, behind,
     D: tl.constexpr, BLOCK_D: tl.constexpr, POOL: tl.constexpr, PER: tl.constexpr, ROW_BLOCKS: tl.constexpr, STEP: tl.constexpr,
     START: tl.constexpr, LENGTH: tl.constexpr, MASK: tl.constexpr, BY_HEAD: tl.constexpr, POOLING: tl.constexpr,
@@ -118,11 +118,14 @@ def select_key_blocks_kernel(
 ):  # fmt: skip
     """ROW_BLOCKS row blocks of one head, to bits [B, H, row blocks, words]. BY_HEAD: alphas [H] in place of alpha_log2.
 
+    queue: int32 [1], set to zero for the launch that takes its tiles from it; or None.
     behind: how many rows before its own a row block's scoring rows begin. If any, the call's first row block reads everything.
 
     PER: score rows of a row block. STEP: queries that are summed at a time. POOLING, PRECISION: how queries are summed, and how
     float32 means are multiplied.
     """
+    if queue is not None:
+        tl.store(queue, 0, mask=tl.program_id(0) == 0)
     tile, head = tile_and_row(tl.cdiv(row_blocks, ROW_BLOCKS))
     head = head.to(tl.int64)
     b, h = head // heads, head % heads

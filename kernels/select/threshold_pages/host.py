@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 import torch
 
-from tsa_compile.kernels.common.row_blocks import ROWS, finest_pool, row_block_count, word_count
+from tsa_compile.kernels.common.launcher import Launch
+from tsa_compile.kernels.common.row_blocks import ROWS, finest_pool, key_block_count, row_block_count, word_count
 from tsa_compile.kernels.common.tiles import LOG2_E, precision
 
 Tensor = torch.Tensor
@@ -30,37 +31,55 @@ def select_key_blocks(
     last_dense: int,
     share: str = "head",
     lookahead: bool = True,
+    queue: Tensor | None = None,
 ) -> Tensor:
     """`tsa::select_key_blocks` by Triton: int64 `[B, H or Hk, row blocks, words]`. Nothing waits for the device.
+
+    Args:
+        queue: int32 `[1]`, which the launch sets to zero for the attention that follows.
 
     Raises:
         ValueError: too many score rows for the head dim: `pool` is below `finest_pool`.
     """
+    (batch, heads, q_len, dim), kv_heads = q.shape, means.shape[1]
+    alphas = tuple(alpha)
+    rule = (scale, alphas, pool, window, sinks, last_dense, 0 if lookahead else ROWS)
+    m_sb = 0 if key_mask is None else key_mask.stride(0)
+    given = (start is not None, lengths is not None, key_mask is not None)
+    row_blocks, words = row_block_count(q_len, k_len), word_count(k_len)
+    bits = torch.empty(batch, heads, row_blocks, words, dtype=torch.int64, device=q.device)
+    if bits.numel() > 0:
+        launch = _launch(batch, heads, kv_heads, q_len, dim, q.stride(), q.dtype, k_len, m_sb, *given, *rule)
+        by_head = logs_on(alphas, q.device) if len(set(alphas)) > 1 else q
+        launch(q, means, counts, bits, *[q if x is None else x for x in (start, lengths, key_mask)], by_head, queue)
+    return bits if share == "head" else union_by_group(bits, kv_heads)
+
+
+@functools.lru_cache(maxsize=1024)
+def _launch(
+    batch: int, heads: int, kv_heads: int, q_len: int, dim: int, strides: tuple[int, ...], dtype: torch.dtype, k_len: int,
+    m_sb: int, start: bool, lengths: bool, key_mask: bool, scale: float, alpha: tuple[float, ...], pool: int, window: int,
+    sinks: int, last_dense: int, behind: int,
+) -> Launch:  # fmt: skip
+    """Of queries `[batch, heads, q_len, dim]` of these strides; rows of the mask are m_sb apart."""
     import triton
 
     from tsa_compile.kernels.select.threshold_pages.device import select_key_blocks_kernel
 
-    (batch, heads, q_len, dim), kv_heads = q.shape, means.shape[1]
     if pool < finest_pool(dim):
         raise ValueError(f"pool: {pool}; allowed on a GPU with head dim {dim}: from {finest_pool(dim)} on")
-    row_blocks, words = row_block_count(q_len, k_len), word_count(k_len)
-    bits = torch.empty(batch, heads, row_blocks, words, dtype=torch.int64, device=q.device)
-    together, warps = tile(pool, dim)
-    block_d = max(16, triton.next_power_of_2(dim))
-    by_head = len(set(alpha)) > 1
-    if bits.numel() > 0:
-        select_key_blocks_kernel[(triton.cdiv(row_blocks, together) * batch * heads,)](
-            q, means, counts, bits, *(q if x is None else x for x in (start, lengths, key_mask)),
-            logs_on(tuple(alpha), q.device) if by_head else q, *q.stride(), 0 if key_mask is None else key_mask.stride(0),
-            heads, kv_heads, q_len, k_len, row_blocks, means.shape[2], words, scale * LOG2_E, log2(alpha[0]),
-            window, sinks, last_dense, 0 if lookahead else ROWS,
-            D=dim, BLOCK_D=block_d, POOL=pool, PER=ROWS // pool, ROW_BLOCKS=together, STEP=step(block_d, q.dtype),
-            START=start is not None, LENGTH=lengths is not None, MASK=key_mask is not None,
-            BY_HEAD=by_head,
-            POOLING=precision(q.dtype), PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
-            num_warps=warps, num_stages=2 if dim <= 128 else 1,
-        )  # fmt: skip
-    return bits if share == "head" else union_by_group(bits, kv_heads)
+    row_blocks, (together, warps) = row_block_count(q_len, k_len), tile(pool, dim)
+    block_d, half = max(16, triton.next_power_of_2(dim)), dtype != torch.float32
+    numbers = (
+        *strides, m_sb, heads, kv_heads, q_len, k_len, row_blocks, key_block_count(k_len), word_count(k_len),
+        scale * LOG2_E, log2(alpha[0]), window, sinks, last_dense, behind,
+    )  # fmt: skip
+    return Launch(
+        select_key_blocks_kernel, (triton.cdiv(row_blocks, together) * batch * heads,), numbers,
+        D=dim, BLOCK_D=block_d, POOL=pool, PER=ROWS // pool, ROW_BLOCKS=together, STEP=step(block_d, dtype),
+        START=start, LENGTH=lengths, MASK=key_mask, BY_HEAD=len(set(alpha)) > 1,
+        POOLING=precision(dtype), PRECISION="tf32" if half else "tf32x3", num_warps=warps, num_stages=2 if dim <= 128 else 1,
+    )  # fmt: skip
 
 
 def step(block_d: int, dtype: torch.dtype) -> int:
