@@ -20,15 +20,20 @@ from tsa_compile.kernels.types import Operands
 Tensor = torch.Tensor
 
 
-def block_sparse_attention(x: Operands, k_len: int | None, scale: float, alpha: Sequence[float], *rule: Any) -> Tensor:
+def block_sparse_attention(
+    x: Operands, k_len: int | None, scale: float, alpha: Sequence[float], pool: int, window: int, sinks: int, last_dense: int,
+    share: str, lookahead: bool,
+) -> Tensor:  # fmt: skip
     """On a GPU. Where every key is read, a whole prompt without padding goes to PyTorch's SDPA. Nothing waits for the device."""
     if not any(alpha) and _is_plain(x):
         return _dense(x, scale)
     (blocks, block, start, lengths, _), mask = x.view, x.key_mask
     k_len = length_of(x.k, x.view, k_len)
     queue = x.q.new_empty(1, dtype=torch.int32)
-    means = key_block_means(x.k, start, lengths, mask, blocks, block, k_len)
-    bits = select_key_blocks(x.q, *means, start, lengths, mask, k_len, scale, alpha, *rule, queue=queue)
+    means, counts = key_block_means(x.k, start, lengths, mask, blocks, block, k_len)
+    bits = select_key_blocks(
+        x.q, means, counts, start, lengths, mask, k_len, scale, alpha, pool, window, sinks, last_dense, share, lookahead, queue
+    )
     return attend(x.q, x.k, x.v, None, bits, x.view, mask, k_len, scale, queue)
 
 

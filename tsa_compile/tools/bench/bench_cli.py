@@ -11,6 +11,7 @@ from rich.console import Console
 
 from tsa_compile.tools.bench.diffusion_cli import bench_diffusion
 from tsa_compile.tools.bench.distributed_cli import bench_context_parallel
+from tsa_compile.tools.bench.host_cli import bench_host
 from tsa_compile.tools.bench.rollout_cli import bench_rollout
 from tsa_compile.tools.bench.round_cli import bench_round
 from tsa_compile.tools.option_values import numbers
@@ -23,6 +24,7 @@ JsonFile = Annotated[str | None, typer.Option("--json", help="write the results 
 
 bench.command("diffusion")(bench_diffusion)
 bench.command("rollout")(bench_rollout)
+bench.command("host")(bench_host)
 bench.command("round")(bench_round)
 bench.command("context-parallel")(bench_context_parallel)
 

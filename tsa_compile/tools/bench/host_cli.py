@@ -1,0 +1,27 @@
+"""`tsa-compile bench host`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from tsa_compile.tools.option_values import numbers
+
+
+def bench_host(
+    lengths: Annotated[str, typer.Option(help="tokens, comma separated")] = "512,1024,2048,4096,8192",
+    json: Annotated[str | None, typer.Option("--json", help="write the results to this file")] = None,
+) -> None:
+    """What one call of each default operator takes of the host, beside SDPA: one layer, 32/8 heads of 128, bfloat16."""
+    import torch
+
+    from tsa_compile.tools.bench import host_time, output, timing
+
+    if not torch.cuda.is_available():
+        raise ValueError("the benchmarks time a GPU, and PyTorch sees none")
+    rows = host_time.bench_host(numbers("--lengths", lengths, int))
+    Console(width=160).print(host_time.table(rows))
+    if json:
+        output.write_json(json, rows, environment=timing.environment())
