@@ -118,9 +118,9 @@ def projected_scores(q: Tensor, index: Tensor, *rest: Any) -> tuple[Tensor, Tens
 
 
 def join_pages(
-    indices: Tensor, list_counts: Tensor, start: Any, lengths: Any, capacity: int, owners: Any, local: Any, *rest: Any
+    indices: Tensor, list_counts: Tensor, start: Any, lengths: Any, capacity: int, owners: Any, sinks: Any, recent: Any
 ) -> tuple[Tensor, Tensor]:
-    return _int32(indices, indices.shape[0], len(local), pages_of(capacity)), _int32(indices, indices.shape[0], len(local))
+    return _int32(indices, indices.shape[0], len(recent), pages_of(capacity)), _int32(indices, indices.shape[0], len(recent))
 
 
 def routed_attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:

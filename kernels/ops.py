@@ -256,8 +256,8 @@ OPERATORS = (
         host="score.projected.host:projected_scores",
     ),
     Operator(
-        "join_pages(Tensor indices, Tensor list_counts, Tensor? start, Tensor? lengths, int capacity, int[] owners, bool[] local,"
-        " int sinks, int recent) -> (Tensor indices, Tensor counts)",
+        "join_pages(Tensor indices, Tensor list_counts, Tensor? start, Tensor? lengths, int capacity, int[] owners, int[] sinks,"
+        " int[] recent) -> (Tensor indices, Tensor counts)",
         check=projected_checks.join_pages,
         fake=fakes.join_pages,
         reference="select.joined_pages.reference:join_pages_reference",

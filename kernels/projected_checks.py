@@ -57,7 +57,7 @@ def projected_scores(
 
 def join_pages(
     indices: Tensor, list_counts: Tensor, start: Tensor | None, lengths: Tensor | None, capacity: int, owners: Sequence[int],
-    local: Sequence[bool], sinks: int, recent: int,
+    sinks: Sequence[int], recent: Sequence[int],
 ) -> None:  # fmt: skip
     name = "tsa::join_pages"
     if indices.dtype != torch.int32 or indices.dim() != 3 or indices.stride(2) != 1:
@@ -66,10 +66,11 @@ def join_pages(
         wanted = tuple(indices.shape[:2])
         raise ValueError(f"{name}: list_counts must be contiguous int32 {wanted}, got {list_counts.dtype} {list_counts.shape}")
     _check_range(name, indices.shape[0], start, lengths)
-    if len(owners) != indices.shape[1] or not all(0 <= g < len(local) for g in owners):
-        raise ValueError(f"{name}: owners must be {indices.shape[1]} of {len(local)} KV heads, got {list(owners)}")
-    if capacity < 0 or sinks < 0 or recent < 1:
-        raise ValueError(f"{name}: capacity and sinks must be at least 0, recent 1, got {capacity}, {sinks} and {recent}")
+    if len(owners) != indices.shape[1] or not all(0 <= g < len(recent) for g in owners):
+        raise ValueError(f"{name}: owners must be {indices.shape[1]} of {len(recent)} KV heads, got {list(owners)}")
+    if len(sinks) != len(recent) or min(capacity, *sinks, *recent) < 0:
+        got = f"{capacity}, {list(sinks)} and {list(recent)}"
+        raise ValueError(f"{name}: capacity and sinks and recent, one for each KV head, must be at least 0, got {got}")
 
 
 def _check_projection(

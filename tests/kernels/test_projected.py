@@ -189,13 +189,12 @@ def test_lists_are_joined(functions, which):
         for n in range(3):
             found = kept[b, n].nonzero()[:, 0].int()
             lists[b, n, : len(found)] = found.flip(0)
-    owners, local = (0, 2, 2), (True, True, False)
-    got = functions[which][2](lists.to(DEVICE), kept.sum(-1).int().to(DEVICE), start, lengths, capacity, owners, local, 1, 4)
+    owners, sinks, recent = (0, 2, 2), (1, 1, 0), (4, 2, 0)
+    got = functions[which][2](lists.to(DEVICE), kept.sum(-1).int().to(DEVICE), start, lengths, capacity, owners, sinks, recent)
     for b in range(2):
         for g in range(3):
             want = kept[b, [n for n in range(3) if owners[n] == g]].any(0)
-            if local[g]:
-                want[first[b]] = want[last[b] - 3 : last[b] + 1] = True
+            want[first[b] : first[b] + sinks[g]] = want[last[b] + 1 - recent[g] : last[b] + 1] = True
             assert got[0][b, g, : got[1][b, g]].tolist() == want.nonzero()[:, 0].tolist()
     assert (got[1][2] == 0).all()
 
@@ -211,7 +210,7 @@ def test_opcheck():
     scores = (torch.randn(2, 4, 1, 16), torch.randn_like(state[0]), state[1], weights[0], frequencies, None, lengths, None)
     check(torch.ops.tsa.projected_scores.default, (*scores, [3, 0, 2], False, 1.0))
     lists = (torch.zeros(2, 3, 4, dtype=torch.int32), torch.ones(2, 3, dtype=torch.int32), None, lengths, 64)
-    check(torch.ops.tsa.join_pages.default, (*lists, [0, 1, 1], [True, False], 1, 2))
+    check(torch.ops.tsa.join_pages.default, (*lists, [0, 1, 1], [1, 0], [2, 1]))
 
 
 def test_errors_name_the_argument():
@@ -228,4 +227,4 @@ def test_errors_name_the_argument():
             torch.ops.tsa.append_projected(*(change.get(n, x) for n, x in enumerate(given)))
     none = torch.zeros(1, 1, 1, dtype=torch.int32)
     with pytest.raises(ValueError, match=r"owners must be 1 of 2 KV heads, got \[2\]"):
-        torch.ops.tsa.join_pages(none, none[0], None, None, 16, [2], [True, True], 0, 1)
+        torch.ops.tsa.join_pages(none, none[0], None, None, 16, [2], [0, 0], [1, 1])

@@ -21,7 +21,7 @@ from tsa_compile.kernels.state.append_projected.device import append_projected_k
 FLOATS = ("frequencies", "logits", "parts")
 TYPES = {**dict.fromkeys(FLOATS, "*fp32"), "placed": "*i64", "key_mask": "*i1", "flags": "*i8", "factor": "fp32"}
 INTS = ("positions", "counts", "begin", "end", "start", "lengths", "heads", "indices", "list_counts", "out", "out_counts",
-        "owners", "local")
+        "owners", "sinks", "recent")
 TYPES |= dict.fromkeys(INTS, "*i32")
 capability = int(sys.argv[1])
 

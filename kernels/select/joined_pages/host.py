@@ -19,14 +19,13 @@ def join_pages(
     lengths: Tensor | None,
     capacity: int,
     owners: Sequence[int],
-    local: Sequence[bool],
-    sinks: int,
-    recent: int,
+    sinks: Sequence[int],
+    recent: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     """`tsa::join_pages` by Triton. Nothing waits for the device; no length compiles anything."""
     from tsa_compile.kernels.select.joined_pages.device import join_pages_kernel
 
-    (batch, lists, _), kv_heads, pages, device = indices.shape, len(local), pages_of(capacity), indices.device
+    (batch, lists, _), kv_heads, pages, device = indices.shape, len(recent), pages_of(capacity), indices.device
     out = torch.empty(batch, kv_heads, pages, dtype=torch.int32, device=device)
     counts = torch.empty(batch, kv_heads, dtype=torch.int32, device=device)
     if counts.numel() == 0:
@@ -34,7 +33,7 @@ def join_pages(
     flags = torch.zeros(batch, kv_heads, pages, dtype=torch.int8, device=device)
     join_pages_kernel[(batch * kv_heads,)](
         indices, list_counts, flags, out, counts, start, lengths,
-        constant(tuple(owners), torch.int32, device), constant(tuple(map(int, local)), torch.int32, device),
-        *indices.stride()[:2], lists, kv_heads, capacity, pages, sinks, recent, BLOCK=1024, num_warps=8,
+        *(constant(tuple(x), torch.int32, device) for x in (owners, sinks, recent)),
+        *indices.stride()[:2], lists, kv_heads, capacity, pages, BLOCK=1024, num_warps=8,
     )  # fmt: skip
     return out, counts

@@ -20,20 +20,20 @@ def join_pages_reference(
     lengths: Tensor | None,
     capacity: int,
     owners: Sequence[int],
-    local: Sequence[bool],
-    sinks: int,
-    recent: int,
+    sinks: Sequence[int],
+    recent: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     """`tsa::join_pages` on any device."""
-    (batch, lists, _), kv_heads, pages = indices.shape, len(local), pages_of(capacity)
+    (batch, lists, _), kv_heads, pages = indices.shape, len(recent), pages_of(capacity)
     first, end = (x[:, None] for x in row_range(capacity, batch, KvView(None, 1, start, lengths), indices.device))
     page = torch.arange(pages, device=indices.device)
     kept = torch.zeros(batch, kv_heads, pages + 1, dtype=torch.bool, device=indices.device)
     for number in range(lists):
         valid = torch.arange(indices.shape[2], device=indices.device) < list_counts[:, number, None]
         kept[:, owners[number]].scatter_(1, torch.where(valid, indices[:, number].long(), pages), True)
-    near = (page < first // PAGE + sinks) | (page > (end - 1) // PAGE - recent)
-    kept = kept[..., :pages] | (near[:, None] & torch.tensor(list(local), device=indices.device)[:, None])
+    head, tail = (torch.tensor(list(n), device=indices.device)[:, None] for n in (sinks, recent))
+    near = (page < (first // PAGE)[:, None] + head) | (page > ((end - 1) // PAGE)[:, None] - tail)
+    kept = kept[..., :pages] | near
     kept = kept & ((page >= first // PAGE) & (page * PAGE < end) & (end > first))[:, None]
     order = torch.where(kept, page, pages).sort(-1).values.to(torch.int32)
     return order, kept.sum(-1, dtype=torch.int32)
