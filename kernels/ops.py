@@ -240,7 +240,7 @@ OPERATORS = (
     ),
     Operator(
         "append_projected(Tensor(a!) index, Tensor(b!) positions, Tensor(c!) counts, Tensor query, Tensor key,"
-        " Tensor frequencies, Tensor k, Tensor? placed, Tensor begin, Tensor end, Tensor? key_mask, int new, int[] heads,"
+        " Tensor frequencies, Tensor k, Tensor placed, Tensor begin, Tensor end, Tensor? key_mask, int new, int[] heads,"
         " bool interleaved, float factor) -> ()",
         check=projected_checks.append_projected,
         fake=fakes.append_pages,

@@ -14,7 +14,7 @@ Tensor = torch.Tensor
 
 def append_projected(
     index: Tensor, positions: Tensor, counts: Tensor, query: Tensor, key: Tensor, frequencies: Tensor, k: Tensor,
-    placed: Tensor | None, begin: Tensor, end: Tensor, key_mask: Tensor | None, new: int, heads: Sequence[int],
+    placed: Tensor, begin: Tensor, end: Tensor, key_mask: Tensor | None, new: int, heads: Sequence[int],
     interleaved: bool, factor: float,
 ) -> None:  # fmt: skip
     name, batch = "tsa::append_projected", begin.shape[0]
@@ -32,7 +32,7 @@ def append_projected(
     for label, x in (("begin", begin), ("end", end)):
         if x.dtype != torch.int32 or x.dim() != 1 or not x.is_contiguous() or x.shape != begin.shape:
             raise ValueError(f"{name}: {label} must be contiguous int32 [{batch}], got {x.dtype} {tuple(x.shape)}")
-    if placed is not None and (placed.dtype not in (torch.int32, torch.int64) or _not_rows(placed, batch, new)):
+    if placed.dtype not in (torch.int32, torch.int64) or _not_rows(placed, batch, new):
         raise ValueError(f"{name}: placed must be integers [1 or {batch}, {new}], got {placed.dtype} {tuple(placed.shape)}")
     _check_mask(name, key_mask, batch)
     if new < 0:

@@ -28,7 +28,7 @@ capability = int(sys.argv[1])
 def compile_kernel(kernel, dtype, warps, given, **constants):
     names = [p.name for p in kernel.params]
     kinds = {**TYPES, **dict.fromkeys(("q", "k", "index", "query", "key"), "*" + dtype)}
-    absent = {n: None for n in ("placed", "key_mask", "start", "lengths") if n in names and not given}
+    absent = {n: None for n in ("key_mask", "start", "lengths") if n in names and not given}
     constants = absent | {n: x for n, x in constants.items() if n in names}
     signature = {n: "constexpr" if n in constants else kinds.get(n, "i32") for n in names}
     wide = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] == "*"}

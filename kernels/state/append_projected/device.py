@@ -21,7 +21,7 @@ def append_projected_kernel(
     Args:
         index: [B, lists, L, R]; positions: int32 [B, 1, L]; counts: int32 [B, 1, pages].
         key: [lists, R, D], contiguous; frequencies: float32 [PAIRS]; heads: int32 [lists], the KV head of each list.
-        placed: int64 or int32 [B or 1, new], the positions of the new rows, or None: they stand in `positions`.
+        placed: int64 or int32 [B or 1, new], the positions of the new rows.
     """
     b, number = (tl.program_id(0) // lists).to(tl.int64), tl.program_id(0) % lists
     old, last = tl.load(begin + b), tl.load(end + b)
@@ -30,12 +30,8 @@ def append_projected_kernel(
         return
     row = first + tl.arange(0, ROWS)
     fresh = (row >= old) & (row < last)
-    at = positions + b * positions_sb + row
-    if placed is not None:
-        place = tl.load(placed + b * placed_sb + (row - old), mask=fresh, other=0).to(tl.int32)
-        tl.store(at, place, mask=fresh & (number == 0))
-    else:
-        place = tl.load(at, mask=fresh, other=0)
+    place = tl.load(placed + b * placed_sb + (row - old), mask=fresh, other=0).to(tl.int32)
+    tl.store(positions + b * positions_sb + row, place, mask=fresh & (number == 0))
     d = tl.arange(0, BLOCK_D)
     other_d, pair, is_first, turned = partner_of(d, PAIRS, INTERLEAVED)
     ok = fresh[:, None] & (d < D)[None, :]

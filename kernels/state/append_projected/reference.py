@@ -20,7 +20,7 @@ def append_projected_reference(
     key: Tensor,
     frequencies: Tensor,
     k: Tensor,
-    placed: Tensor | None,
+    placed: Tensor,
     begin: Tensor,
     end: Tensor,
     key_mask: Tensor | None,
@@ -36,8 +36,8 @@ def append_projected_reference(
     j = torch.arange(low, high, device=k.device)
     fresh = (j >= begin[:, None]) & (j < end[:, None])
     own = positions[:, 0, low:high]
-    if placed is not None:
-        at = (j - begin[:, None]).clamp(0, max(0, placed.shape[1] - 1))
+    if placed.shape[1]:
+        at = (j - begin[:, None]).clamp(0, placed.shape[1] - 1)
         own[fresh] = placed.expand(k.shape[0], -1).gather(1, at)[fresh].to(torch.int32)
     rows = torch.where(fresh[:, None, :, None], k[:, :, low:high], 0)[:, list(heads)]
     before = before_rotation(rows, own[:, None], frequencies, interleaved, factor)
