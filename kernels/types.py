@@ -74,6 +74,20 @@ class Operands(NamedTuple):
     sinks: T | None = None
 
 
+class Rotation(NamedTuple):
+    """How a model rotates queries and keys by their position (RoPE): pair `i` at position `p` by the angle `p * frequencies[i]`.
+
+    Args:
+        frequencies: one for each pair; the pairs are the first dims of a head, the others are not rotated.
+        interleaved: pair `i` is dims `2 i` and `2 i + 1`; otherwise `i` and `i + len(frequencies)`.
+        factor: by which rotated dims are multiplied besides.
+    """
+
+    frequencies: tuple[float, ...]
+    interleaved: bool
+    factor: float
+
+
 class Tokens(NamedTuple):
     """Kept tokens of each list (a query head's, or a KV head's): what `tsa::select_tokens` returns.
 

@@ -11,6 +11,7 @@ import torch.fx as fx
 
 from tsa_compile.passes.facts.graph_facts import GraphFacts
 from tsa_compile.passes.find.match import Match
+from tsa_compile.passes.find.rope import Rotations
 from tsa_compile.passes.prove_mask.patterns import Pattern
 from tsa_compile.passes.prove_mask.proven import ProvenMask
 from tsa_compile.passes.site import AttentionSite, Route
@@ -96,6 +97,11 @@ class Context:
     def facts(self) -> GraphFacts:
         """Of the graph as it is when `find_attention` first asks."""
         return GraphFacts(self.gm.graph)
+
+    @functools.cached_property
+    def rotations(self) -> Rotations:
+        """How queries and keys are rotated, in the graph as it is when somebody first asks."""
+        return Rotations(self.gm, self.constants)
 
 
 @dataclasses.dataclass(frozen=True)

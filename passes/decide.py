@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from tsa_compile.passes.context import Context, Decision
+from tsa_compile.passes.find.projected import why_not_projected
 from tsa_compile.policies.base import where_it_pays
 
 
@@ -13,5 +14,7 @@ def decide_policy(context: Context) -> int:
     for at in context.sites:
         policy = context.policy_for(at.site)
         site, reason = where_it_pays(policy, at.site, context.pays_from(policy, at.site))
+        if reason is None and policy.reads_projected(at.site):
+            reason = why_not_projected(context, at)
         context.decisions.append(Decision(dataclasses.replace(at, site=site), policy, reason))
     return sum(d.reason is None for d in context.decisions)

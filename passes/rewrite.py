@@ -44,7 +44,7 @@ class _Selected:
     last_before: fx.Node
     site: AttentionSite
     selection: Selection | None
-    state: dict[str, fx.Node] | None
+    state: dict[str, Any] | None
 
 
 def _select(context: Context, decision: Decision, selected: dict[int, _Selected]) -> _Selected:
@@ -98,7 +98,7 @@ def _replace(context: Context, decision: Decision, selected: dict[int, _Selected
             new = in_layout_of(graph, new, old)
         created += _described(last_before.next, old)
     old.replace_all_uses_with(new)
-    return Replacement(at, new, created, frozenset((found.state or {}).values()))
+    return Replacement(at, new, created, frozenset(x for x in (found.state or {}).values() if isinstance(x, fx.Node)))
 
 
 def _described(node: fx.Node, old: fx.Node) -> list[fx.Node]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -43,6 +44,8 @@ class Plan:
         reuse: attentions that take another one's selection, `(modules, anchor, heads, phase)`, see `Reuse`. Where that cannot be,
             as across graphs, they select by themselves, and the report has a warning with the reason.
         where: "always": each policy runs wherever it is defined; "pays": not at lengths where it was measured to be slower.
+        weights: a safetensors file of learned indexes (`learn/indexer.py`), which `HeadSplit(mass=...)` needs. `transform` makes
+            them submodules of the attentions. Files of plans name it from where they are.
         notes: what is known about the plan, such as the loss it was accepted at; JSON values only.
 
     A phase that is None has the default plan's policy.
@@ -61,6 +64,7 @@ class Plan:
     reuse: tuple[Reuse, ...] | None = None
     where: str = "always"
     notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    weights: str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.decode, Mapping):
@@ -75,6 +79,9 @@ class Plan:
             raise ValueError(f"Plan.where must be one of {WHERE}, got {self.where!r}")
         if not isinstance(self.notes, Mapping):
             raise TypeError(f"Plan.notes must be a mapping, got {type(self.notes).__name__}")
+        if self.weights is not None and not isinstance(self.weights, (str, Path)):
+            raise TypeError(f"Plan.weights must be the path of a file, got {type(self.weights).__name__}")
+        object.__setattr__(self, "weights", None if self.weights is None else str(self.weights))
 
     def _read_layers(self, layers: Mapping[int, Policy]) -> None:
         """`Plan(default, {layer: policy}, notes)`."""
@@ -153,15 +160,18 @@ class Plan:
         return cls(**plan_format.read(data))
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        folder = Path(path).absolute().parent
+        named = self.weights if self.weights is None else os.path.relpath(self.weights, folder)
+        Path(path).write_text(json.dumps(dataclasses.replace(self, weights=named).to_dict(), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
         """The plan of a JSON file that holds one, or a policy. Raises ValueError, naming the file, if it holds neither."""
         try:
-            return as_plan(json.loads(Path(path).read_text()))
+            plan = as_plan(json.loads(Path(path).read_text()))
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path}: {error}") from error
+        return plan if plan.weights is None else dataclasses.replace(plan, weights=str(Path(path).parent / plan.weights))
 
 
 DEFAULTS: Mapping[str, Policy] = {phase: Dense() for phase in PHASES} | {"prefill": BlockSparse()}

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 NAME = "tsa_compile.plan"
 VERSION = 2
-_FIELDS = {1: ("default", "layers", "notes"), 2: ("phases", "rules", "reuse", "where", "notes")}
+_FIELDS = {1: ("default", "layers", "notes"), 2: ("phases", "rules", "reuse", "where", "notes", "weights")}
 
 
 def write(plan: Plan) -> dict[str, Any]:
@@ -36,6 +36,7 @@ def write(plan: Plan) -> dict[str, Any]:
         "reuse": None if plan.reuse is None else [entry.to_dict() for entry in plan.reuse],
         "where": plan.where,
         "notes": dict(plan.notes),
+        **({} if plan.weights is None else {"weights": plan.weights}),
     }
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
+from torch import nn
+
+from tsa_compile.cache.head_index import indexes
 from tsa_compile.cache.kv_state import KvState
 from tsa_compile.plan import Plan
 from tsa_compile.rules import layer_number
@@ -11,10 +15,20 @@ from tsa_compile.rules import layer_number
 Kinds = tuple[KvState, ...]
 
 
-def states_for(plan: Plan) -> Callable[[int], Kinds]:
-    """The kinds of state of each layer, by its number: each kind once, and none to select by where another layer selects."""
+def states_for(plan: Plan, model: nn.Module | None = None) -> Callable[[int], Kinds]:
+    """The kinds of state of each layer, by its number: each kind once, and none to select by where another layer selects.
+
+    `model`: its learned indexes are those of layers with the same number in their path.
+    """
     every, others, readers = _kinds(plan, decode=True), _kinds(plan, decode=False), _readers(plan)
-    return lambda layer: others if layer in readers else every
+    found = {} if model is None else {layer_number(path): index for path, index in indexes(model)}
+
+    @functools.cache
+    def of(layer: int) -> Kinds:
+        kinds = (kind.of(found.get(layer)) for kind in (others if layer in readers else every))
+        return tuple(kind for kind in kinds if kind is not None)
+
+    return of
 
 
 def _kinds(plan: Plan, decode: bool) -> Kinds:

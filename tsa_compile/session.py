@@ -16,6 +16,7 @@ from tsa_compile import first_call
 from tsa_compile.backend import Backend
 from tsa_compile.context_calls import ContextCalls
 from tsa_compile.dynamo import called, isolated, lengths_vary, room, settings, skips, traced_by_others
+from tsa_compile.head_weights import attach_indexes, check_indexes, load_indexes
 from tsa_compile.interface.front import front_of
 from tsa_compile.model_state import ModelState
 from tsa_compile.plan import Plan
@@ -60,7 +61,8 @@ class Session:
         model = called(model)
         if front_of(model) is not None:
             raise RuntimeError("the model is transformed by its attention interface; call tsa_compile.restore(model) before")
-        self.backend = Backend(plan.bind(model), compiler, inductor_options, model)
+        self._indexes: tuple[str | None, Callable[[], None]] = (None, lambda: None)
+        self.backend = Backend(self._bound(plan, model), compiler, inductor_options, model)
         self._compiled: Callable[..., Any] = torch.compile(isolated(model), backend=self.backend, fullgraph=fullgraph)
         self._any_length = any_length
         self._room = room(model)
@@ -78,7 +80,23 @@ class Session:
     @plan.setter
     def plan(self, plan: Plan) -> None:
         model = self.backend.model
-        self.backend.plan = plan if model is None else plan.bind(model)
+        self.backend.plan = plan if model is None else self._bound(plan, model)
+
+    def _bound(self, plan: Plan, model: nn.Module) -> Plan:
+        """The plan for this model, whose learned indexes are the model's."""
+        if plan.weights not in (None, self._indexes[0]):
+            self._indexes[1]()
+            remove = attach_indexes(model, load_indexes(plan.weights))
+            self._indexes = plan.weights, remove
+            weakref.finalize(self, remove)
+        bound = plan.bind(model)
+        check_indexes(model, bound)
+        return bound
+
+    def close(self) -> None:
+        """Let go of all graphs; the model's learned indexes go."""
+        self._indexes[1]()
+        self.backend.close()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's call, compiled. From any thread, also while others compile."""
@@ -188,7 +206,7 @@ def detach(model: nn.Module) -> bool:
     entry = model._compiled_call_impl
     if isinstance(entry, Entry):
         model._compiled_call_impl = None
-        entry.session.backend.close()
+        entry.session.close()
     elif model in _ATTACHED:
         log.warning("%s was compiled by something else since it was transformed; that stays", type(model).__name__)
     hook = _ATTACHED.pop(model, None)

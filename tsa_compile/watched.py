@@ -1,4 +1,4 @@
-"""Masks that lie in a module's buffers: their values are read when a graph is compiled, and watched ever after.
+"""Masks and frequencies of rotations in a module's buffers: read when a graph is compiled, and watched ever after.
 
 Dynamo makes every tensor of a module an input of the graph, so that it may change without a recompile. A mask such as
 minGPT's `register_buffer("bias", torch.tril(...))` is proven from its values, and then those must not change unseen.
@@ -64,7 +64,7 @@ class Watched:
         changed = [self._names[i] for i, pattern in self._assumed.items() if not self._holds(i, args[i], pattern)]
         if changed:
             self._run, self._assumed = self._original.forward, {}
-            self._on_change(f"{', '.join(changed)}: changed since its mask was proven; the graph runs dense from now on")
+            self._on_change(f"{', '.join(changed)}: changed since its values were read; the graph runs dense from now on")
         return self._run(*args)
 
     def _holds(self, i: int, x: torch.Tensor, pattern: Pattern) -> bool:

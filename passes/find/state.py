@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.fx as fx
 
@@ -10,24 +12,27 @@ from tsa_compile.passes.operands import LAYOUT
 
 _KEPT = {  # operator -> the names of its first arguments, the state; the keys are the next one
     torch.ops.tsa.append_pages.default: ("sums", "counts"),
+    torch.ops.tsa.append_projected.default: ("index", "positions", "counts", "query", "key", "frequencies"),
     torch.ops.tsa.attach_state.default: ("seed",),
     torch.ops.tsa.crop_list.default: ("since", "begin", "listed_counts", "listed"),
 }
+_TOLD = {torch.ops.tsa.append_projected.default: {"interleaved": 13, "factor": 14}}  # numbers among the other arguments
 
 
-def state_of(graph: fx.Graph, at: GraphSite) -> dict[str, fx.Node] | None:
-    """The state of the buffer that is the site's keys, by name; None: the graph keeps none.
+def state_of(graph: fx.Graph, at: GraphSite) -> dict[str, Any] | None:
+    """The state of the buffer that is the site's keys, nodes and numbers by name; None: the graph keeps none.
 
     A cache layer's `update` writes it right after the new rows, so the node stands before every reader of the keys.
     """
     match = at.match
     if match.layouts.k != LAYOUT or at.mask.keys_used is not None:
         return None
-    found: dict[str, fx.Node] = {}
+    found: dict[str, Any] = {}
     for node in graph.nodes:
         if node is at.node:
             break
         names = _KEPT.get(node.target)
         if names is not None and node.args[len(names)] is match.k:
             found.update(zip(names, node.args, strict=False))
+            found.update({name: node.args[n] for name, n in _TOLD.get(node.target, {}).items()})
     return found or None

@@ -43,7 +43,12 @@ class Band:
     last: int
 
 
-Pattern: TypeAlias = Uniform | Progression | Band
+@dataclasses.dataclass(frozen=True)
+class Unchanged:
+    """Its very numbers, whatever they are: nothing else is found in a tensor that was written to, or is another one."""
+
+
+Pattern: TypeAlias = Uniform | Progression | Band | Unchanged
 
 
 class Constants:

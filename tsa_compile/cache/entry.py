@@ -13,7 +13,7 @@ from tsa_compile.cache.buffered import Buffered
 from tsa_compile.cache.hf_layers import layer_types
 from tsa_compile.cache.kv_state import KvState
 from tsa_compile.cache.layer_methods import LayerMethods
-from tsa_compile.cache.lease import Lease
+from tsa_compile.cache.lease import Lease, as_rows
 from tsa_compile.cache.storage import Pool
 
 StatesFor = Callable[[int], tuple[KvState, ...]]
@@ -68,7 +68,8 @@ def prepare(
     for n in ours:
         if isinstance(cache.layers[n], layer_types().full):
             cache.layers[n].keep(states_for(n))  # made before anyone knew what is kept, or for another plan
-    _settle([cache.layers[n] for n in ours], kwargs.get("decoder_attention_mask" if is_pair else "attention_mask"))
+    mask = kwargs.get("decoder_attention_mask" if is_pair else "attention_mask")
+    _settle([cache.layers[n] for n in ours], mask, kwargs.get("position_ids"))
     reasons = {} if reason is None or ours else {-1: reason}
     reasons |= {
         n: _reason_of(layer) for n, layer in enumerate(cache.layers) if not isinstance(layer, Buffered) and -1 not in reasons
@@ -134,12 +135,16 @@ def _reason_of(layer: Any) -> str:
     return f"a layer of {type(layer).__name__} is not one of plain or sliding-window attention"
 
 
-def _settle(layers: list[Any], attention_mask: Any) -> None:
-    """What a traced call left goes into the buffers, and the call's padding mask is the states' mask."""
+def _settle(layers: list[Any], attention_mask: Any, positions: Any) -> None:
+    """What a traced call left goes into the buffers; the padding mask and positions of this call are the states'."""
     for layer in layers:
         layer.settle()
     is_padding = isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2
+    placed = as_rows(positions)
+    if placed is not None and any(layer.states.placed for layer in layers):
+        placed = placed.clone()  # it is read when the rows are, at the next call
     for lease in {id(layer.lease): layer.lease for layer in layers}.values():
+        lease.positions, lease.numbered = placed, positions is None
         if is_padding:
             lease.key_mask = attention_mask.bool()
         elif not any(layer.length for layer in layers):

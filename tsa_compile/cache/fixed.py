@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from tsa_compile.cache.lease import as_rows
 from tsa_compile.cache.pinned import PinnableRows
 from tsa_compile.cache.place import Place
 
@@ -34,6 +35,8 @@ def pinned(layers: Sequence[PinnableRows], kwargs: Mapping[str, Any], new: int, 
     mask = layers[0].own_mask(kwargs.get("attention_mask"), new)
     place = make_place(layers, mask, new * steps)
     place.move(*layers[0].first_new_row(), mask, layers[0].rows_before(), steps)
+    if any(layer.states.placed for layer in layers):
+        place.stand(new, as_rows(kwargs.get("position_ids")))
     try:
         for layer in layers:
             layer.pin(place)

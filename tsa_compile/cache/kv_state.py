@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 PAGE = 16
 """Rows of a page: page `p` is rows `[16 p, 16 p + 16)` of the buffer."""
@@ -75,6 +76,10 @@ class KvState:
         """The tensors for buffers of this size."""
         return ()
 
+    def of(self, index: nn.Module | None) -> KvState | None:
+        """The kind for a layer whose attention has this learned index, or none; None: nothing is kept there."""
+        return self
+
     def begin(self, tensors: Tensors) -> None:
         """The next rows are the first ones: what the tensors hold is of another request."""
 
@@ -104,6 +109,24 @@ class KvState:
         """
 
 
+class PlacedState(KvState):
+    """A derived state that depends on the position of each row, by which its key was rotated."""
+
+    def append(
+        self,
+        tensors: Tensors,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        begin: torch.Tensor,
+        end: torch.Tensor,
+        key_mask: torch.Tensor | None,
+        new: int,
+        positions: torch.Tensor | None = None,
+    ) -> None:
+        """As `KvState.append`; `positions`: int `[B or 1, new]`, of the rows from `begin` on; None: nobody has said."""
+        raise NotImplementedError
+
+
 class KvStates:
     """The states of one layer: which kinds, their tensors, and the version of the buffers that they belong to.
 
@@ -121,6 +144,7 @@ class KvStates:
         self.dropped = 0  # times that remembered state was
         self._made_at: dict[str, int] = {}  # remembered state: the rows that were there when it was made
         self._versions: tuple[int, int] | None = None
+        self.placed = any(isinstance(kind, PlacedState) for kind in kinds)  # do any ask for positions?
 
     def allocate(self, size: KvSize) -> dict[str, dict[str, torch.Tensor]]:
         """New tensors for buffers of this size, by the state's and the field's name."""
@@ -163,10 +187,13 @@ class KvStates:
         end: torch.Tensor,
         key_mask: torch.Tensor | None,
         new: int,
+        positions: torch.Tensor | None = None,
     ) -> None:
-        """All derived kinds follow rows `[begin, end)`; see `KvState.append`."""
+        """All derived kinds follow rows `[begin, end)`; see `KvState.append`, `PlacedState.append`."""
         for kind in self.kinds:
-            if not kind.remembered:
+            if isinstance(kind, PlacedState):
+                kind.append(self.tensors[kind.name], keys, values, begin, end, key_mask, new, positions)
+            elif not kind.remembered:
                 kind.append(self.tensors[kind.name], keys, values, begin, end, key_mask, new)
 
     def remember(self, name: str, rows: int) -> None:

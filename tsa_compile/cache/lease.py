@@ -21,6 +21,8 @@ class Lease:
         self.pool = pool
         self.storage: Storage | None = None
         self.key_mask: torch.Tensor | None = None  # bool [B, rows] of the running call; each layer takes it with its rows
+        self.positions: torch.Tensor | None = None  # int [B or 1, new] of the running call's rows, if it says them
+        self.numbered = True  # if it does not: do rows stand where their numbers are?
         self.layers = 0
         self._expected: tuple[int, int] | None = None
         self._users: dict[Storage, set[int]] = {}
@@ -67,3 +69,8 @@ def _give_back_all(pool: Pool, users: dict[Storage, set[int]]) -> None:
     for storage in users:
         pool.give_back(storage)
     users.clear()
+
+
+def as_rows(positions: Any) -> torch.Tensor | None:
+    """A call's `position_ids` `[B or 1, n]`; None: it has none, or in another form."""
+    return positions if isinstance(positions, torch.Tensor) and positions.dim() == 2 else None

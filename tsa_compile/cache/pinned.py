@@ -96,5 +96,6 @@ class PinnableRows(Rows):
             buffer[place.batch, :, rows] = written.transpose(1, 2).to(buffer.dtype)
         if self.states.kinds:
             key_mask = place.key_mask if place.padded else None
-            self.states.append(*self.buffers[:2], place.at, place.at + new, key_mask, new)
+            positions = place.positions[new] if self.states.placed else None
+            self.states.append(*self.buffers[:2], place.at, place.at + new, key_mask, new, positions)
         return self.buffers.keys, self.buffers.values

@@ -15,6 +15,7 @@ class Place:
         mask: `[B, capacity]`, 1: a row that is no padding; 0 behind the new rows. In the dtype of the call's own mask.
         key_mask: bool, the same, for the states of the layers.
         padded: did the call bring a mask?
+        positions: int64 `[B, new]` by the number of new rows, where these stand; for states of the layers that ask for it.
     """
 
     def __init__(self, batch: int, capacity: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -26,6 +27,7 @@ class Place:
             self.mask = torch.zeros(batch, capacity, dtype=dtype, device=device)
             self.key_mask = torch.zeros(batch, capacity, dtype=torch.bool, device=device)
         self.visible: dict[int, torch.Tensor] = {}  # by the number of new rows
+        self.positions: dict[int, torch.Tensor] = {}
         self.padded = False
         self._known = 0  # columns of the mask that may not be 0
 
@@ -57,9 +59,17 @@ class Place:
         self._known = known + steps - 1
         torch.ne(self.mask, 0, out=self.key_mask)
 
+    def stand(self, new: int, positions: torch.Tensor | None) -> None:
+        """The `new` rows stand at `positions`, int `[B or 1, new]`; None: where the model puts them, which was told `offset`."""
+        if new not in self.positions:
+            with torch.inference_mode(False):
+                self.positions[new] = self.rows.new_empty(len(self.rows), new)
+        known = self.offset + torch.arange(new, device=self.rows.device) if positions is None else positions
+        self.positions[new].copy_(known)
+
     def advance(self) -> None:
         """To the step behind one of one row, by operations of the device alone: in a recording, too."""
-        for place in (self.at, self.rows, self.offset):
+        for place in (self.at, self.rows, self.offset, *self.positions.values()):
             place.add_(1)
         if self.padded:
             self.mask.scatter_(1, self.rows, 1)

@@ -52,8 +52,8 @@ class Rows(Buffered):
         if stale:
             self._rebuild()
         elif self.states.kinds:
-            ends = self.row_lengths()
-            self.states.append(buffers.keys, buffers.values, ends - keys.shape[-2], ends, self.key_mask, keys.shape[-2])
+            ends, new = self.row_lengths(), keys.shape[-2]
+            self.states.append(buffers.keys, buffers.values, ends - new, ends, self.key_mask, new, self._positions(new))
             self.states.settle(buffers.keys, buffers.values)
         return self.views()
 
@@ -101,6 +101,15 @@ class Rows(Buffered):
     def _padding(self) -> torch.Tensor | None:
         """The running call's mask of the layer's rows."""
         return self.lease.key_mask
+
+    def _positions(self, new: int) -> torch.Tensor | None:
+        """Of the running call's `new` rows, the last ones, for states that ask for it; None: unknown."""
+        known = self.lease.positions
+        if not self.states.placed or (known is None and not self.lease.numbered):
+            return None
+        if known is None:
+            return torch.arange(self.length - new, self.length, device=self.settled().keys.device)[None]
+        return known if known.shape[1] == new else None
 
     def _rebuild(self) -> None:
         """Derived state from the rows as they are; remembered state is dropped."""

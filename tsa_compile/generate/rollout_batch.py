@@ -145,7 +145,7 @@ class RolloutBatch:
     def _begin_steps(self, small: Any, mask: Tensor, positions: Tensor) -> CachedSteps:
         """A cache of the whole batch, whose rows are still to be written, and steps over it."""
         self._cache = Cache(self.model, self.batch, self._begin + self._room, self.session.steps.pool)
-        kinds = states_for(self.session.plan)
+        kinds = states_for(self.session.plan, self.model)
         for n, (own, read) in enumerate(zip(self._cache.layers, small.layers, strict=True)):
             own.keep(kinds(n))
             own.update(*(x[:1].expand(self.batch, -1, -1, -1) for x in (read.keys, read.values)))

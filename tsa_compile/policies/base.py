@@ -47,6 +47,10 @@ class Policy:
         """Why this policy leaves `site` as it is, or None if it takes it. Reads facts only: there are no operands yet."""
         raise NotImplementedError
 
+    def reads_projected(self, site: AttentionSite) -> bool:
+        """Does `select` at this site go by keys before their rotation, which the cache keeps projected (`ProjectedKeys`)?"""
+        return False
+
     def states(self) -> tuple[KvState, ...]:
         """What the cache keeps for this policy beside each layer's keys and values."""
         return ()

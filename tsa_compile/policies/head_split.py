@@ -1,18 +1,21 @@
 """RTPurbo: a few query heads look things up and need the whole context; all others read the first tokens and the last ones.
 
-"Full Attention Strikes Back", arXiv 2605.16928 v2. Published: some 15 % of the query heads are retrieval heads, which
-`learn/head_roles.py` finds; the others read 4 and 8,192 tokens. Of the paper's decode the roles are here; retrieval heads read
-every key, or the best pages by their mean keys (`PageSparse`) in place of a learned projection and top-p. No prefill is built.
+"Full Attention Strikes Back", arXiv 2605.16928 v2. Some 15 % of the query heads are retrieval heads, which `learn/head_roles.py`
+finds; the others read 4 and 8,192 tokens. A step's retrieval heads score every key by a learned projection of queries and keys
+before their rotation (`learn/indexer.py`), and attend exactly to the fewest pages that hold a share of that softmax. Ours: pages
+of 16 tokens in place of 64; the heads of a KV head read what any of them chose, so that its keys are read once.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 
 from tsa_compile.cache.kv_state import KvState
+from tsa_compile.cache.projected_keys import ProjectedKeys
 from tsa_compile.kernels import ops  # noqa: F401 - registers torch.ops.tsa
 from tsa_compile.kernels.common.pages import PAGE
 from tsa_compile.kernels.edges import Edges
@@ -22,22 +25,26 @@ from tsa_compile.policies.base import Emit, Policy, check_int
 from tsa_compile.policies.exact import where
 from tsa_compile.policies.page_sparse import PageSparse
 
+ALL = 1 << 24  # pages: more than any row has
+
 
 @dataclasses.dataclass(frozen=True)
 class HeadSplit(Policy):
     """Decode of a layer whose query heads have roles. Which heads look things up differs by layer: a plan has a rule for each.
 
-    Keys are read by KV head: one of its query heads that looks things up makes all of its keys be read, so heads that share one
-    should share a role where the choice is free.
+    Keys are read by KV head: one of its query heads that looks things up makes what it chose be read, so heads that share one
+    should share a role where the choice is free. Without `keep` and `mass` these heads read the whole context.
 
     Args:
-        retrieval: query heads of the layer that read the whole context; none: all are local.
-        keep: share of the pages that their KV heads read, in (0, 1], as `PageSparse` has it; 1.0: every key.
+        retrieval: query heads of the layer that look things up; none: all are local.
+        keep: in place of the whole context: share of the pages that their KV heads read, in (0, 1], as `PageSparse` has it.
         sinks: first tokens that local heads read.
         window: last tokens that they read, the query's own included.
+        mass: in place of the whole context: share of a head's projected softmax, in (0, 1), that the pages hold which it reads.
+            Published: 0.9. Needs a plan with weights (`Plan.weights`), and a model that rotates queries and keys (RoPE).
 
     Raises:
-        ValueError: a field is outside its range; the message names it.
+        ValueError: a field is outside its range, or `keep` and `mass` are both given; the message names it.
     """
 
     masks: ClassVar[frozenset[str]] = PageSparse.masks
@@ -47,6 +54,7 @@ class HeadSplit(Policy):
     keep: float = 1.0
     sinks: int = 4
     window: int = 8192
+    mass: float | None = None
 
     def __post_init__(self) -> None:
         heads = tuple(self.retrieval) if isinstance(self.retrieval, (list, tuple)) else None
@@ -55,8 +63,12 @@ class HeadSplit(Policy):
         object.__setattr__(self, "retrieval", heads)  # as JSON has it, a list
         check_int(self, "sinks", 0)
         check_int(self, "window", 1)
-        if isinstance(self.keep, bool) or not isinstance(self.keep, (int, float)) or not 0 < self.keep <= 1:
+        if not _is_number(self.keep) or not 0 < self.keep <= 1:
             raise ValueError(f"HeadSplit.keep must be a number in (0, 1], got {self.keep!r}")
+        if self.mass is not None and not (_is_number(self.mass) and 0 < self.mass < 1):
+            raise ValueError(f"HeadSplit.mass must be a number in (0, 1), or None, got {self.mass!r}")
+        if self.mass is not None and self.keep != 1:
+            raise ValueError(f"HeadSplit takes keep or mass, got {self.keep} and {self.mass}")
 
     def refuse(self, site: AttentionSite) -> str | None:
         if site.q_len != 1:
@@ -68,11 +80,49 @@ class HeadSplit(Policy):
     def guaranteed(self, site: AttentionSite) -> Edges:
         return Edges.window(self.window)
 
+    def reads_projected(self, site: AttentionSite) -> bool:
+        return self.mass is not None and bool(self.retrieval)
+
     def states(self) -> tuple[KvState, ...]:
-        return PageSparse(pages=1).states()
+        if not self.retrieval:
+            return ()
+        return (ProjectedKeys(),) if self.mass is not None else PageSparse(pages=1).states() if self.keep < 1 else ()
 
     def select(self, emit: Emit, site: AttentionSite, state: Any) -> Pages:
-        """Pages of each KV head: the first and last ones that local heads may see, and of heads that look things up `keep`."""
+        """Pages of each KV head: the first and last ones that its local heads may see, and what heads that look things up chose.
+
+        Raises:
+            ValueError: there is a `mass`, and no projected keys in `state`.
+        """
+        if self.keep < 1 and self.retrieval:
+            return self._by_means(emit, site, state)
+        x, (_, _, start, lengths) = site.operands, where(emit, site)
+        capacity = site.k_len if isinstance(site.k_len, int) else emit(torch.ops.aten.sym_size.int, x.k, 2)
+        lists, owners = self._lists(emit, site, state, (start, lengths), capacity)
+        group = site.heads // site.kv_heads
+        heads = [[h for h in range(g * group, (g + 1) * group) if h not in self.retrieval] for g in range(site.kv_heads)]
+        sinks, recent = ([n if local else 0 for local in heads] for n in (_touched(self.sinks), _touched(self.window)))
+        if self.mass is None:
+            recent = [ALL if len(local) < group else n for local, n in zip(heads, recent, strict=True)]
+        return Pages(*emit(torch.ops.tsa.join_pages.default, *lists, start, lengths, capacity, owners, sinks, recent))
+
+    def _lists(self, emit: Emit, site: AttentionSite, state: Any, row: tuple[Any, Any], capacity: Any) -> tuple[Any, list[int]]:
+        """The pages of each head that looks things up, indices and counts, and its KV head; no lists where none is needed."""
+        x = site.operands
+        if self.mass is None or not self.retrieval:
+            row_of_none = emit(torch.ops.aten.slice.Tensor, emit(torch.ops.aten.select.int, x.q, 2, 0), 1, 0, 0)
+            none = emit(torch.ops.aten.to.dtype, row_of_none, torch.int32)  # [B, 0, D]
+            return (none, emit(torch.ops.aten.select.int, none, 2, 0)), []
+        if not isinstance(state, Mapping) or "index" not in state:
+            raise ValueError("HeadSplit.mass needs the projected keys that the cache of tsa_compile.transform keeps")
+        kept = (state["index"], state["positions"], state["query"], state["frequencies"])
+        rotation = (list(self.retrieval), state["interleaved"], state["factor"])
+        logits, parts = emit(torch.ops.tsa.projected_scores.default, x.q, *kept, *row, x.key_mask, *rotation)
+        pages = (state["counts"], None, 1, *row, capacity, len(self.retrieval))
+        lists = emit(torch.ops.tsa.select_pages.default, logits, parts, *pages, [0.0], [0], float(self.mass), 0, 1)
+        return lists, [h * site.kv_heads // site.heads for h in self.retrieval]
+
+    def _by_means(self, emit: Emit, site: AttentionSite, state: Any) -> Pages:
         group = site.heads // site.kv_heads
         keep = [float(self.keep) if any(h // group == g for h in self.retrieval) else 0.0 for g in range(site.kv_heads)]
         sums, counts, capacity = PageSparse(pages=1).index_of(emit, site, state)
@@ -92,3 +142,7 @@ class HeadSplit(Policy):
 def _touched(tokens: int) -> int:
     """Pages that so many consecutive tokens may lie in."""
     return 0 if tokens == 0 else (tokens - 2) // PAGE + 2
+
+
+def _is_number(x: object) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool)
