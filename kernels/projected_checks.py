@@ -87,8 +87,8 @@ def _check_projection(
         wanted = (index.shape[1], index.shape[3], dim)
         raise ValueError(f"{name}: weights must be contiguous {wanted}, got {tuple(weight.shape)}")
     if frequencies.dtype != torch.float32 or frequencies.dim() != 1 or not 1 <= 2 * frequencies.shape[0] <= dim:
-        wanted = f"float32 [1 to {dim // 2}]"
-        raise ValueError(f"{name}: frequencies must be {wanted}, got {frequencies.dtype} {tuple(frequencies.shape)}")
+        got = f"{frequencies.dtype} {tuple(frequencies.shape)}"
+        raise ValueError(f"{name}: frequencies must be float32 [1 to {dim // 2}], got {got}")
     if len(heads) != index.shape[1] or not all(0 <= h < most for h in heads):
         raise ValueError(f"{name}: heads must be {index.shape[1]} of {most}, got {list(heads)}")
     if factor == 0:

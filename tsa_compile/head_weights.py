@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from tsa_compile.cache.head_index import NAME, HeadIndex, indexes
@@ -30,7 +31,8 @@ def save_indexes(path: str | Path, found: Iterable[tuple[str, HeadIndex]]) -> No
     """Write the indexes of the attentions at these paths; needs safetensors, which transformers brings."""
     from safetensors.torch import save_file
 
-    tensors, told = {}, {}
+    tensors: dict[str, torch.Tensor] = {}
+    told: dict[str, Any] = {}
     for module, index in found:
         told[module] = {"heads": index.heads, "group": index.group, "interleaved": index.interleaved, "factor": index.factor}
         tensors |= {f"{module}.{NAME}.{name}": getattr(index, name).detach().cpu().contiguous() for name in _TENSORS}

@@ -17,7 +17,7 @@ import tsa_compile as tsa
 
 PLAN = (
     "prefill=None, decode=None, verify=None, draft=None, denoise_first=None, denoise=None, "
-    "rules=(), reuse=None, where='always', notes={}"
+    "rules=(), reuse=None, where='always', notes={}, weights=None"
 )
 
 NAMES = {
@@ -46,7 +46,7 @@ NAMES = {
     "Bridge.overlapping": "block, overlap, offset=0",  # every row reads so many tokens before its block
     "ProbeSparse": "coverage=0.05, probes=64, min_keys=256",
     "PageSparse": "keep=None, kind='mean', completion=False, pages=None, mass=None, schedule=None, ...",
-    "HeadSplit": "retrieval, keep=1.0, sinks=4, window=8192",
+    "HeadSplit": "retrieval, keep=1.0, sinks=4, window=8192, mass=None",
     "SampledValues": "samples, form='prop'",
     "Remembered": "source, keys=None, share=None, dense_layers=None, queries=None",  # "denoise_first" or "verify"
     "Resident": "keep=None, pages=None, interval=64, layers=None, ensemble='max', sinks=1, recent=4, strict=False, sample=0",
