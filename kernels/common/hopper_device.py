@@ -25,4 +25,4 @@ def advance(stage, parity, STAGES: gl.constexpr):
 @gluon.jit
 def row_maximum(scores):
     """By pairs first, which shortens the chain of maxima that wait for each other."""
-    return gl.convert_layout(gl.max(gl.max(gl.max(by_lane(scores), 3), 1), 1), gl.SliceLayout(1, SCORES))
+    return gl.convert_layout(gl.max(gl.max(gl.max(by_lane(scores), 3), 1), 1), gl.SliceLayout(1, scores.type.layout))

@@ -8,8 +8,8 @@ HALF = gl.constexpr(64)  # rows of a warpgroup
 
 @gluon.jit
 def by_lane(values):
-    """A tile [HALF, 128] as [HALF, 16, 4, 2]: which of a row's 4 lanes has a column is the third index."""
-    return gl.reshape(values, [HALF, 16, 4, 2])
+    """A tile [HALF, N] as [HALF, N / 8, 4, 2]: which of a row's 4 lanes has a column is the third index."""
+    return gl.reshape(values, [HALF, values.shape[1] // 8, 4, 2])
 
 
 @gluon.jit

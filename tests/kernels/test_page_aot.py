@@ -11,7 +11,10 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import re
+import subprocess
 import sys
+import tempfile
+from pathlib import Path
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -62,25 +65,42 @@ assert not large, large
 if capability == 90 and sys.argv[2] not in DTYPES:
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
-    from tsa_compile.kernels.attend.pages.hopper_device import key_block_attention_hopper_kernel as hopper
+    from tsa_compile.kernels.attend.pages.hopper import kernel_of
 
-    def pieces(rows, columns):
-        return f"tensordesc<bf16[1, 1, {rows}, {columns}],{gl.NVMMASharedLayout(128, 16, 4)!r}>"
+    def pieces(dtype, rows, columns):
+        return f"tensordesc<{dtype}[1, 1, {rows}, {columns}],{gl.NVMMASharedLayout(128, 16, 4)!r}>"
 
-    types = TYPES | {"q": pieces(128, 128), "k": pieces(64, 64), "v": pieces(64, 64), "out": "*bf16", "holes": "*i1",
-                     "table": "*i32"}
-    constants = dict(D=128, STAGES=3, START=True, LENGTH=True, MASK=True, LSE=True, TABLE=sys.argv[2] == "blocks")
-    names = [p.name for p in hopper.params]
-    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
-    wide = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] == "*" or n[1:3] == "_s"}
-    kernel = triton.compile(GluonASTSource(hopper, signature, constants, wide), target=GPUTarget("cuda", 90, 32),
-                            options={"num_warps": 4})
-    assert kernel.metadata.shared <= 232448
-    copies = re.findall(r"async_tma_copy_global_to_local %\\w+\\[%\\w+, %\\w+, (%\\w+),.*<1x1x64x64x", kernel.asm["ttgir"])
-    loops = [loop for loop in re.findall(r"scf.for .*iter_args\\((.*?)\\)", kernel.asm["ttgir"]) if copies[-1] + " =" in loop]
-    assert len(set(copies)) == 4 and len(loops) == 1, (copies, loops)
-    carried = [row for row in copies if row + " =" in loops[0]]  # from step to step; of keys in blocks the table is read in each
-    assert len(set(carried)) == (4 if sys.argv[2] == "order" else 2), (copies, loops)
+    def spilled(ptx):
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "x.ptx").write_text(ptx)
+            command = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", "x.ptx", "-o", "x.cubin"]
+            said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder).stderr
+        return max(int(n) for n in re.findall(r"(\\d+) bytes spill", said))
+
+    def compile_hopper(dtype, dim, all_forms, table):
+        hopper, stages, columns = kernel_of(dim)
+        types = TYPES | {"q": pieces(dtype, 128, dim), "k": pieces(dtype, 64, columns), "v": pieces(dtype, 64, columns),
+                         "out": "*" + dtype, "holes": "*i1", "table": "*i32"}
+        constants = dict(D=dim, **stages, TABLE=table, **dict.fromkeys(("START", "LENGTH", "MASK", "LSE"), all_forms))
+        names = [p.name for p in hopper.params]
+        signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
+        wide = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] == "*" or n[1:3] == "_s"}
+        kernel = triton.compile(GluonASTSource(hopper, signature, constants, wide), target=GPUTarget("cuda", 90, 32),
+                                options={"num_warps": 4})
+        assert kernel.metadata.shared <= 232448
+        assert spilled(kernel.asm["ptx"]) <= 128  # a few numbers a tile, none in a step of the loops
+        copy = rf"async_tma_copy_global_to_local %\\w+\\[%\\w+, %\\w+, (%\\w+),.*<1x1x64x{columns}x"
+        copies = re.findall(copy, kernel.asm["ttgir"])
+        loops = [x for x in re.findall(r"scf.for .*iter_args\\((.*?)\\)", kernel.asm["ttgir"]) if copies[-1] + " =" in x]
+        each = 2 if dim == 256 else 4  # copies of keys and values in a step
+        assert len(set(copies)) == each and len(loops) == 1, (copies, loops)
+        carried = [row for row in copies if row + " =" in loops[0]]  # from step to step; in blocks, the table is read in each
+        assert len(set(carried)) == (each // 2 if table else each), (copies, loops)
+
+    for dim in (128, 256):
+        compile_hopper("bf16", dim, True, sys.argv[2] == "blocks")
+    if sys.argv[2] == "order":
+        compile_hopper("fp16", 256, False, False)
 print("compiled")
 """
 

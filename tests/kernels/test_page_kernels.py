@@ -189,9 +189,22 @@ def test_attention_by_dtype(dtype, dim, padding):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_weights_far_above_the_first_blocks(dtype):
+@pytest.mark.parametrize("dim", [128, 256])
+@pytest.mark.parametrize("shape", [*(name for name in SHAPES if name != "head dims"), "more tiles than programs"])
+def test_every_shape_by_heads_of_a_size_of_its_own(dtype, dim, shape):
+    """Hopper's own kernels take these; head dim 256 has one of its own."""
+    given = SHAPES.get(shape, dict(q_len=3000, k_len=3100, heads=16, kv_heads=4, batch=2, padding="left"))
+    case = moved(make_case(**given, dim=dim), dtype, "cuda")
+    for share in (0.0, 0.4, 1.0):
+        assert attention_error(case, random_bits(case, share=share)) < TOLERANCE[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_weights_far_above_the_first_blocks(dtype, dim):
     """Keys whose scores pass those of the row's own block by far: the tile is done again with a running maximum."""
-    case = moved(make_case(1000, 1000, dim=128), dtype, "cuda")
+    case = moved(make_case(1000, 1000, dim=dim), dtype, "cuda")
     case.k[:, :, 200:300] *= 30
     case.q[:, :, ::7] *= 8
     assert attention_error(case, random_bits(case, share=0.8)) < 2 * TOLERANCE[dtype]

@@ -1,4 +1,4 @@
-"""Launch of the warp-specialised kernel for compute capability 9.0 (hopper_device.py)."""
+"""Launch of the warp-specialised kernels for capability 9.0: hopper_device.py; hopper_wide_device.py for heads of 256."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from tsa_compile.kernels.types import KvView
 
 Tensor = torch.Tensor
 Shape = tuple[int, ...]
-HEAD_DIMS = (64, 128)
+HEAD_DIMS = (64, 128, 256)
+WIDE = 256  # the head dim of the wide kernel
 STAGES = 3  # steps in flight
+WIDE_STAGES = {"K_STAGES": 2, "V_STAGES": 3}  # key blocks whose keys, whose values are in flight
 PANEL = 64  # columns that a copy brings: 128 bytes, which the swizzle of shared memory spans
 
 
@@ -35,8 +37,8 @@ def launch(
 ) -> bool:  # fmt: skip
     """As `host.launch`; False, and nothing else, if the kernel does not take the call.
 
-    It takes Hopper, half precision, head dim 64 or 128, and rows that the tensor memory accelerator can address. Blocks anywhere
-    must be whole entries of K, of a multiple of 64 rows: a key block then is one piece.
+    It takes Hopper, half precision, head dim 64, 128 or 256, and rows that the tensor memory accelerator can address. Blocks
+    anywhere must be whole entries of K, of a multiple of 64 rows: a key block then is one piece.
     """
     table, block, start, lengths, _ = view
     if (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16:
@@ -72,8 +74,6 @@ def _plan(
     operands = ((q, q_strides), (k, k_strides), (v, v_strides))
     if not all(_is_addressable(*x) for x in operands):
         return None
-    from tsa_compile.kernels.attend.pages.hopper_device import key_block_attention_hopper_kernel
-
     row_blocks = row_block_count(q_len, k_len)
     section = section_heads(heads, kv_heads, k_len, 2 * dim * dtype.itemsize)
     total = batch * heads * row_blocks
@@ -81,16 +81,28 @@ def _plan(
         *out_strides[:3], m_sb, table_sb, block, heads, kv_heads, lists, q_len, k_len, row_blocks, word_count(k_len), total,
         section, scale * LOG2_E,
     )  # fmt: skip
+    kernel, stages, columns = kernel_of(dim)
     launch = Launch(
-        key_block_attention_hopper_kernel, (min(total, multiprocessors(device)),), numbers, D=dim, STAGES=STAGES,
+        kernel, (min(total, multiprocessors(device)),), numbers, D=dim, **stages,
         START=start, LENGTH=lengths, MASK=key_mask, LSE=lse, TABLE=table, num_warps=4,
     )  # fmt: skip
-    pieces = ((ROWS, dim), (KEYS, PANEL), (KEYS, PANEL))
+    pieces = ((ROWS, dim), (KEYS, columns), (KEYS, columns))
     made = (
         Pieces(dtype, list(shape), _strides(shape, strides), [1, 1, *piece], _layout())
         for (shape, strides), piece in zip(operands, pieces, strict=True)
     )
     return _Plan(launch, *made)
+
+
+def kernel_of(dim: int) -> tuple[Any, dict[str, int], int]:
+    """(The kernel for heads of `dim`, its rings' stages, columns of a copy of keys or values)."""
+    if dim == WIDE:
+        from tsa_compile.kernels.attend.pages.hopper_wide_device import key_block_attention_wide_kernel
+
+        return key_block_attention_wide_kernel, WIDE_STAGES, dim
+    from tsa_compile.kernels.attend.pages.hopper_device import key_block_attention_hopper_kernel
+
+    return key_block_attention_hopper_kernel, {"STAGES": STAGES}, PANEL
 
 
 def _is_addressable(shape: Shape, strides: Shape) -> bool:

@@ -21,16 +21,16 @@ LOWEST = gl.constexpr(-1.0e30)  # a maximum of no scores: finite
 
 @gluon.jit
 def hide(scores, real):
-    """Scores [HALF, BLOCK] of the step's keys that are real, int8 [BLOCK] in shared memory; -inf of others."""
-    seen = real.load(gl.SliceLayout(0, SCORES)) != 0
+    """Scores [HALF, N] of the step's keys that are real, int8 [N] in shared memory; -inf of others."""
+    seen = real.load(gl.SliceLayout(0, scores.type.layout)) != 0
     return gl.where(gl.expand_dims(seen, 0), scores, float("-inf"))
 
 
 @gluon.jit
 def hide_future(scores, half: gl.constexpr, ahead):
-    """Scores of the own keys, the first of which lies `ahead` positions before the tile's first row: a row sees up to itself."""
-    keys = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, SCORES))
-    rows = half * HALF + ahead + gl.arange(0, HALF, layout=gl.SliceLayout(1, SCORES))
+    """Scores of own keys, the first of which lies `ahead` positions before the tile's first row: a row sees up to itself."""
+    keys = gl.arange(0, scores.shape[1], layout=gl.SliceLayout(0, scores.type.layout))
+    rows = half * HALF + ahead + gl.arange(0, HALF, layout=gl.SliceLayout(1, scores.type.layout))
     return gl.where(gl.expand_dims(keys, 0) <= gl.expand_dims(rows, 1), scores, float("-inf"))
 
 
@@ -120,6 +120,33 @@ def attend(
 
 
 @gluon.jit
+def store_tile(
+    half: gl.constexpr, acc, row_max, row_sum, staged, over, told, out, lse, o_sb, o_sh, o_sl, heads, q_len,
+    D: gl.constexpr, LSE: gl.constexpr,
+):  # fmt: skip
+    """A tile's results `acc`, and log-sum-exps if LSE, to where `told` says; to `over`, whether a row is to be done again.
+
+    staged: shared memory [HALF, D] that nothing else uses, so that whole rows are stored.
+    """
+    dtype: gl.constexpr = out.dtype.element_ty
+    layout: gl.constexpr = row_layout(D, WARPS)
+    limit: gl.constexpr = HALF_LIMIT if dtype == gl.float16 else SUM_LIMIT
+    staged.store(acc.to(dtype))
+    b, h = read_info(told, 3).to(gl.int64), read_info(told, 4).to(gl.int64)
+    first_row = read_info(told, 5) + half * HALF
+    if LSE:
+        ln2: gl.constexpr = 0.6931471805599453
+        lse_row = first_row + gl.arange(0, HALF, layout=row_sum.type.layout)
+        value = (row_max + gl.log2(row_sum)) * ln2
+        gl.store(lse + (b * heads + h) * q_len + lse_row, value, mask=(lse_row >= 0) & (lse_row < q_len))
+    row = first_row + gl.arange(0, HALF, layout=gl.SliceLayout(1, layout))
+    o_at = row_pointers(out + b * o_sb + h * o_sh, row, o_sl, D, WARPS)
+    gl.store(o_at, staged.load(layout), mask=gl.expand_dims((row >= 0) & (row < q_len), 1))
+    # not below it, or not a number: the tile is to be done again
+    over.slice(half * HALF, HALF).store(gl.where(row_sum < limit, 0, 1).to(gl.int8))
+
+
+@gluon.jit
 def attend_tiles(
     half: gl.constexpr, out, lse, o_sb, o_sh, o_sl, heads, q_len, scale_log2, info, over, real, q_tile, k_tiles, v_tiles,
     barriers, D: gl.constexpr, STAGES: gl.constexpr, LSE: gl.constexpr,
@@ -127,8 +154,6 @@ def attend_tiles(
     """One half of the rows of each tile, until a tile without steps is announced."""
     q_full, q_empty, full, empty, announced, done = barriers
     dtype: gl.constexpr = out.dtype.element_ty
-    layout: gl.constexpr = row_layout(D, WARPS)
-    limit: gl.constexpr = HALF_LIMIT if dtype == gl.float16 else SUM_LIMIT
     stage, parity = 0, 0
     served = 0
     mbarrier.wait(announced.index(0), 0)
@@ -141,21 +166,10 @@ def attend_tiles(
             half, q_tile.slice(half * HALF, HALF), k_tiles, v_tiles, real, q_empty, full, empty, blocks, read_info(told, 1),
             read_info(told, 2), read_info(told, 6), stage, parity, scale_log2, dtype, D, STAGES,
         )  # fmt: skip
-        # Through shared memory, so that whole rows are stored.
-        staged = k_tiles.index(stage).slice(half * HALF, HALF)
-        staged.store(acc.to(dtype))
-        b, h = read_info(told, 3).to(gl.int64), read_info(told, 4).to(gl.int64)
-        first_row = read_info(told, 5) + half * HALF
-        if LSE:
-            ln2: gl.constexpr = 0.6931471805599453
-            lse_row = first_row + gl.arange(0, HALF, layout=row_sum.type.layout)
-            value = (row_max + gl.log2(row_sum)) * ln2
-            gl.store(lse + (b * heads + h) * q_len + lse_row, value, mask=(lse_row >= 0) & (lse_row < q_len))
-        row = first_row + gl.arange(0, HALF, layout=gl.SliceLayout(1, layout))
-        o_at = row_pointers(out + b * o_sb + h * o_sh, row, o_sl, D, WARPS)
-        gl.store(o_at, staged.load(layout), mask=gl.expand_dims((row >= 0) & (row < q_len), 1))
-        # not below it, or not a number: the tile is to be done again
-        over.index(turn).slice(half * HALF, HALF).store(gl.where(row_sum < limit, 0, 1).to(gl.int8))
+        store_tile(
+            half, acc, row_max, row_sum, k_tiles.index(stage).slice(half * HALF, HALF), over.index(turn), told, out, lse,
+            o_sb, o_sh, o_sl, heads, q_len, D, LSE,
+        )  # fmt: skip
         mbarrier.arrive(empty.index(stage))
         mbarrier.arrive(done.index(turn))
         stage, parity = advance(stage, parity, STAGES)

@@ -148,6 +148,30 @@ def if_to_repeat(number, i, total, over, done):
 
 
 @gluon.jit
+def find_tile(
+    number, bits, starts, lengths, heads, lists, q_len, k_len, row_blocks, words, section,
+    START: gl.constexpr, LENGTH: gl.constexpr,
+):  # fmt: skip
+    """Batch, head, position of the first row and of the first own key; the first key and the one behind the last; its bitmap's
+    row, the key block in which the first key lies, and how many key blocks before the own ones are kept."""
+    rest = number % (section * row_blocks)
+    head_index = number // (section * row_blocks) * section + rest % section
+    row_block = row_blocks - 1 - rest // section
+    b, h = head_index // heads, head_index % heads
+    first, end = 0, k_len
+    if START:
+        first = gl.minimum(gl.maximum(gl.load(starts + b), 0), k_len)
+    if LENGTH:
+        end = gl.minimum(first + gl.maximum(gl.load(lengths + b), 0), k_len)
+    position = ((k_len - q_len) // BLOCK + row_block) * BLOCK
+    own = gl.minimum(position, gl.maximum(end - 1, 0) // BLOCK * BLOCK)
+    wide = (b * lists + h * lists // heads).to(gl.int64)
+    bit_row = bits + (wide * row_blocks + row_block) * words
+    first_block = first // KEYS
+    return b, h, position, own, first, end, bit_row, first_block, count_blocks(bit_row, first_block, own // KEYS)
+
+
+@gluon.jit
 def load_tiles(
     q, k, v, bits, starts, lengths, key_mask, holes, table, queue, m_sb, table_sb, block, heads, kv_heads, lists, q_len, k_len,
     row_blocks, words, total, section, info, over, real, q_tile, k_pieces, v_pieces, barriers,
@@ -168,21 +192,9 @@ def load_tiles(
     while number < total:
         if not repeated:
             coming = gl.num_programs(0) + gl.atomic_add(queue, 1)
-        rest = number % (section * row_blocks)
-        head_index = number // (section * row_blocks) * section + rest % section
-        row_block = row_blocks - 1 - rest // section
-        b, h = head_index // heads, head_index % heads
-        first, end = 0, k_len
-        if START:
-            first = gl.minimum(gl.maximum(gl.load(starts + b), 0), k_len)
-        if LENGTH:
-            end = gl.minimum(first + gl.maximum(gl.load(lengths + b), 0), k_len)
-        position = (skipped // BLOCK + row_block) * BLOCK
-        own = gl.minimum(position, gl.maximum(end - 1, 0) // BLOCK * BLOCK)
-        wide = (b * lists + h * lists // heads).to(gl.int64)
-        bit_row = bits + (wide * row_blocks + row_block) * words
-        first_block = first // KEYS
-        kept = count_blocks(bit_row, first_block, own // KEYS)
+        b, h, position, own, first, end, bit_row, first_block, kept = find_tile(
+            number, bits, starts, lengths, heads, lists, q_len, k_len, row_blocks, words, section, START, LENGTH
+        )
         blocks = 1 + (kept + 1) // 2
         masked = gl.minimum(blocks, 2)
         if MASK:

@@ -39,6 +39,12 @@ CHECKS = {
     "bf16 long": Check(BRAIN, 128, 300, 9000, need_lse=False),
     "fp16": Check(HALF, 128, 1500, 1500),
     "fp16 far keys": Check(HALF, 128, 1000, 1000, far=True),
+    "bf16 d 256": Check(BRAIN, 256, 1500, 1500, need_lse=False),
+    "bf16 d 256, far keys": Check(BRAIN, 256, 1000, 1000, far=True),
+    "bf16 d 256, long": Check(BRAIN, 256, 3000, 5000, need_lse=False),
+    "fp16 d 256, chunk": Check(HALF, 256, 700, 1501, 7, 1, need_lse=False),
+    "fp16 d 256, padding": Check(HALF, 256, 1000, 1200, batch=3, padding="both"),
+    "fp16 d 256, holes": Check(HALF, 256, 1000, 1200, batch=2, padding="holes"),
     "fp16 d 64, padding": Check(HALF, 64, 1000, 1200, batch=3, padding="both"),
     "fp16 d 64, holes": Check(HALF, 64, 1000, 1200, batch=2, padding="holes"),
 }
