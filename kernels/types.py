@@ -121,6 +121,23 @@ class Pages(NamedTuple):
     counts: T
 
 
+class CompletedPages(NamedTuple):
+    """Kept pages, and what the others are completed by.
+
+    Args:
+        indices, list_counts: as in `Pages`, ascending.
+        logits: float32 `[B, H, 1, P]`, by the mean keys.
+        sums: `[N, Hk, P, Dv]`, of the pages' values.
+        counts: int32 `[N, 1, P]`, keys of a page.
+    """
+
+    indices: T
+    list_counts: T
+    logits: T
+    sums: T
+    counts: T
+
+
 class PageBitmap(NamedTuple):
     """Kept key blocks of each block of query rows (prefill).
 
@@ -157,7 +174,7 @@ class Draws(NamedTuple):
     seed: T
 
 
-Selection: TypeAlias = Tokens | Keys | Pages | PageBitmap | Listed | Draws
+Selection: TypeAlias = Tokens | Keys | Pages | CompletedPages | PageBitmap | Listed | Draws
 
 
 class Strip(NamedTuple):

@@ -22,7 +22,16 @@ def attended(policy, site, state=None):
     return policy.attend(call, site, selection), selection
 
 
-@pytest.mark.parametrize("policy", [tsa.PageSparse(1.0), tsa.PageSparse(pages=10**6), tsa.PageSparse(schedule=(999,))])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        tsa.PageSparse(1.0),
+        tsa.PageSparse(pages=10**6),
+        tsa.PageSparse(schedule=(999,)),
+        tsa.PageSparse(1.0, "basis", True),
+        tsa.PageSparse(1.0, "basis", refine=1.0),
+    ],
+)
 def test_every_page_is_exact(policy):
     site = site_of(lengths=(500, 77))
     visible = torch.arange(500) < torch.tensor([500, 77])[:, None]
@@ -80,8 +89,9 @@ def test_in_one_graph():
         ({"pages": 0}, "PageSparse.pages must be an int >= 1, got 0"),
         ({"mass": 1.0}, r"PageSparse.mass must be a number in \(0, 1\), got 1.0"),
         ({"schedule": (3, -1)}, "PageSparse.schedule must be ints >= 0"),
-        ({"keep": 0.1, "kind": "max"}, "PageSparse.kind must be 'mean', got 'max'"),
-        ({"keep": 0.1, "completion": True}, "PageSparse.completion must be False"),
+        ({"keep": 0.1, "kind": "max"}, r"PageSparse.kind must be one of \('mean', 'basis'\), got 'max'"),
+        ({"keep": 0.1, "completion": 1}, "PageSparse.completion must be True or False, got 1"),
+        ({"keep": 0.1, "refine": 0.0}, r"PageSparse.refine must be a number in \(0, 1\], got 0.0"),
         ({"keep": 0.1, "recent": 0}, "PageSparse.recent must be an int >= 1, got 0"),
     ],
 )
@@ -95,3 +105,50 @@ def test_refusals_and_round_trip():
     assert why_dense(tsa.PageSparse(0.1), site_of(17, phase="draft")) == "17 query rows: decode takes up to 16"
     for policy in (tsa.PageSparse(0.1), tsa.PageSparse(keep=(0.1, 0.2)), tsa.PageSparse(schedule=(3, 5))):
         assert from_dict(policy.to_dict()) == policy
+
+
+def spiked(length=512):
+    """A page whose mean says nothing: +5 and -5 along a direction of its own, which the queries look for."""
+    site = site_of(length=length)
+    x = site.operands
+    x.k.mul_(0.1)
+    x.k[:, :, 160:176] += 5 * torch.randn(8).sign() * torch.tensor([1.0, -1.0]).repeat(8)[:, None]
+    x.q.copy_(x.k[:, :, 161:162].repeat_interleave(2, 1))
+    return site
+
+
+def test_a_basis_finds_what_means_hide():
+    site = spiked()
+    chosen = {kind: tsa.PageSparse(0.2, kind, refine=1.0).select(call, site, None) for kind in ("mean", "basis")}
+    ranks = {kind: (x.indices == 10).any(-1).float().mean().item() for kind, x in chosen.items()}
+    assert ranks["basis"] == 1.0
+    assert ranks["mean"] < 1.0
+    some = tsa.PageSparse(0.2, "basis", refine=0.1).select(call, site, None)
+    assert some.counts.tolist() == chosen["basis"].counts.tolist()
+
+
+def test_completion_adds_the_means_of_unread_pages():
+    site = site_of(lengths=(500, 77))
+    x = site.operands
+    plain, lists = attended(tsa.PageSparse(0.25), site)
+    out, selection = attended(tsa.PageSparse(0.25, completion=True), site)
+    assert torch.equal(selection.indices, lists.indices)
+    assert (out - plain)[0].abs().max() > 1e-3
+    view = (None, 1, None, torch.tensor([500, 77], dtype=torch.int32))
+    part = torch.ops.tsa.page_attention(x.q, x.k, x.v, *lists, *view, None, site.scale)
+    sums, counts = torch.ops.tsa.page_sums(x.v, *view, None)
+    logits = torch.ops.tsa.page_scores(x.q, *torch.ops.tsa.page_sums(x.k, *view, None), *view, 500, site.scale)[0]
+    expected = torch.ops.tsa.complete_pages(*part, logits, sums, counts, *lists, *view, 500)[0]
+    torch.testing.assert_close(out, expected)
+    assert not tsa.PageSparse(0.25, completion=True).shareable
+    assert why_dense(tsa.PageSparse(0.1, completion=True), site_of(2, phase="draft")) == "2 query rows: completion is for one"
+    odd = torch.randn(1, 2, 1, 7), torch.randn(1, 2, 64, 7), torch.randn(1, 2, 64, 7)
+    odd_site = AttentionSite.of(Operands(*odd), MaskFacts(causal=True), phase="decode")
+    assert why_dense(tsa.PageSparse(0.1, "basis"), odd_site) == "head dim 7 is odd: a basis packs its halves together"
+
+
+def test_other_indexes_are_refused_where_means_alone_are_known():
+    for policy in (tsa.PageSparse(0.1, "basis"), tsa.PageSparse(0.1, completion=True)):
+        assert from_dict(policy.to_dict()) == policy
+        with pytest.raises(ValueError, match=r"Routed.inner ranks pages by mean keys, without completion, got PageSparse"):
+            tsa.Routed(policy)

@@ -1,4 +1,4 @@
-"""The sums of a cache's pages, which page scores read (`tsa::append_pages`)."""
+"""What page selection keeps of a cache's pages: sums of keys and values (`tsa::append_pages`), bases (`tsa::append_basis`)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import torch
 
 from tsa_compile.cache.kv_state import PAGE, Field, KvSize, KvState, Tensors
 from tsa_compile.kernels import ops  # noqa: F401 - registers torch.ops.tsa
+from tsa_compile.kernels.common.page_basis import BASIS_DTYPES, PageBasis, basis_shapes
+
+Tensor = torch.Tensor
 
 
 class PageSums(KvState):
@@ -14,23 +17,51 @@ class PageSums(KvState):
     name = "page_sums"
 
     def fields(self, size: KvSize) -> tuple[Field, ...]:
-        shape = (size.batch, size.kv_heads, size.pages)
-        dtype = torch.bfloat16 if size.dtype == torch.bfloat16 else torch.float32  # 16 float16 keys may pass its range
-        return (
-            Field("sums", (*shape, size.head_dim), dtype, PAGE),
-            Field("counts", (size.batch, 1, size.pages), torch.int32, PAGE),
-        )
+        return _sums(size, size.head_dim, size.dtype)
 
     def append(
-        self,
-        tensors: Tensors,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        begin: torch.Tensor,
-        end: torch.Tensor,
-        key_mask: torch.Tensor | None,
-        new: int,
+        self, tensors: Tensors, keys: Tensor, values: Tensor, begin: Tensor, end: Tensor, key_mask: Tensor | None, new: int
     ) -> None:
-        begin, end = begin.to(torch.int32), end.to(torch.int32)
-        index = tensors["sums"], tensors["counts"]
-        torch.ops.tsa.append_pages.default(*index, keys, None, 1, None, begin, end, key_mask, new)
+        _append_sums(tensors, keys, begin, end, key_mask, new)
+
+
+class ValueSums(KvState):
+    """The sum of each page's values: what stands for a page that is not read."""
+
+    name = "value_sums"
+
+    def fields(self, size: KvSize) -> tuple[Field, ...]:
+        return _sums(size, size.v_head_dim, size.v_dtype)
+
+    def append(
+        self, tensors: Tensors, keys: Tensor, values: Tensor, begin: Tensor, end: Tensor, key_mask: Tensor | None, new: int
+    ) -> None:
+        _append_sums(tensors, values, begin, end, key_mask, new)
+
+
+class PageBases(KvState):
+    """A few directions of each page's keys, beside their sum."""
+
+    name = "page_bases"
+
+    def fields(self, size: KvSize) -> tuple[Field, ...]:
+        shapes = basis_shapes(size.kv_heads, size.pages, size.head_dim)
+        named = zip(PageBasis._fields, shapes, BASIS_DTYPES, strict=True)
+        return tuple(Field(name, (size.batch, *shape), dtype, PAGE) for name, shape, dtype in named)
+
+    def append(
+        self, tensors: Tensors, keys: Tensor, values: Tensor, begin: Tensor, end: Tensor, key_mask: Tensor | None, new: int
+    ) -> None:
+        basis = (tensors[name] for name in PageBasis._fields)
+        torch.ops.tsa.append_basis.default(*basis, keys, None, 1, None, begin.to(torch.int32), end.to(torch.int32), key_mask, new)
+
+
+def _sums(size: KvSize, dim: int, dtype: torch.dtype) -> tuple[Field, ...]:
+    shape = (size.batch, size.kv_heads, size.pages)
+    wide = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32  # 16 float16 numbers may pass its range
+    return Field("sums", (*shape, dim), wide, PAGE), Field("counts", (size.batch, 1, size.pages), torch.int32, PAGE)
+
+
+def _append_sums(tensors: Tensors, rows: Tensor, begin: Tensor, end: Tensor, key_mask: Tensor | None, new: int) -> None:
+    index = tensors["sums"], tensors["counts"]
+    torch.ops.tsa.append_pages.default(*index, rows, None, 1, None, begin.to(torch.int32), end.to(torch.int32), key_mask, new)

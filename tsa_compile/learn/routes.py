@@ -109,8 +109,8 @@ def _plan(policy: PageSparse, routes: Routes, anchors: Sequence[int]) -> Plan:
 
 def _budget(policy: PageSparse) -> tuple[int, list[int]]:
     keep, table, mass = policy.budget
-    if mass or len(keep) != 1:
-        raise ValueError("policy must have one budget for all heads: a keep, pages or a schedule, no mass and no list")
+    if mass or len(keep) != 1 or not policy.shareable:
+        raise ValueError("policy must have one budget for all heads: a keep, pages or a schedule, no mass, list or completion")
     return share_bits(keep[0]), table
 
 

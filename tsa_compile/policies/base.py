@@ -34,9 +34,13 @@ class Policy:
     min_queries: int = 128  # prefill: so few query rows over a cache are left to the model
     reads_blocks: ClassVar[bool] = False  # do the operators take keys that lie in blocks anywhere (`KvView.blocks`)?
     needs_session: ClassVar[bool] = False  # does it need what `tsa.transform` does around calls, such as the cache that it keeps?
-    shareable: ClassVar[bool] = False  # is what `select` gives right at any site with the same sizes and mask (`Plan.reuse`)?
     by_rows: ClassVar[bool] = False  # do the operators see to `min_queries` where only they know the number of rows?
     by_length: ClassVar[bool] = False  # do they take `site.dense_below`?
+
+    @property
+    def shareable(self) -> bool:
+        """Is what `select` gives right at any site with the same sizes and mask (`Plan.reuse`)?"""
+        return False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

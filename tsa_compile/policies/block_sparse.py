@@ -47,7 +47,6 @@ class BlockSparse(Policy):
     by_rows: ClassVar[bool] = True
     by_length: ClassVar[bool] = True
     reads_blocks: ClassVar[bool] = True
-    shareable: ClassVar[bool] = True
 
     alpha: float | tuple[float, ...] = 0.05
     pool: int = ROWS
@@ -75,6 +74,10 @@ class BlockSparse(Policy):
             raise ValueError(f"BlockSparse.last_dense must be 0 without lookahead, got {self.last_dense}")
         if self.share not in SHARES:
             raise ValueError(f"BlockSparse.share must be one of {SHARES}, got {self.share!r}")
+
+    @property
+    def shareable(self) -> bool:
+        return True
 
     def refuse(self, site: AttentionSite) -> str | None:
         if isinstance(self.alpha, tuple) and len(self.alpha) != site.heads:

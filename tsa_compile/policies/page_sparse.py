@@ -2,7 +2,8 @@
 
 A page is 16 consecutive rows of the cache. Its mean key is kept beside the cache; a step scores all pages by it, normalises the
 shares of each query head, and reads the best pages of each KV head exactly. Page means and the budget that grows with position:
-Sparrow (arXiv 2606.08446); means and their completion: CompKV (2609.26300); normalised shares: LOCKS (2607.24555).
+Sparrow (arXiv 2606.08446); means and their completion: CompKV (2609.26300); normalised shares, and a basis for each page: LOCKS
+(2607.24555).
 """
 
 from __future__ import annotations
@@ -14,17 +15,19 @@ from typing import Any, ClassVar
 import torch
 
 from tsa_compile.cache.kv_state import KvState
-from tsa_compile.cache.page_sums import PageSums
+from tsa_compile.cache.page_sums import PageBases, PageSums, ValueSums
 from tsa_compile.kernels import ops  # noqa: F401 - registers torch.ops.tsa
+from tsa_compile.kernels.common.page_basis import PageBasis
 from tsa_compile.kernels.common.pages import PAGE
 from tsa_compile.kernels.edges import Edges
-from tsa_compile.kernels.types import Pages, Selection
+from tsa_compile.kernels.types import CompletedPages, Pages, Selection
 from tsa_compile.passes.site import AttentionSite
 from tsa_compile.policies.base import Emit, Policy, check_int
 from tsa_compile.policies.exact import too_many_rows, where
 from tsa_compile.policies.schedules import SCHEDULES
 
 BUDGETS = ("keep", "pages", "mass", "schedule")
+KINDS = ("mean", "basis")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +36,10 @@ class PageSparse(Policy):
 
     Args:
         keep: share of the row's pages, in (0, 1], rounded up, sinks and recent pages included; 1.0 is exact. A list: by KV head.
-        kind: the index that ranks pages: "mean", the mean key of a page.
-        completion: whether pages that are not read enter the softmax by their mean key and value; not built yet.
+        kind: the index that ranks pages: "mean", the mean key of a page; "basis", its keys by their mean and eight directions in
+            4 bits, which takes 41 bytes more for each key and KV head of dim 128.
+        refine: share of the pages, in (0, 1], that the basis ranks, the best by their means; the others keep what these say.
+        completion: whether pages that are not read enter the softmax by their mean key and value.
         pages: number of pages, sinks and recent ones included.
         mass: share of the estimated attention, in (0, 1), that the read pages hold (top-p).
         schedule: pages beside the sinks and recent ones, an entry for each 125 pages (2,000 tokens) of context; the last one
@@ -48,8 +53,6 @@ class PageSparse(Policy):
 
     masks: ClassVar[frozenset[str]] = frozenset({"causal", "bidirectional"})  # one row sees what the mask shows, causal or not
     phases: ClassVar[frozenset[str]] = frozenset({"decode", "draft"})
-    shareable: ClassVar[bool] = True
-
     keep: float | tuple[float, ...] | None = None
     kind: str = "mean"
     completion: bool = False
@@ -58,6 +61,7 @@ class PageSparse(Policy):
     schedule: str | tuple[int, ...] | None = None
     sinks: int = 1
     recent: int = 3
+    refine: float = 0.2
 
     def __post_init__(self) -> None:
         given = [name for name in BUDGETS if getattr(self, name) is not None]
@@ -75,15 +79,17 @@ class PageSparse(Policy):
             raise ValueError(f"PageSparse.schedule must be ints >= 0, at least one, got {self.schedule!r}")
         check_int(self, "sinks", 0)
         check_int(self, "recent", 1)
-        if self.kind != "mean":
-            raise ValueError(f"PageSparse.kind must be 'mean', got {self.kind!r}")
-        if self.completion is not False:
-            raise ValueError(f"PageSparse.completion must be False: completion in decode is not built, got {self.completion!r}")
+        if self.kind not in KINDS:
+            raise ValueError(f"PageSparse.kind must be one of {KINDS}, got {self.kind!r}")
+        if not isinstance(self.completion, bool):
+            raise ValueError(f"PageSparse.completion must be True or False, got {self.completion!r}")
 
     def _check_shares(self) -> None:
         shares = self.keep if isinstance(self.keep, tuple) else () if self.keep is None else (self.keep,)
         if not all(_is_number(x) and 0 < x <= 1 for x in shares) or self.keep == ():
             raise ValueError(f"PageSparse.keep must be a number in (0, 1], or one for each KV head, got {self.keep!r}")
+        if not (_is_number(self.refine) and 0 < self.refine <= 1):
+            raise ValueError(f"PageSparse.refine must be a number in (0, 1], got {self.refine!r}")
         if self.mass is not None and not (_is_number(self.mass) and 0 < self.mass < 1):
             raise ValueError(f"PageSparse.mass must be a number in (0, 1), got {self.mass!r}")
 
@@ -108,6 +114,10 @@ class PageSparse(Policy):
             return f"bidirectional: no causal mask, and {site.q_len} query rows"
         if site.operands.mask is not None:
             return "a mask as data: pages are chosen without it"
+        if self.kind == "basis" and isinstance(site.head_dim, int) and site.head_dim % 2:
+            return f"head dim {site.head_dim} is odd: a basis packs its halves together"
+        if self.completion and site.q_len != 1:
+            return f"{site.q_len} query rows: completion is for one"
         return too_many_rows(site)
 
     def guaranteed(self, site: AttentionSite) -> Edges:
@@ -115,29 +125,66 @@ class PageSparse(Policy):
         return Edges.every() if self.keep == 1 else Edges.bridges(PAGE, PAGE, PAGE * (self.recent - 1))
 
     def states(self) -> tuple[KvState, ...]:
-        return (PageSums(),)
+        bases = (PageBases(),) if self.kind == "basis" else ()
+        return (PageSums(), *bases, *((ValueSums(),) if self.completion else ()))
 
-    def select(self, emit: Emit, site: AttentionSite, state: Any) -> Pages:
-        """`state`: the layer's "sums" and "counts" of `tsa::append_pages`; None: they are made here, which reads every key."""
+    @property
+    def shareable(self) -> bool:
+        return not self.completion  # by the means of the layer itself
+
+    @property
+    def by_means(self) -> bool:
+        """Do mean keys say all that is asked of a page?"""
+        return self.kind == "mean" and not self.completion
+
+    def select(self, emit: Emit, site: AttentionSite, state: Any) -> Pages | CompletedPages:
+        """`state`: the layer's, of the operators that `states` names; what is not there is made here, which reads every key."""
         sums, counts, capacity = self.index_of(emit, site, state)
         pages = (counts, *where(emit, site), capacity)
         logits, parts = emit(torch.ops.tsa.page_scores.default, site.operands.q, sums, *pages, site.scale)
+        ranks = self._refined(emit, site, state, logits, parts, pages) if self.kind == "basis" else (logits, parts)
         rule = (site.kv_heads, *self.budget, self.sinks, self.recent)
-        return Pages(*emit(torch.ops.tsa.select_pages.default, logits, parts, *pages, *rule))
+        chosen = Pages(*emit(torch.ops.tsa.select_pages.default, *ranks, *pages, *rule))
+        return CompletedPages(*chosen, logits, self._values(emit, site, state), counts) if self.completion else chosen
+
+    def _refined(self, emit: Emit, site: AttentionSite, state: Any, logits: Any, parts: Any, pages: tuple[Any, ...]) -> Any:
+        """Logits and their sums, by the bases of the best pages by their means."""
+        x, (counts, *rest) = site.operands, pages
+        lists = (None, None)
+        if self.refine < 1:
+            rule = (site.kv_heads, [float(self.refine)], [0], 0.0, 0, 1)
+            lists = emit(torch.ops.tsa.select_pages.default, logits, parts, *pages, *rule)
+        if isinstance(state, Mapping) and "basis" in state:
+            basis = tuple(state[name] for name in PageBasis._fields)
+        else:
+            basis = emit(torch.ops.tsa.page_basis.default, x.k, *where(emit, site), x.key_mask)
+        return emit(torch.ops.tsa.refine_scores.default, x.q, logits, counts, *basis, *lists, *rest, site.scale)
+
+    def _values(self, emit: Emit, site: AttentionSite, state: Any) -> Any:
+        if isinstance(state, Mapping) and "value_sums" in state:
+            return state["value_sums"]
+        return emit(torch.ops.tsa.page_sums.default, site.operands.v, *where(emit, site), site.operands.key_mask)[0]
 
     def index_of(self, emit: Emit, site: AttentionSite, state: Any) -> tuple[Any, Any, Any]:
         """(sums, counts, rows that the index is for)."""
-        x = site.operands
-        capacity = site.k_len if isinstance(site.k_len, int) else emit(torch.ops.aten.sym_size.int, x.k, 2)
+        x, capacity = site.operands, _capacity(emit, site)
         if isinstance(state, Mapping) and "sums" in state:
             return state["sums"], state["counts"], capacity
         return *emit(torch.ops.tsa.page_sums.default, x.k, *where(emit, site), x.key_mask), capacity
 
     def attend(self, emit: Emit, site: AttentionSite, selection: Selection | None) -> Any:
-        assert isinstance(selection, Pages)
-        x = site.operands
-        operands = (x.q, x.k, x.v, *selection, *where(emit, site), x.key_mask, site.scale, None, x.sinks, 0.0, site.mask.causal)
-        return emit(torch.ops.tsa.page_attention.default, *operands)[0]
+        assert isinstance(selection, (Pages, CompletedPages))
+        x, lists, view = site.operands, selection[:2], where(emit, site)
+        operands = (x.q, x.k, x.v, *lists, *view, x.key_mask, site.scale, None, x.sinks, 0.0, site.mask.causal)
+        out, lse = emit(torch.ops.tsa.page_attention.default, *operands)
+        if isinstance(selection, Pages):
+            return out
+        index = (selection.logits, selection.sums, selection.counts, *lists)
+        return emit(torch.ops.tsa.complete_pages.default, out, lse, *index, *view, _capacity(emit, site))[0]
+
+
+def _capacity(emit: Emit, site: AttentionSite) -> Any:
+    return site.k_len if isinstance(site.k_len, int) else emit(torch.ops.aten.sym_size.int, site.operands.k, 2)
 
 
 def _is_number(x: object) -> bool:

@@ -49,6 +49,8 @@ class Routed(Policy):
     def __post_init__(self) -> None:
         if not isinstance(self.inner, (Exact, PageSparse)):
             raise ValueError(f"Routed.inner must be Exact() or a PageSparse, got {self.inner!r}")
+        if isinstance(self.inner, PageSparse) and not self.inner.by_means:
+            raise ValueError(f"Routed.inner ranks pages by mean keys, without completion, got {self.inner!r}")
         if self.group is not None and not (isinstance(self.group, str) and self.group):
             raise ValueError(f"Routed.group must be the name of a process group, or None, got {self.group!r}")
 

@@ -77,7 +77,6 @@ class TokenSparse(Policy):
     engine: str = "auto"
     min_queries: int = 128
     by_rows: ClassVar[bool] = True
-    shareable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_share(self, "coverage")
@@ -132,6 +131,10 @@ class TokenSparse(Policy):
         if isinstance(fields.get("inner"), dict):
             fields["inner"] = build(BlockSparse, fields["inner"])
         return super()._from_fields(fields)
+
+    @property
+    def shareable(self) -> bool:
+        return True
 
     def refuse(self, site: AttentionSite) -> str | None:
         return None if self.inner is None else self.inner.refuse(site)

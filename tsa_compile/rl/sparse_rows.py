@@ -113,9 +113,10 @@ def keys_read(policy: Policy, q: Tensor, k: Tensor, there: Tensor, first: int, s
     seen = _causal(there, first, q.shape[2])
     if isinstance(policy, Exact):
         return seen.expand(-1, k.shape[1], -1, -1)
-    if not isinstance(policy, PageSparse) or policy.mass is not None:
+    if not isinstance(policy, PageSparse) or policy.mass is not None or not policy.by_means:
         raise ValueError(
-            f"sparse rows with gradients are those of PageSparse by keep, pages or schedule, and Exact; got {policy}"
+            "sparse rows with gradients are those of PageSparse of kind 'mean' by keep, pages or schedule, without completion, "
+            f"and Exact; got {policy}"
         )
     pages = _pages_read(policy, q, k, there, first, scale)
     return seen & pages.repeat_interleave(PAGE, -1)[..., : q.shape[2]]

@@ -59,6 +59,8 @@ class Options:
             if not isinstance(policy, allowed):
                 known = " or ".join(x.__name__ for x in allowed)
                 raise ValueError(f"tsa: in vLLM {phase} is {known or 'not told apart'}, got {policy.name}")
+            if isinstance(policy, PageSparse) and not policy.by_means:
+                raise ValueError(f"tsa: in vLLM pages are ranked by mean keys, without completion, got {policy}")
 
 
 def read(additional_config: Any) -> Options:
