@@ -99,22 +99,21 @@ def page_attention(
                          f"{list(windows)} and {first_keys}")  # fmt: skip
     capacity = check_cache(name, q, k, v, KvView(blocks, block, start, lengths), key_mask)
     check_masks(name, q, capacity, mask, sinks, softcap, 0, causal)
-    lists = (q.shape[0], k.shape[1])
-    if indices.dtype != torch.int32 or indices.dim() != 3 or tuple(indices.shape[:2]) != lists or indices.stride(2) != 1:
-        raise ValueError(f"{name}: indices must be int32 {(*lists, 'N')}, rows contiguous, got {_told(indices)}")
-    if counts.dtype != torch.int32 or tuple(counts.shape) != lists or not _plain(counts, q):
-        raise ValueError(f"{name}: counts must be contiguous int32 {lists}, got {_told(counts)}")
+    _check_lists(name, indices, counts, q, ((q.shape[0], k.shape[1]),))
 
 
 def listed_attention(
     q: Tensor, k: Tensor, v: Tensor, indices: Tensor, counts: Tensor, since: Tensor, start: Tensor | None,
     lengths: Tensor | None, key_mask: Tensor | None, scale: float, mask: Tensor | None = None, sinks: Tensor | None = None,
 ) -> None:  # fmt: skip
-    page_attention(q, k, v, indices, counts, None, 1, start, lengths, key_mask, scale, mask, sinks)
+    name, (batch, kv_heads) = "tsa::listed_attention", k.shape[:2]
+    capacity = check_cache(name, q, k, v, KvView(None, 1, start, lengths), key_mask)
+    check_masks(name, q, capacity, mask, sinks, 0.0, 0, causal=True)
     if q.shape[2] != 1:
-        raise ValueError(f"tsa::listed_attention: q must have 1 row, got {q.shape[2]}")
-    if since.dtype != torch.int32 or tuple(since.shape) != (q.shape[0],) or not _plain(since, q):
-        raise ValueError(f"tsa::listed_attention: since must be contiguous int32 [{q.shape[0]}], got {_told(since)}")
+        raise ValueError(f"{name}: q must have 1 row, got {q.shape[2]}")
+    if since.dtype != torch.int32 or tuple(since.shape) != (batch,) or not _plain(since, q):
+        raise ValueError(f"{name}: since must be contiguous int32 [{batch}], got {_told(since)}")
+    _check_lists(name, indices, counts, q, ((batch, kv_heads), (batch, 1)))
 
 
 def sampled_value_attention(
@@ -139,6 +138,15 @@ def attach_state(state: Tensor, k: Tensor) -> None:
     if k.dim() != 4 or k.shape[0] != state.shape[0]:
         shapes = f"{tuple(state.shape)} and {tuple(k.shape)}"
         raise ValueError(f"tsa::attach_state: state must have the batch rows of k [B, Hk, L, D], got {shapes}")
+
+
+def _check_lists(name: str, indices: Tensor, counts: Tensor, q: Tensor, shapes: Sequence[tuple[int, int]]) -> None:
+    """`shapes`: those that the lists' first two dimensions may have."""
+    allowed = " or ".join(map(str, shapes))
+    if indices.dtype != torch.int32 or indices.dim() != 3 or tuple(indices.shape[:2]) not in shapes or indices.stride(2) != 1:
+        raise ValueError(f"{name}: indices must be int32 {allowed} lists, rows contiguous, got {_told(indices)}")
+    if counts.dtype != torch.int32 or counts.shape != indices.shape[:2] or not _plain(counts, q):
+        raise ValueError(f"{name}: counts must be contiguous int32 {tuple(indices.shape[:2])}, got {_told(counts)}")
 
 
 def _plain(x: Tensor, q: Tensor) -> bool:

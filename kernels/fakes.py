@@ -8,7 +8,7 @@ import torch
 
 from tsa_compile.kernels.common.page_basis import empty_basis
 from tsa_compile.kernels.common.pages import CHUNK, empty_index, pages_of
-from tsa_compile.kernels.common.results import empty_result, no_lse
+from tsa_compile.kernels.common.results import empty_result, no_lse, score_dtype
 from tsa_compile.kernels.common.row_blocks import key_block_count, row_block_count, word_count
 from tsa_compile.kernels.common.view import length_of
 from tsa_compile.kernels.select.top_pages.budget import list_capacity
@@ -56,7 +56,7 @@ def decode_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     scores = rest[9] if len(rest) > 9 else scores
     (batch, heads), capacity = q.shape[:2], k.shape[2] if blocks is None else blocks.shape[1] * block
-    return *page_attention(q, k, v), q.new_empty(batch, heads, 2 if scores else 0, capacity, dtype=torch.float32)
+    return *page_attention(q, k, v), q.new_empty(batch, heads, 2 if scores else 0, capacity, dtype=score_dtype(q.dtype))
 
 
 def page_attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **masks: Any) -> tuple[Tensor, Tensor]:

@@ -159,8 +159,8 @@ OPERATORS = (
         "crop_list(Tensor(a!) since, Tensor(b!) begin, Tensor(c!) counts, Tensor indices, Tensor k, Tensor at) -> ()",
         check=page_checks.crop_list,
         fake=fakes.crop_list,
-        reference="state.listed_keys.reference:crop_list",
-        host="state.listed_keys.reference:crop_list",
+        reference="state.listed_keys.reference:crop_list_reference",
+        host="state.listed_keys.host:crop_list",
     ),
     Operator(
         "list_keys(Tensor(a!) since, Tensor(b!) counts, Tensor(c!) indices, Tensor scores, Tensor lse, Tensor begin, int keys,"

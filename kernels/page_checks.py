@@ -57,7 +57,7 @@ def crop_list(since: Tensor, begin: Tensor, counts: Tensor, indices: Tensor, k: 
     for label, x in (("begin", begin), ("at", at)):
         if x.dtype != torch.int32 or x.shape != since.shape:
             raise ValueError(f"tsa::crop_list: {label} must be int32 {tuple(since.shape)}, got {x.dtype} {tuple(x.shape)}")
-    if tuple(k.shape[:2]) != tuple(counts.shape):
+    if k.shape[0] != counts.shape[0] or counts.shape[1] not in (1, k.shape[1]):
         raise ValueError(f"tsa::crop_list: k {tuple(k.shape)} has other batch rows or heads than counts {tuple(counts.shape)}")
 
 
@@ -66,9 +66,9 @@ def list_keys(
 ) -> None:
     name = "tsa::list_keys"
     _check_lists(name, since, counts, indices)
-    batch, kv_heads = counts.shape
-    if scores.dim() != 4 or scores.shape[0] != batch or scores.shape[2] != 2 or scores.shape[1] % kv_heads:
-        raise ValueError(f"{name}: scores must be [{batch}, heads of {kv_heads} groups, 2, L], got {tuple(scores.shape)}")
+    batch, lists = counts.shape
+    if scores.dim() != 4 or scores.shape[0] != batch or scores.shape[2] != 2 or scores.shape[1] % lists:
+        raise ValueError(f"{name}: scores must be [{batch}, heads of {lists} groups, 2, L], got {tuple(scores.shape)}")
     if lse.dim() != 3 or lse.shape[:2] != scores.shape[:2] or lse.shape[2] < 1:
         raise ValueError(f"{name}: lse must be {tuple(scores.shape[:2])} and query rows, got {tuple(lse.shape)}")
     if begin.dtype != torch.int32 or begin.shape != since.shape:
@@ -82,8 +82,8 @@ def list_keys(
 def _check_lists(name: str, since: Tensor, counts: Tensor, indices: Tensor) -> None:
     shapes = [tuple(x.shape) for x in (since, counts, indices)]
     fits = indices.dim() == 3 and shapes[1] == shapes[2][:2] and shapes[0] == shapes[1][:1]
-    if not fits or any(x.dtype != torch.int32 for x in (since, counts, indices)):
-        raise ValueError(f"{name}: since [B], counts [B, Hk] and indices [B, Hk, N] must be int32, got {shapes}")
+    if not fits or any(x.dtype != torch.int32 or not x.is_contiguous() for x in (since, counts, indices)):
+        raise ValueError(f"{name}: since [B], counts [B, G] and indices [B, G, N] must be contiguous int32, got {shapes}")
 
 
 def load_pages(pool: Tensor, store: Tensor, moves: Tensor) -> None:

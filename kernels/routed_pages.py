@@ -14,8 +14,9 @@ import torch
 
 from tsa_compile.kernels.common.group import check_agreement, gather, rank_and_size, total
 from tsa_compile.kernels.common.pages import PAGE
+from tsa_compile.kernels.common.shares import share_bits
 from tsa_compile.kernels.common.view import row_range
-from tsa_compile.kernels.select.top_pages.budget import budget, share_bits
+from tsa_compile.kernels.select.top_pages.budget import budget
 from tsa_compile.kernels.select.top_pages.host import constant
 from tsa_compile.kernels.types import KvView
 

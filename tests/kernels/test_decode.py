@@ -308,6 +308,33 @@ def test_scores_of_the_first_and_the_last_row(host):
     torch.testing.assert_close(got[2], want[2], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("given", ["window", "mask", "start", "bidirectional", "many heads", "half"])
+def test_scores_are_hidden_as_keys_are(host, given):
+    """In every tile of the capacity, those that no row sees, too; of two rows, and of one, which is both."""
+    heads = 40 if given == "many heads" else 4
+    for rows in (1, 5):
+        q, k, v = qkv(rows, 150, 2, heads, 2, 16, 16, torch.float16 if given == "half" else torch.float32)
+        start, lengths = (int32(70, 3), int32(40, 60)) if given == "start" else (None, int32(130, 44))
+        masks = {"causal": given != "bidirectional", "window": 20 if given == "window" else 0}
+        if given == "mask":
+            masks["mask"] = torch.randn(2, 1, rows, 150, device=DEVICE).masked_fill(
+                torch.rand(150, device=DEVICE) < 0.3, -torch.inf
+            )
+        got = host.decode_attention(q, k, v, None, 1, start, lengths, None, 0.3, scores=True, **masks)
+        want = decode_attention_reference(q, k, v, None, 1, start, lengths, None, 0.3, scores=True, **masks)
+        assert got[2].dtype == want[2].dtype == (torch.float16 if given == "half" else torch.float32)
+        assert torch.equal(got[2] == -torch.inf, want[2] == -torch.inf)
+        torch.testing.assert_close(
+            got[2], want[2], rtol=1e-3 if given == "half" else 1e-5, atol=2e-3 if given == "half" else 1e-5
+        )
+
+
+def test_a_score_that_half_precision_cannot_say():
+    q, k, v = qkv(1, 20, 1, 2, 1, 16, 16, torch.float16)
+    scores = decode_attention_reference(900 * q, 900 * k, v, None, 1, None, None, None, 1.0, scores=True)[2]
+    assert scores.abs().max() == 60000
+
+
 def test_parts_fill_whole_waves():
     from tsa_compile.kernels.common.launch import split_count
 

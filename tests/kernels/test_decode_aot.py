@@ -28,7 +28,7 @@ from tsa_compile.kernels.state.listed_keys import device as listed
 SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TYPES = {"lse": "*fp32", "part": "*fp32", "part_lse": "*fp32", "blocks": "*i32", "start": "*i32", "lengths": "*i32",
-         "key_mask": "*i1", "sinks": "*bf16", "pages": "*i32", "counts": "*i32", "dumped": "*fp32",
+         "key_mask": "*i1", "sinks": "*bf16", "pages": "*i32", "counts": "*i32", "dumped": "*fp16",
          "windows": "*i32", "scale": "fp32", "softcap": "fp32"}
 OPTIONAL = ("blocks", "start", "lengths", "key_mask", "bias", "sinks", "pages", "counts", "dumped", "windows")
 
@@ -47,10 +47,11 @@ def compile_kernel(kernel, capability, dtype, warps, stages, constants, **pointe
 
 def decode(capability, dtype, dim, v_dim, queries, swap=False, given=(), one=False, bias="*fp32", **more):
     block_d, block_dv = (max(16, triton.next_power_of_2(x)) for x in (dim, v_dim))
-    config = decode_config(queries, block_d, block_dv, DTYPES[dtype], (capability // 10, capability % 10), "bias" in given)
+    config = decode_config(queries, block_d, block_dv, DTYPES[dtype], (capability // 10, capability % 10),
+                           "bias" in given, scores="dumped" in given)
     none = {n: None for n in OPTIONAL if n not in given}
     constants = dict(none, q_sd=1, k_sd=1, v_sd=1, D=dim, DV=v_dim, BLOCK_D=block_d, BLOCK_DV=block_dv, BLOCK_M=config.block_m,
-                     BLOCK_N=config.block_n, CAUSAL=True, CAPPED=False, ONE=one, SWAP=swap,
+                     BLOCK_N=config.block_n, CAUSAL=True, CAPPED=False, ONE=one, SWAP=swap, BLOCK_E=16,
                      PRECISION="tf32x3" if dtype == "fp32" else "ieee") | more
     return compile_kernel(device.decode_kernel, capability, dtype, config.num_warps, config.num_stages, constants, bias=bias)
 
@@ -62,6 +63,7 @@ made = decode(capability, "bf16", 128, 128, 4, given=("lengths",))
 assert "cp.async" in made.asm["ptx"] and ", 16," in made.asm["ptx"]  # 16 bytes a thread, in flight
 decode(capability, "fp16", 80, 96, 48, given=("lengths", "start", "blocks", "bias", "sinks", "dumped"), CAPPED=True, one=True)
 decode(capability, "fp32", 256, 256, 64, given=("lengths",))
+decode(capability, "bf16", 128, 128, 28, given=("lengths", "dumped"))
 decode(capability, "bf16", 128, 128, 4, given=("lengths", "blocks", "pages", "counts"))
 decode(capability, "bf16", 128, 128, 4, given=("lengths", "pages", "counts", "windows"))
 for early in (False, True) if capability >= 90 else (False,):  # starts of a launch within another
@@ -91,7 +93,11 @@ for dtype, dim, given in (("bf16", 128, ("key_mask", "start", "lengths")), ("fp3
                       ONE=False, PRECISION="tf32x3" if dtype == "fp32" else "ieee")
     numbers = {"indices": "*i32", "since": "*i32", "bias": "*fp32"}
     compile_kernel(listed_device.listed_kernel, capability, dtype, config.num_warps, config.num_stages, constants, **numbers)
-compile_kernel(listed.rank_kernel, capability, "bf16", 4, 3, {"BLOCK": 1024}, scores="*fp32", begin="*i32", rank="*fp32")
+numbers = dict(scores="*fp16", rank="*fp32", bins="*i32", cuts="*i32", gathered="*fp32", begin="*i32", since="*i32", at="*i32",
+               counts="*i32", indices="*i32")
+for kernel, sizes in ((listed.weigh_kernel, {"ROWS": 8, "BLOCK": 1024}), (listed.cut_kernel, {"BLOCK": 2048}),
+                      (listed.write_kernel, {"BLOCK": 2048}), (listed.crop_kernel, {"BLOCK": 8})):
+    compile_kernel(kernel, capability, "bf16", 8, 3, {"CHUNK": 4096} | sizes if "CHUNK" in kernel.arg_names else sizes, **numbers)
 none = {"sinks": None, "DV": 128, "BLOCK_DV": 128, "BLOCK_S": 64}
 compile_kernel(merge_kernel, capability, "bf16", 4, 2, none)
 print("compiled")

@@ -11,9 +11,8 @@ from tsa_compile.kernels import ops  # noqa: F401 - registers torch.ops.tsa
 from tsa_compile.kernels.attend.decode import config, listed_host
 from tsa_compile.kernels.attend.decode.listed_host import listed_attention
 from tsa_compile.kernels.attend.decode.reference import listed_attention_reference
-from tsa_compile.kernels.state.listed_keys.host import list_keys, ranks
-from tsa_compile.kernels.state.listed_keys.reference import list_keys_reference
-from tsa_compile.kernels.state.listed_keys.reference import ranks as reference_ranks
+from tsa_compile.kernels.state.listed_keys.host import crop_list, list_keys
+from tsa_compile.kernels.state.listed_keys.reference import crop_list_reference, list_keys_reference, ranks
 
 tsa = torch.ops.tsa
 BATCH, HEADS, KV_HEADS, LENGTH, DIM = 3, 6, 2, 70, 16
@@ -74,26 +73,71 @@ def test_ties_go_to_the_lowest_position_and_what_is_not_finite_weighs_nothing():
     assert full[0, 0, :5].tolist() == [0, 1, 3, 4, 6]
 
 
+def same_lists(scores, lse, begin, lists, room, keys, share):
+    """Of the kernels and the reference: which keys, where weights are no closer than float32 tells."""
+    one, two = ([x.to(scores.device) for x in made] for made in (empty_lists(lists, room), empty_lists(lists, room)))
+    list_keys_reference(*one, scores, lse, begin, keys, share)
+    list_keys(*two, scores, lse, begin, keys, share)
+    assert torch.equal(one[0], two[0])
+    assert torch.equal(one[1], two[1])
+    weights = ranks(scores.double(), lse.double(), begin, lists)
+    for b in range(BATCH):
+        for g in range(lists):
+            n = int(one[1][b, g])
+            a, c = one[2][b, g, :n].long(), two[2][b, g, :n].long()
+            assert (c[1:] > c[:-1]).all()
+            torch.testing.assert_close(weights[b, g, c].sort().values, weights[b, g, a].sort().values, rtol=1e-5, atol=1e-9)
+    return two
+
+
+def empty_lists(lists, room):
+    return (
+        torch.full((BATCH,), 7, dtype=torch.int32),
+        torch.full((BATCH, lists), 3, dtype=torch.int32),
+        torch.full((BATCH, lists, room), -5, dtype=torch.int32),
+    )
+
+
 @pytest.mark.parametrize("rows", [1, 4])
-def test_triton_lists_the_same(rows):
+@pytest.mark.parametrize("lists", [KV_HEADS, 1], ids=["by head", "one"])
+def test_triton_lists_the_same(rows, lists):
     pytest.importorskip("triton")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     scores, lse, begin, _ = (x.to(device) if isinstance(x, torch.Tensor) else x for x in verify_step(rows, torch.float32))
     scores[0, 0, 0, 9], scores[1, 2, 1, 3] = torch.nan, torch.inf
-    want = reference_ranks(scores.double(), lse.double(), begin, KV_HEADS)
-    torch.testing.assert_close(ranks(scores, lse, begin, KV_HEADS).double(), want, rtol=1e-5, atol=1e-7)
-    one, two = ([x.to(device) for x in lists(40)] for _ in range(2))
-    list_keys_reference(*one, scores, lse, begin, 6, 0.2)
-    list_keys(*two, scores, lse, begin, 6, 0.2)
-    assert torch.equal(one[1], two[1])
-    for a, b, n in zip(one[2].flatten(0, 1), two[2].flatten(0, 1), one[1].flatten(), strict=True):
-        assert torch.equal(a[:n], b[:n])
+    for keys, share in ((6, 0.2), (99, 0.0), (0, 0.0), (3, 1.0)):
+        same_lists(scores, lse, begin, lists, 40, keys, share)
+    same_lists(scores.half(), lse, begin, lists, 40, 6, 0.2)
 
 
-def test_a_crop_behind_the_scored_rows_drops_a_list():
-    since, counts, indices = lists()
-    begin, k = torch.zeros(BATCH, dtype=torch.int32), torch.zeros(BATCH, KV_HEADS, LENGTH, DIM)
-    tsa.crop_list(since, begin, counts, indices, k, torch.tensor([9, 7, 6], dtype=torch.int32))
+@pytest.mark.parametrize("kind", ["spread", "equal", "two values", "one bin", "tiny"])
+def test_lists_over_several_chunks(kind):
+    """The cut lies in bins of many and of few keys; ties at it go to the lowest positions, in whichever chunk these are."""
+    pytest.importorskip("triton")
+    device, length = "cuda" if torch.cuda.is_available() else "cpu", 5000
+    weights = {
+        "spread": torch.rand(BATCH, 2, 2, length).exp() / length,
+        "equal": torch.full((BATCH, 2, 2, length), 1e-4),
+        "two values": torch.where(torch.rand(BATCH, 2, 2, length) < 0.3, 1e-3, 1e-5),
+        "one bin": 1e-3 * (1 + 1e-3 * torch.rand(BATCH, 2, 2, length)),
+        "tiny": 1e-12 * torch.rand(BATCH, 2, 2, length),
+    }[kind][:, :, :1].expand(-1, -1, 2, -1)
+    scores, lse = weights.log().to(device), torch.zeros(BATCH, 2, 3, device=device)
+    begin = torch.tensor([4990, 2049, 1], dtype=torch.int32, device=device)
+    for lists, keys, share in ((2, 64, 0.07), (1, 700, 0.0), (2, 0, 0.9)):
+        _, counts, indices = same_lists(scores, lse, begin, lists, 4800, keys, share)
+        assert counts[0].tolist() == [max(keys, -(-int(4990 * int(share * 2**30)) // 2**30))] * lists
+        if kind == "equal":
+            assert indices[0, 0, : counts[0, 0]].tolist() == list(range(int(counts[0, 0])))
+
+
+@pytest.mark.parametrize("run", [tsa.crop_list, crop_list_reference, crop_list], ids=["operator", "reference", "triton"])
+def test_a_crop_behind_the_scored_rows_drops_a_list(run):
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    since, counts, indices = (x.to(device) for x in lists())
+    begin, k = torch.zeros_like(since), torch.zeros(BATCH, KV_HEADS, LENGTH, DIM, device=device)
+    run(since, begin, counts, indices, k, torch.tensor([9, 7, 6], dtype=torch.int32, device=device))
     assert begin.tolist() == [9, 7, 6]
     assert since.tolist() == [7, 7, 0]
     assert counts.tolist() == [[3, 3], [3, 3], [0, 0]]
@@ -112,6 +156,22 @@ def listed_case(dtype=torch.float32):
     key_mask = torch.ones(BATCH, LENGTH, dtype=torch.bool)
     key_mask[0, :5] = False
     return q, k, v, indices, counts, since, lengths, key_mask
+
+
+def test_one_list_for_all_heads():
+    """The lists and the attention of one that each KV head has a copy of."""
+    q, k, v, indices, counts, since, lengths, key_mask = listed_case()
+    indices, counts = indices[:, :1].contiguous(), counts[:, :1].contiguous()
+    given = (since, None, lengths, key_mask, 0.3)
+    want = tsa.listed_attention(q, k, v, indices.repeat(1, KV_HEADS, 1), counts.repeat(1, KV_HEADS), *given)
+    for got in (tsa.listed_attention(q, k, v, indices, counts, *given), listed_attention(q, k, v, indices, counts, *given)):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    scores, lse, begin, _ = verify_step(4)
+    one = empty_lists(1, 40)
+    tsa.list_keys(*one, scores, lse, begin, 9, 0.0)
+    mean = ranks(scores, lse, begin, KV_HEADS).mean(1, keepdim=True)
+    for b, n in enumerate(one[1][:, 0].tolist()):
+        assert one[2][b, 0, :n].tolist() == sorted(mean[b, 0].topk(n).indices.tolist())
 
 
 @pytest.mark.parametrize("given", ["lengths", "key_mask", "start", "sinks", "mask"])

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tsa_compile.kernels import ops  # noqa: F401
+from tsa_compile.kernels.common.shares import share_bits
 from tsa_compile.kernels.score.page_index.reference import page_scores_reference
-from tsa_compile.kernels.select.top_pages.budget import budget, share_bits
+from tsa_compile.kernels.select.top_pages.budget import budget
 from tsa_compile.kernels.select.top_pages.reference import choose, page_shares, select_pages_reference
 from tsa_compile.kernels.state.append_pages.reference import append_pages_reference, page_sums_reference
 

@@ -17,8 +17,8 @@ from tsa_compile.cache.copying import copying
 from tsa_compile.cache.resident_rule import ResidentCounts, ResidentRule
 from tsa_compile.kernels import ops  # noqa: F401 - registers torch.ops.tsa
 from tsa_compile.kernels.common.pages import PAGE
+from tsa_compile.kernels.common.shares import share_bits
 from tsa_compile.kernels.resident import watching
-from tsa_compile.kernels.select.top_pages.budget import share_bits
 from tsa_compile.kernels.select.top_pages.reference import choose
 from tsa_compile.kernels.types import Attended
 

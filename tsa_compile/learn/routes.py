@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from tsa_compile.kernels.common.pages import PAGE, pages_of
-from tsa_compile.kernels.select.top_pages.budget import budget, share_bits
+from tsa_compile.kernels.common.shares import share_bits
+from tsa_compile.kernels.select.top_pages.budget import budget
 from tsa_compile.learn.anchors import best_anchors, greedy_anchors, similarity, weights_of
 from tsa_compile.learn.attention_masses import recorded
 from tsa_compile.learn.text_decoder import TextDecoder, texts_of

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from tsa_compile.kernels.common.pages import PAGE
-from tsa_compile.kernels.select.top_pages.budget import budget, share_bits
+from tsa_compile.kernels.common.shares import share_bits
+from tsa_compile.kernels.select.top_pages.budget import budget
 from tsa_compile.plan import Plan
 from tsa_compile.policies.base import Policy
 from tsa_compile.policies.exact import Exact

@@ -40,6 +40,7 @@ def decode_config(
     capability: tuple[int, int],
     biased: bool = False,
     pages: bool = False,
+    scores: bool = False,
 ) -> DecodeConfig:
     """Never by length, so no length compiles anything.
 
@@ -48,6 +49,7 @@ def decode_config(
         block_d, block_dv: head dims of keys and values, padded to powers of two.
         biased: tiles of a mask are copied too.
         pages: the keys of some pages are read, not all.
+        scores: those of two rows are left, too, for whose tile four warps on Hopper have not the registers.
     """
     row_bytes = (block_d + block_dv) * dtype.itemsize
     large = capability[0] == 9 and dtype != torch.float32 and max(block_d, block_dv) <= 128 and not (biased or pages)
@@ -59,7 +61,7 @@ def decode_config(
     if block_n * row_bytes > STAGE_BYTES:
         resident = 1
     wide = block_n * row_bytes > stage_bytes or dtype == torch.float32 or (biased and resident == 1)
-    return DecodeConfig(block_m, block_n, 4, 2 if wide else 3, resident)
+    return DecodeConfig(block_m, block_n, 8 if scores else 4, 2 if wide else 3, resident)
 
 
 def _floor_power_of_2(x: int) -> int:

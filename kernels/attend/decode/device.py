@@ -25,6 +25,7 @@ from tsa_compile.kernels.common.cache_device import (
 )
 from tsa_compile.kernels.common.splits_device import LN_2, log_sum
 
+MOST = tl.constexpr(60000.0)  # of a score that is dumped
 LENGTHS = (
     "group", "rows", "capacity", "window", "block", "per_row", "blocks_sb", "splits", "mask_sb", "mask_sl",
     "bias_sb", "bias_sh", "bias_sr", "bias_sl", "pages_sb", "pages_sh", "score_length", "tiles_m", "kv_heads", "first_keys",
@@ -57,12 +58,24 @@ def with_sink(acc, row_max, row_sum, sink, SWAP: tl.constexpr):
 
 
 @triton.jit
-def dump_scores(dumped, logits, number, r, query_ok, rows, j, there, length, SWAP: tl.constexpr):
-    """Logits of the first and the last row, natural, to dumped [B * H, 2, length]."""
-    at = dumped + by_query(number * 2 * length, SWAP) + by_key(tl.maximum(j, 0).to(tl.int64), SWAP)
-    ok = by_query(query_ok, SWAP) & by_key(there, SWAP)
-    tl.store(at, logits, mask=ok & by_query(r == 0, SWAP))
-    tl.store(at + length, logits, mask=ok & by_query(r == rows - 1, SWAP))
+def store_scores(dumped, scores, shown, e_ok, j, length, BLOCK_E: tl.constexpr, SWAP: tl.constexpr):
+    """A tile of scores to dumped [entries, length], -inf where they are not shown; what float16 cannot say, as the largest."""
+    e = tl.arange(0, BLOCK_E)
+    at = dumped + (by_query(e * length, SWAP) + by_key(j, SWAP))
+    scores = tl.where(shown, tl.minimum(tl.maximum(scores, -MOST), MOST), float("-inf"))
+    tl.store(at, scores.to(dumped.dtype.element_ty), mask=by_query(e_ok, SWAP) & by_key((j >= 0) & (j < length), SWAP))
+
+
+@triton.jit
+def hide_scores(
+    dumped, first_tile, end_tile, e_ok, length, split, splits, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr, SWAP: tl.constexpr
+):
+    """-inf to this program's share of the tiles of dumped [entries, length] that no query sees."""
+    nothing = tl.zeros([BLOCK_N, BLOCK_E] if SWAP else [BLOCK_E, BLOCK_N], tl.float32)
+    for tile in tl.range(split, first_tile, splits):
+        store_scores(dumped, nothing, nothing > 0, e_ok, tile * BLOCK_N + tl.arange(0, BLOCK_N), length, BLOCK_E, SWAP)
+    for tile in tl.range(end_tile + split, tl.cdiv(length, BLOCK_N), splits):
+        store_scores(dumped, nothing, nothing > 0, e_ok, tile * BLOCK_N + tl.arange(0, BLOCK_N), length, BLOCK_E, SWAP)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -73,7 +86,7 @@ def decode_kernel(
     kv_heads, group, rows, capacity, window, block, per_row, splits, tiles_m, first_keys, scale, softcap,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, CAPPED: tl.constexpr, ONE: tl.constexpr, PRECISION: tl.constexpr,
-    SWAP: tl.constexpr,
+    SWAP: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Grid (B * Hk * tiles_m, splits): one part of the keys of one KV head, for BLOCK_M of its group * rows query rows.
 
@@ -82,7 +95,8 @@ def decode_kernel(
         part, part_lse: float32 [B, H, rows, splits, DV], base 2 [B, H, rows, splits]; written otherwise.
         blocks, start, lengths: KvView; key_mask: bool [B, capacity]; bias: bool or numbers [B, H, rows, capacity];
             sinks: [H]; pages, counts: int32 [B, Hk, N], [B, Hk]. Each may be None.
-        dumped: float32 [B, H, 2, score_length], or None.
+        dumped: float16 or float32 [B, H, 2, score_length], of the first and the last row, or None. These rows are another, small
+            tile (BLOCK_E of them): to pick them out of the tile of all costs more than their product.
         windows: int32 [H], of heads that see the first `first_keys` keys and so many last ones, 0: every key; or None.
         per_row: blocks in a row of k.
     """
@@ -100,6 +114,11 @@ def decode_kernel(
         count = tl.load(counts + head_index)
         first_tile, tiles = 0, tl.cdiv(count * PAGE, BLOCK_N)
     tiles = tl.maximum(tiles - first_tile, 0)
+    e = tl.arange(0, BLOCK_E)
+    e_ok, e_row, e_head = (e < 2 * group) & (tile_m == 0), e % 2 * (rows - 1), kv_head * group + tl.minimum(e // 2, group - 1)
+    if dumped is not None:
+        dumped += head_index.to(tl.int64) * (2 * group) * score_length
+        hide_scores(dumped, first_tile, first_tile + tiles, e_ok, score_length, split, splits, BLOCK_E, BLOCK_N, SWAP)
     low, high = first_tile + split * tiles // splits, first_tile + (split + 1) * tiles // splits
     if not ONE:  # noqa: SIM102
         if low >= high:
@@ -121,6 +140,10 @@ def decode_kernel(
     d = tl.arange(0, BLOCK_D)
     q_at = q + b * q_sb + (h * q_sh + r * q_sl)[:, None] + d[None, :] * q_sd
     q_tile = tl.load(q_at, mask=query_ok[:, None] & (d < D)[None, :], other=0.0)
+    if dumped is not None:
+        e_at = q + b * q_sb + (e_head * q_sh + e_row * q_sl)[:, None] + d[None, :] * q_sd
+        e_tile = tl.load(e_at, mask=e_ok[:, None] & (d < D)[None, :], other=0.0)
+        e_own, e_bias = end - rows + e_row, b * bias_sb + e_head * bias_sh + e_row * bias_sr
     acc = tl.zeros([BLOCK_DV, BLOCK_M] if SWAP else [BLOCK_M, BLOCK_DV], tl.float32)
     row_max, row_sum = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
 
@@ -145,8 +168,20 @@ def decode_kernel(
             logits, shown = add_bias(logits, bias, bias_sl, at_bias, query_ok, j, there, SWAP)
             visible = visible & shown
         if dumped is not None:
-            natural = tl.where(visible, logits, float("-inf"))
-            dump_scores(dumped, natural, number // rows, r, query_ok, rows, j, there, score_length, SWAP)
+            if SWAP:
+                scores = tl.dot(k_tile, tl.trans(e_tile), input_precision=PRECISION) * scale
+            else:
+                scores = tl.dot(e_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
+            if CAPPED:
+                scores = capped(scores, softcap)
+            e_seen = by_key(there, SWAP) & by_query(e_ok, SWAP)
+            if CAUSAL:
+                e_seen = e_seen & (by_key(j, SWAP) <= by_query(e_own, SWAP))
+            e_seen = e_seen & (by_key(j, SWAP) > by_query(tl.where(window > 0, e_own - window, -1), SWAP))
+            if bias is not None:
+                scores, shown = add_bias(scores, bias, bias_sl, e_bias, e_ok, j, there, SWAP)
+                e_seen = e_seen & shown
+            store_scores(dumped, scores, e_seen, e_ok, j, score_length, BLOCK_E, SWAP)
         logits = tl.where(visible, logits * LOG2_E, float("-inf"))
         v_tile = load_tile(rows_of_keys(v, v_sb, v_sl, j, entry, blocks, block, per_row, b), v_sd, there, DV, BLOCK_DV)
         acc, row_max, row_sum = softmax_step(acc, row_max, row_sum, logits, v_tile, PRECISION, SWAP)

@@ -8,6 +8,7 @@ import torch
 
 from tsa_compile.kernels.attend.decode.config import DecodeConfig, decode_config
 from tsa_compile.kernels.common.launch import constant, multiprocessors, split_count
+from tsa_compile.kernels.common.results import score_dtype
 from tsa_compile.kernels.common.tiles import capability_of, precision
 from tsa_compile.kernels.common.view import capacity_of
 from tsa_compile.kernels.types import KvView
@@ -37,7 +38,8 @@ def decode_attention(
     """`tsa::decode_attention` by Triton: (out, lse, scores). Nothing waits for the device; no length compiles anything."""
     view = KvView(blocks, block, start, lengths)
     capacity = capacity_of(k, view)
-    dumped = q.new_full((q.shape[0], q.shape[1], 2 if scores else 0, capacity), -torch.inf, dtype=torch.float32)
+    shape = (q.shape[0], q.shape[1], 2 if scores else 0, capacity)
+    dumped = q.new_empty(shape, dtype=score_dtype(q.dtype))
     longest = min(capacity, window + q.shape[2]) if window else capacity
     masks = (mask, sinks, softcap, window, causal)
     out, lse = launch(q, k, v, view, key_mask, scale, masks, longest, None, dumped if scores else None)
@@ -104,7 +106,7 @@ def launch(
     mask, sinks, softcap, window, causal = masks
     group = heads // kv_heads
     block_d, block_dv = (max(16, triton.next_power_of_2(x)) for x in (dim, v_dim))
-    given = mask is not None, pages is not None
+    given = mask is not None, pages is not None, dumped is not None
     config = config or decode_config(group * rows, block_d, block_dv, q.dtype, capability_of(q.device), *given)
     tiles_m = triton.cdiv(group * rows, config.block_m)
     programs = batch * kv_heads * tiles_m
@@ -127,6 +129,7 @@ def launch(
         0 if windows is None else windows[1], scale, softcap,
         D=dim, DV=v_dim, BLOCK_D=block_d, BLOCK_DV=block_dv, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         CAUSAL=causal, CAPPED=softcap > 0, ONE=one, PRECISION=precision(q.dtype), SWAP=config.swap,
+        BLOCK_E=max(16, triton.next_power_of_2(2 * group)),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     if not one:

@@ -13,7 +13,7 @@ from tsa_compile.kernels.common.splits_device import LN_2, log_sum
 
 LENGTHS = (
     "kv_heads", "group", "k_len", "splits", "tiles_m", "mask_sb", "mask_sl", "bias_sb", "bias_sh", "bias_sl", "lists_sb",
-    "lists_sh", "o_sb", "o_sh",
+    "lists_sh", "counts_sb", "counts_sh", "o_sb", "o_sh",
 )  # fmt: skip
 
 
@@ -33,7 +33,8 @@ def keys_of_sequence(tile, indices, count, since, total, key_mask, mask_sl, BLOC
 def listed_kernel(
     q, k, v, out, lse, part, part_lse, indices, counts, since, start, lengths, key_mask, bias, sinks,
     q_sb, q_sh, q_sd, k_sb, k_sh, k_sl, k_sd, v_sb, v_sh, v_sl, v_sd, o_sb, o_sh,
-    mask_sb, mask_sl, bias_sb, bias_sh, bias_sl, lists_sb, lists_sh, kv_heads, group, k_len, splits, tiles_m, scale,
+    mask_sb, mask_sl, bias_sb, bias_sh, bias_sl, lists_sb, lists_sh, counts_sb, counts_sh,
+    kv_heads, group, k_len, splits, tiles_m, scale,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, ONE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -42,8 +43,8 @@ def listed_kernel(
     Args:
         out, lse: [B, H, 1, DV], float32 [B, H, 1]; written if ONE: there is one part.
         part, part_lse: float32 [B, H, splits, DV], base 2 [B, H, splits]; written otherwise.
-        indices, counts, since: int32 [B, Hk, N], [B, Hk], [B]; start, lengths: int32 [B]; key_mask: bool [B, k_len];
-            bias: bool or numbers [B, H, 1, k_len]; sinks: [H]. Of the last five each may be None.
+        indices, counts, since: int32 [B, Hk, N], [B, Hk], [B]; where all heads have one list, the strides of heads are 0.
+        start, lengths: int32 [B]; key_mask: bool [B, k_len]; bias: bool or numbers [B, H, 1, k_len]; sinks: [H]; or None.
     """
     tile_m, head_index, split = tl.program_id(0) % tiles_m, tl.program_id(0) // tiles_m, tl.program_id(1)
     b, kv_head = (head_index // kv_heads).to(tl.int64), (head_index % kv_heads).to(tl.int64)
@@ -60,7 +61,7 @@ def listed_kernel(
         first = tl.maximum(first, begin)
         if lengths is not None:
             end += begin
-    count = tl.load(counts + head_index)
+    count = tl.load(counts + b * counts_sb + kv_head * counts_sh)
     total = count + tl.maximum(tl.minimum(end, k_len) - first, 0)
     tiles = tl.cdiv(total, BLOCK_N)
     low, high = split * tiles // splits, (split + 1) * tiles // splits

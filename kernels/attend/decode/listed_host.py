@@ -39,10 +39,11 @@ def listed_attention(
     part, part_lse = (lse, lse) if one else (new(batch * heads * splits, v_dim), new(batch * heads * splits))
     bias = None if mask is None else mask.expand(batch, heads, 1, mask.shape[3])
     of_bias = (0, 0, 0) if bias is None else (bias.stride(0), bias.stride(1), bias.stride(3))
+    indices, counts = indices.expand(-1, kv_heads, -1), counts.expand(-1, kv_heads)
     listed_kernel[(programs, splits)](
         q, k, v, out, lse, part, part_lse, indices, counts, since, start, lengths, key_mask, bias, sinks,
         *(q.stride(n) for n in (0, 1, 3)), *k.stride(), *v.stride(), *out.stride()[:2],
-        *((0, 0) if key_mask is None else key_mask.stride()), *of_bias, *indices.stride()[:2],
+        *((0, 0) if key_mask is None else key_mask.stride()), *of_bias, *indices.stride()[:2], *counts.stride(),
         kv_heads, group, k_len, splits, tiles_m, scale,
         D=dim, DV=v_dim, BLOCK_D=block_d, BLOCK_DV=block_dv, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         ONE=one, PRECISION=precision(q.dtype), num_warps=config.num_warps, num_stages=config.num_stages,

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 import torch
 
 from tsa_compile.kernels.common.pages import PAGE, listed_pages
+from tsa_compile.kernels.common.results import score_dtype
 from tsa_compile.kernels.common.view import key_range, rows_in_order
 from tsa_compile.kernels.types import KvView
 
 Tensor = torch.Tensor
 HIDDEN = -1e38  # a number at or below it, in a mask of numbers, hides the key: models write -inf or their dtype's lowest
+MOST = 60000.0  # of a score that is left for others, which may be float16
 
 
 def decode_attention_reference(
@@ -137,7 +139,8 @@ def attend_visible(
     weights = torch.exp(logits - torch.where(lse == -torch.inf, 0.0, lse)[..., None])
     out = (weights.unflatten(1, (kv_heads, -1)) @ v[:, :, None]).flatten(1, 2)
     dumped = logits[:, :, [0, -1]] if scores else logits[:, :, :0]
-    return _stored(out.to(q.dtype)), lse.float(), dumped.float()
+    dumped = torch.where(dumped == -torch.inf, dumped, dumped.clamp(-MOST, MOST)).to(score_dtype(q.dtype))
+    return _stored(out.to(q.dtype)), lse.float(), dumped
 
 
 def _stored(out: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 
 from tsa_compile.kernels.common.launch import constant
 from tsa_compile.kernels.common.pages import PAGE
-from tsa_compile.kernels.select.top_pages.budget import share_bits
+from tsa_compile.kernels.common.shares import share_bits
 from tsa_compile.kernels.select.top_pages.host import Rule, View
 
 Tensor = torch.Tensor

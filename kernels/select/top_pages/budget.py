@@ -7,13 +7,9 @@ from typing import Any
 
 import torch
 
-ONE = 1 << 30  # a share of 1
+from tsa_compile.kernels.common.shares import share_bits, share_of
+
 PAGES_OF_ENTRY = 125  # pages of context, 2,000 tokens, to an entry of a schedule (Sparrow, arXiv 2606.08446)
-
-
-def share_bits(share: float) -> int:
-    """A share in [0, 1] as a whole number of 2**-30, rounded down: 0.07 of 100 pages are 7, not the 8 of its float."""
-    return int(share * ONE)
 
 
 def budget(pages: Any, share: Any, table: Sequence[int] | torch.Tensor) -> Any:
@@ -28,12 +24,12 @@ def budget(pages: Any, share: Any, table: Sequence[int] | torch.Tensor) -> Any:
         extra = torch.as_tensor(table, device=pages.device)[(pages // PAGES_OF_ENTRY).clamp(max=len(table) - 1)]
     elif isinstance(pages, int):
         extra = table[min(pages // PAGES_OF_ENTRY, len(table) - 1)]
-    return (pages * share + ONE - 1) // ONE + extra
+    return share_of(pages, share) + extra
 
 
 def list_capacity(pages: Any, keep: Sequence[float], table: Sequence[int], mass: float, forced: int) -> Any:
     """Entries that a list may need where rows have up to `pages` pages; a number or a symbol."""
     if mass > 0:
         return pages
-    most = torch.sym_max((pages * share_bits(max(keep)) + ONE - 1) // ONE + max(table), forced)
+    most = torch.sym_max(share_of(pages, share_bits(max(keep))) + max(table), forced)
     return torch.sym_min(most, pages)

@@ -11,8 +11,9 @@ import torch
 
 from tsa_compile.kernels.common.launch import constant
 from tsa_compile.kernels.common.pages import PAGE
+from tsa_compile.kernels.common.shares import share_bits
 from tsa_compile.kernels.common.tiles import capability_of
-from tsa_compile.kernels.select.top_pages.budget import list_capacity, share_bits
+from tsa_compile.kernels.select.top_pages.budget import list_capacity
 
 Tensor = torch.Tensor
 

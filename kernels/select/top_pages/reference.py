@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import torch
 
 from tsa_compile.kernels.common.pages import PAGE, page_view
+from tsa_compile.kernels.common.shares import share_bits
 from tsa_compile.kernels.common.view import row_range, rows_in_order
-from tsa_compile.kernels.select.top_pages.budget import budget, list_capacity, share_bits
+from tsa_compile.kernels.select.top_pages.budget import budget, list_capacity
 from tsa_compile.kernels.types import KvView
 
 Tensor = torch.Tensor

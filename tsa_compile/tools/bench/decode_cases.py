@@ -8,7 +8,8 @@ import math
 import torch
 
 from tsa_compile.kernels.common.pages import PAGE, pages_of
-from tsa_compile.kernels.select.top_pages.budget import budget, share_bits
+from tsa_compile.kernels.common.shares import share_bits
+from tsa_compile.kernels.select.top_pages.budget import budget
 
 Tensor = torch.Tensor
 ROUND_BYTES = 1_000_000_000  # read in a round at least, so that L2 holds nothing of the next call's
