@@ -72,6 +72,6 @@ def load_causal_lm(name: str, dtype: torch.dtype | None = None) -> Any:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     path = gguf_file(name) if name in _PACKAGES else Path(name)
     if path.suffix == ".gguf":
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype or torch.float32)
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype or torch.float32)
         return model.to(device).eval()
     return AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto", device_map=device).eval()

@@ -82,6 +82,14 @@ def test_a_list_of_another_layer_against_its_own():
     torch.testing.assert_close(nothing[1], (always / ((mass * own).sum(-1) + always)).mean(1))
 
 
+def test_keys_as_the_cache_keeps_them():
+    k = torch.randn(1, 640, 4) @ torch.randn(4, 32)
+    kept = build(Index("kept_basis"), k, None, None)["keys"]
+    assert float((kept - k).norm() / k.norm()) < 0.02
+    pages = k.unflatten(1, (-1, 16))
+    torch.testing.assert_close(kept.unflatten(1, (-1, 16)).mean(2), pages.mean(2), atol=0.1, rtol=0.1)
+
+
 def test_bytes_of_a_key():
     two = {"kind": "basis", "bits": 4, "first": 0.2}
     assert DecodeRule(Index("mean")).bytes_per_key(128) == 16
@@ -89,6 +97,8 @@ def test_bytes_of_a_key():
     assert DecodeRule(Index("exact"), completion="mean").bytes_per_key(128) == 256 + 32
     assert math.isclose(DecodeRule(Index(**two)).bytes_per_key(128), 16 + 0.2 * (512 + 128 + 18) / 16)
     assert math.isclose(DecodeRule(Index(**two), anchors=4).bytes_per_key(128), 4 + 0.05 * (512 + 128 + 18) / 16)
+    assert DecodeRule(Index("kept_basis")).bytes_per_key(128) == 57
+    assert math.isclose(DecodeRule(Index("kept_basis", first=0.2)).bytes_per_key(128), 16 + 0.2 * 41)
     with pytest.raises(ValueError, match="completion"):
         DecodeRule(completion="yes")
     with pytest.raises(ValueError, match="anchors"):

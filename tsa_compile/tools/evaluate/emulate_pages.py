@@ -11,11 +11,13 @@ import math
 
 import torch
 
+from tsa_compile.kernels.common.page_basis import RANK, unpack
+from tsa_compile.kernels.state.append_basis.reference import low_rank as keep_basis
 from tsa_compile.tools.evaluate.emulate_attention import scores
 
 Tensor = torch.Tensor
 PAGE = 16  # keys
-KINDS = ("exact", "mean", "variance", "unbiased_variance", "norm_std", "prerope", "unbiased", "minmax", "basis")
+KINDS = ("exact", "mean", "variance", "unbiased_variance", "norm_std", "prerope", "unbiased", "minmax", "basis", "kept_basis")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Index:
             "unbiased": the mean of what is left after the head's constant key, which is turned exactly; "unbiased_variance": with
             the variance of that.
             "minmax": smallest and largest coordinates. "basis": mean and a basis of rank `rank`.
+            "kept_basis": what `tsa::append_basis` keeps, of rank 8 in 4 bits, beside means in bfloat16.
         parts: means of so many equal parts of a page ("mean").
         rank: of the basis. bits: of its vectors, 0: as they are; coordinates and mean then have 8.
         first: share of the pages that this kind ranks, the best by their means; the others keep the masses that their means give.
@@ -55,6 +58,7 @@ class Index:
         return first + self.first * {
             "exact": 2.0 * dim, "mean": mean * self.parts, "variance": 2 * mean, "unbiased_variance": 2 * mean,
             "norm_std": mean + 2 / PAGE, "prerope": mean, "unbiased": mean, "minmax": 2 * mean, "basis": self._basis_bytes(dim),
+            "kept_basis": (mean if self.first == 1.0 else 0.0) + RANK * (dim / 2 + PAGE + 2) / PAGE,
         }[self.kind]  # fmt: skip
 
     @property
@@ -85,6 +89,8 @@ def build(index: Index, k: Tensor, rotation: Rotation | None, bias: Tensor | Non
         return {"low": pages.amin(2), "high": pages.amax(2)}
     if kind == "basis":
         return {"keys": low_rank(pages, index.rank, index.bits).flatten(1, 2)}
+    if kind == "kept_basis":
+        return {"keys": _kept(pages).flatten(1, 2)}
     if kind in ("prerope", "unbiased", "unbiased_variance"):
         return _turned(kind, k, rotation, bias)
     stored = {"keys": pages.unflatten(2, (index.parts, -1)).mean(3).flatten(1, 2)}
@@ -127,6 +133,13 @@ def low_rank(pages: Tensor, rank: int, bits: int = 0) -> Tensor:
     if bits:
         basis, coordinates, mean = quantise(basis, bits, -2), quantise(coordinates, 8, (-2, -1)), quantise(mean, 8, -1)
     return mean + coordinates @ basis.mT
+
+
+def _kept(pages: Tensor) -> Tensor:
+    """Pages [..., 16, D] as a step would rebuild them."""
+    found = keep_basis(pages, torch.ones(pages.shape[:-1], dtype=torch.bool, device=pages.device))
+    numbers, scaled = unpack(found.basis, torch.float32), found.coords.float() * found.scales.float()[..., None]
+    return pages.mean(-2, keepdim=True) + scaled.mT @ numbers
 
 
 def quantise(x: Tensor, bits: int, dim: int | tuple[int, int]) -> Tensor:

@@ -39,7 +39,8 @@ def library_code() -> str:
 def _pieces(tokenizer: Any, kind: str, of: Callable[[], str], length: int, count: int) -> list[list[int]]:
     if not count:
         return []
-    whole, start, pieces = of(), 0, []
+    whole, start = of(), 0
+    pieces: list[list[int]] = []
     while len(pieces) < count:
         width = _STEP * length
         ids: list[int] = tokenizer(whole[start : start + width], add_special_tokens=False).input_ids
