@@ -48,7 +48,7 @@ NAMES = {
     "PageSparse": "keep=None, kind='mean', completion=False, pages=None, mass=None, schedule=None, ...",
     "HeadSplit": "retrieval, keep=1.0, sinks=4, window=8192, mass=None",
     "SampledValues": "samples, form='prop'",
-    "Remembered": "source, keys=None, share=None, dense_layers=None, queries=None",  # "denoise_first" or "verify"
+    "Remembered": "source, keys=None, ratio=None, dense_layers=None, queries=None, share='kv_head'",
     "Resident": "keep=None, pages=None, interval=64, layers=None, ensemble='max', sinks=1, recent=4, strict=False, sample=0",
     "Routed": "inner=Exact(), group=None",
     # What is done to a model.

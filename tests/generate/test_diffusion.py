@@ -75,7 +75,7 @@ def by_hand(model, prompt, new_tokens):
 def test_dense_generation_is_that_by_hand(model, length, new_tokens):
     prompt = ids(length, 1)
     want = by_hand(model, prompt, new_tokens)
-    for plan in (None, tsa.Remembered("denoise_first", keys=999, dense_layers=0), tsa.Remembered("denoise_first", share=1.0)):
+    for plan in (None, tsa.Remembered("denoise_first", keys=999, dense_layers=0), tsa.Remembered("denoise_first", ratio=1.0)):
         assert torch.equal(diffuse(model, prompt, new_tokens, mask_id=SIZES.mask_id, block=4, plan=plan).ids, want)
 
 
@@ -183,9 +183,10 @@ def test_what_is_reported(model):
     [
         (dict(source="decode"), r"Remembered\.source must be one of \('denoise_first', 'verify'\), got 'decode'"),
         (dict(keys=0), r"Remembered\.keys must be an int >= 1, got 0"),
-        (dict(share=1.5), r"Remembered\.share must be a number in \(0, 1\], or None, got 1\.5"),
+        (dict(ratio=1.5), r"Remembered\.ratio must be a number in \(0, 1\], or None, got 1\.5"),
         (dict(dense_layers=-1), r"Remembered\.dense_layers must be an int >= 0"),
         (dict(queries=0), r"Remembered\.queries must be an int >= 1"),
+        (dict(share="layer"), r"Remembered\.share must be one of \('kv_head',\) from 'denoise_first', got 'layer'"),
     ],
 )
 def test_a_bad_field_is_named(fields, message):

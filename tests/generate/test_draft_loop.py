@@ -21,7 +21,7 @@ from tsa_compile.steps import FIXED, REPLAYED
 
 transformers = pytest.importorskip("transformers")
 
-LISTS = tsa.Remembered("verify", keys=6, share=0.1)
+LISTS = tsa.Remembered("verify", keys=6, ratio=0.1)
 SAMPLED = dict(do_sample=True, temperature=0.8, top_k=20, top_p=0.9)
 READS = ("tolist", "item", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__")
 

@@ -305,7 +305,7 @@ def test_layers_with_a_window(family):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("draft", [FEW, tsa.Remembered("verify", keys=6, share=0.1), "lookup"], ids=["pages", "verify", "lookup"])
+@pytest.mark.parametrize("draft", [FEW, tsa.Remembered("verify", keys=6, ratio=0.1), "lookup"], ids=["pages", "verify", "lookup"])
 def test_recorded_on_a_gpu(draft):
     """The tokens are the untouched model's; the second request replays every step."""
     torch._dynamo.reset()

@@ -15,7 +15,8 @@ from tsa_compile.session import attached
 
 transformers = pytest.importorskip("transformers")
 
-FEW = tsa.Remembered("verify", keys=6, share=0.1)
+FEW = tsa.Remembered("verify", keys=6, ratio=0.1)
+ONE = tsa.Remembered("verify", keys=6, ratio=0.1, share="layer")
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +26,10 @@ def models():
     return plain, tsa.transform(ours, tsa.Plan(prefill=tsa.Dense(), decode=tsa.Exact()))
 
 
+@pytest.mark.parametrize("draft", [FEW, pytest.param(ONE, marks=pytest.mark.slow)], ids=["by head", "by layer"])
 @pytest.mark.parametrize("call", [BATCH, pytest.param({}, marks=pytest.mark.slow)], ids=["batch", "one"])
-def test_tokens_are_the_models(models, call):
-    want, got, seen = both(models, FEW, **call)
+def test_tokens_are_the_models(models, call, draft):
+    want, got, seen = both(models, draft, **call)
     assert torch.equal(want, got)
     assert not seen.notes
     assert 0 < min(seen.acceptance) < 1
@@ -47,7 +49,7 @@ def test_buffers_that_grow_in_a_round(models, draft, call, monkeypatch):
 
 @pytest.mark.slow
 def test_layers_that_stay_dense(models):
-    want, got, seen = both(models, tsa.Remembered("verify", keys=1, share=0.0, dense_layers=1))
+    want, got, seen = both(models, tsa.Remembered("verify", keys=1, ratio=0.0, dense_layers=1))
     assert torch.equal(want, got)
     assert seen.acceptance == [1.0] * 4
     assert seen.draft_sites == seen.sparse_sites == 1  # by the policy, which reads every key there
@@ -55,16 +57,17 @@ def test_layers_that_stay_dense(models):
 
 @pytest.mark.slow
 def test_lists_of_every_key_are_the_model_itself(models):
-    want, got, seen = both(models, tsa.Remembered("verify", keys=64, share=0.0))
+    want, got, seen = both(models, tsa.Remembered("verify", keys=64, ratio=0.0))
     assert torch.equal(want, got)
     assert seen.acceptance == [1.0] * 4
 
 
-def test_what_a_verify_step_lists_and_a_draft_reads(models):
+@pytest.mark.parametrize("draft", [FEW, ONE], ids=["by head", "by layer"])
+def test_what_a_verify_step_lists_and_a_draft_reads(models, draft):
     """The lists are those of the untouched model's attention weights; a draft step is that model with the other keys hidden."""
     plain, ours = models
     session = attached(ours)
-    plan = plan_of(session, FEW)
+    plan = plan_of(session, draft)
     ids, cache = BATCH["ids"], transformers.DynamicCache(config=ours.config)
     more, call = token_ids(6, 3, seed=5), {cache_name(ours): cache}
     positions = (LEFT.cumsum(1) - 1).clamp_min(0)
@@ -76,7 +79,7 @@ def test_what_a_verify_step_lists_and_a_draft_reads(models):
         with session.backend.under(plan, drafting=True):
             got = ours(more[:, 5:], attention_mask=mask, position_ids=ahead[:, 5:], **call).logits[:, -1]
     names = ("indices", "counts", "since")
-    state = [[x.clone() for x in map(layer.state(FEW.states()[0].name).get, names)] for layer in cache.layers]
+    state = [[x.clone() for x in map(layer.state(draft.states()[0].name).get, names)] for layer in cache.layers]
     hidden = listed_only(plain, torch.cat([ids, more], 1), mask, torch.cat([positions, ahead], 1), state)
     torch.testing.assert_close(got, hidden, atol=1e-4, rtol=1e-4)
 
@@ -95,19 +98,20 @@ def listed_only(plain, ids, mask, positions, state):
     def attend(module, query, key, value, attention_mask, **kwargs):
         out, weights = forward(module, query, key, value, attention_mask, **kwargs)
         seen.append(module.layer_idx)
-        shown = weights[:, :, [40, 44], :40].unflatten(1, (2, 2)).mean((2, 3))  # the verify step's first and last row
         indices, counts, since = state[module.layer_idx]
+        lists = counts.shape[1]
+        shown = weights[:, :, [40, 44], :40].unflatten(1, (lists, -1)).mean((2, 3))  # the verify step's first and last row
         assert since.tolist() == [40] * 3
-        read = torch.zeros(3, 2, 46, dtype=torch.bool)
+        read = torch.zeros(3, lists, 46, dtype=torch.bool)
         read[..., 40:] = True
         for b in range(3):
             real = int(mask[b, :40].sum())
-            for g in range(2):
+            for g in range(lists):
                 assert counts[b, g] == 6  # more than a tenth of them
                 best = shown[b, g].masked_fill(mask[b, :40] == 0, -1).topk(min(6, real)).indices
                 assert sorted(best.tolist()) == indices[b, g, : counts[b, g]].tolist()
                 read[b, g, indices[b, g, : counts[b, g]].long()] = True
-        last = attention_mask[:, :, -1:].masked_fill(~read.repeat_interleave(2, 1)[:, :, None], -torch.inf)
+        last = attention_mask[:, :, -1:].masked_fill(~read.repeat_interleave(4 // lists, 1)[:, :, None], -torch.inf)
         end = forward(module, query[:, :, -1:], key, value, last, **kwargs)[0]
         return torch.cat([out[:, :-1], end], 1), weights
 
@@ -124,15 +128,15 @@ def listed_only(plain, ids, mask, positions, state):
 
 def test_defaults_by_source_and_json():
     verify, diffusion = tsa.Remembered("verify"), tsa.Remembered("denoise_first")
-    assert (verify.keys, verify.share, verify.dense_layers) == (256, 0.07, 0)
-    assert (diffusion.keys, diffusion.share, diffusion.dense_layers) == (512, None, 2)
+    assert (verify.keys, verify.ratio, verify.dense_layers) == (256, 0.07, 0)
+    assert (diffusion.keys, diffusion.ratio, diffusion.dense_layers) == (512, None, 2)
     assert (verify.phases, diffusion.phases) == ({"verify", "draft"}, {"denoise_first", "denoise"})
-    for policy in (verify, diffusion, FEW):
+    for policy in (verify, diffusion, FEW, ONE):
         assert from_dict(policy.to_dict()) == policy
     assert tsa.Plan(verify=FEW, draft=FEW).draft == FEW
     with pytest.raises(ValueError, match=r"Plan\.draft: Remembered is for"):
         tsa.Plan(draft=diffusion)
-    with pytest.raises(ValueError, match=r"Remembered\.share must be a number in"):
-        tsa.Remembered("verify", share=1.5)
+    with pytest.raises(ValueError, match=r"Remembered\.ratio must be a number in"):
+        tsa.Remembered("verify", ratio=1.5)
     with pytest.raises(ValueError, match="is for drafts and their verification: tsa_compile"):
         tsa.transform(tiny("llama", layers=1), verify)

@@ -11,23 +11,24 @@ from tsa_compile.kernels import ops  # noqa: F401 - registers torch.ops.tsa
 
 
 class ListedKeys(KvState):
-    """One list for each batch row and KV head, and the row from which on every key is read besides.
+    """One list for each batch row and KV head, or batch row, and the row from which on every key is read besides.
 
     A list is dropped, and every key read, once rows that it was chosen among are others: after a crop behind the verify step,
     or when someone wrote the buffers.
 
     Args:
         keys: a list has at least as many, if there are so many.
-        share: and at least this share of them.
+        ratio: and at least this share of them.
+        one: for all KV heads together.
     """
 
-    def __init__(self, keys: int, share: float) -> None:
-        self.name = f"listed_keys {keys} {share}"
-        self.keys, self.share = keys, share
+    def __init__(self, keys: int, ratio: float, one: bool = False) -> None:
+        self.name = f"listed_keys {keys} {ratio}{' one' if one else ''}"
+        self.keys, self.ratio, self.one = keys, ratio, one
 
     def fields(self, size: KvSize) -> tuple[Field, ...]:
-        most = min(size.capacity, max(self.keys, math.ceil(self.share * size.capacity)))
-        lists = (size.batch, size.kv_heads)
+        most = min(size.capacity, max(self.keys, math.ceil(self.ratio * size.capacity)))
+        lists = (size.batch, 1 if self.one else size.kv_heads)
         return (
             Field("since", (size.batch,), torch.int32),
             Field("begin", (size.batch,), torch.int32),

@@ -6,7 +6,7 @@ queries and the query heads of a KV head, of the softmax over prefix and block. 
 
 Vegas, arXiv 2602.07223: in self-speculation a verify step remembers for the drafts behind it, by the mean softmax of its first
 and last row, which its attention leaves as it goes: no second pass over the keys. Published with one list for all heads of a
-layer; here each KV head has its own.
+layer (`share="layer"`); here each KV head has its own by default (as in SparseSpec, arXiv 2512.01278).
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ from tsa_compile.policies.exact import too_many_rows, where
 OWN: Any = None  # of a field: as the source has it
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "denoise_first": {"keys": 512, "dense_layers": 2},
-    "verify": {"keys": 256, "share": 0.07, "dense_layers": 0},
+    "verify": {"keys": 256, "ratio": 0.07, "dense_layers": 0},
 }
+SHARES = ("kv_head", "layer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,16 +42,17 @@ class Remembered(Policy):
     From "denoise_first": the further steps of a block of diffusion read the list and the block. `k >= N`, a prefix of up to
     `keys` tokens, is dense attention: what a loop reports says how often that was so.
 
-    From "verify": verify steps are exact, and drafts read `max(keys, share * length)` keys of those before the last verify step,
+    From "verify": verify steps are exact, and drafts read `max(keys, ratio * length)` keys of those before the last verify step,
     rounded up, and every key since. Until there was one they read every key.
 
     Args:
         source: the phase that remembers: "denoise_first" or "verify".
         keys: tokens that a layer and KV head remember; None: 512 of a block's prefix, 256 of a verify step's.
-        share: of a prefix: in place of `keys`, the share in (0, 1], rounded up. Of a verify step's keys: in [0, 1], as said; None
+        ratio: of a prefix: in place of `keys`, the share in (0, 1], rounded up. Of a verify step's keys: in [0, 1], as said; None
             is 0.07.
         dense_layers: first layers that read every key in all steps; None: 2 in diffusion, 0 in drafts.
         queries: rows of the block that score, evenly spread; None: all, as in MAGE. Verify steps score by two rows.
+        share: "kv_head", a list for each KV head; or "layer", from verify steps alone: one for all heads of a layer, as in Vegas.
 
     Raises:
         ValueError: a field is outside its range; the message names it.
@@ -61,9 +63,10 @@ class Remembered(Policy):
 
     source: str
     keys: int = OWN
-    share: float | None = None
+    ratio: float | None = None
     dense_layers: int = OWN
     queries: int | None = None
+    share: str = "kv_head"
 
     def __post_init__(self) -> None:
         if self.source not in DEFAULTS:
@@ -75,8 +78,11 @@ class Remembered(Policy):
             object.__setattr__(self, name, value)
         check_int(self, "keys", 1)
         zero = self.source == "verify"  # is it allowed?
-        if self.share is not None and not (type(self.share) in (int, float) and 0 <= self.share <= 1 and (zero or self.share)):
-            raise ValueError(f"Remembered.share must be a number in {'[' if zero else '('}0, 1], or None, got {self.share!r}")
+        if self.ratio is not None and not (type(self.ratio) in (int, float) and 0 <= self.ratio <= 1 and (zero or self.ratio)):
+            raise ValueError(f"Remembered.ratio must be a number in {'[' if zero else '('}0, 1], or None, got {self.ratio!r}")
+        allowed = SHARES if self.source == "verify" else SHARES[:1]
+        if self.share not in allowed:
+            raise ValueError(f"Remembered.share must be one of {allowed} from {self.source!r}, got {self.share!r}")
         check_int(self, "dense_layers", 0)
         if self.queries is not None:
             check_int(self, "queries", 1)
@@ -89,7 +95,7 @@ class Remembered(Policy):
         return "a mask as data: keys are remembered without it" if site.operands.mask is not None else None
 
     def states(self) -> tuple[KvState, ...]:
-        return (ListedKeys(self.keys, self.share or 0.0),) if self.source == "verify" else ()
+        return (ListedKeys(self.keys, self.ratio or 0.0, self.share == "layer"),) if self.source == "verify" else ()
 
     def guaranteed(self, site: AttentionSite) -> Edges:
         """The block itself; of a verify step every key."""
@@ -99,7 +105,7 @@ class Remembered(Policy):
 
     def kept_of(self, prefix: int) -> int:
         """Tokens of a prefix of that length that are remembered."""
-        return min(prefix, self.keys if self.share is None else math.ceil(self.share * prefix))
+        return min(prefix, self.keys if self.ratio is None else math.ceil(self.ratio * prefix))
 
     def select(self, emit: Emit, site: AttentionSite, state: MutableMapping[str, Any] | None) -> Keys | Listed | None:
         """The first step scores, and leaves the list in `state["keys"]`, the layer's own; the further ones read it there.
@@ -150,7 +156,7 @@ class Remembered(Policy):
         out, lse, scores = emit(torch.ops.tsa.decode_attention.default, *cache, 0.0, 0, site.mask.causal, scored)
         if lists is not None:
             written = (lists.since, lists.counts, lists.indices)
-            emit(torch.ops.tsa.list_keys.default, *written, scores, lse, lists.begin, self.keys, self.share or 0.0)
+            emit(torch.ops.tsa.list_keys.default, *written, scores, lse, lists.begin, self.keys, self.ratio or 0.0)
         return out
 
     def _attend_listed(self, emit: Emit, site: AttentionSite, lists: Listed) -> Any:

@@ -40,7 +40,7 @@ def test_rounds_at_an_acceptance_that_is_given(batch, draft):
     model = tiny("llama", layers=1)
     case = forced_rounds.RoundCase(batch, 300, 3, 2.5, rounds=40, repeats=2, gated=30)
     exact = forced_rounds.measure_exact(model, case)
-    made = {"verify": tsa.Remembered("verify", keys=8, share=0.1), "pages": tsa.PageSparse(pages=4)}[draft]
+    made = {"verify": tsa.Remembered("verify", keys=8, ratio=0.1), "pages": tsa.PageSparse(pages=4)}[draft]
     row = forced_rounds.measure_rounds(model, case, draft, made, exact)
     assert row.at_once
     assert row.sparse == (1, 1)

@@ -23,7 +23,8 @@ from tsa_compile.tools.evaluate.reference_text import reference_text
 
 #: By name; `{share}` of the keys, or 256 where that is more.
 DRAFTS: Mapping[str, Callable[[float, int], Any]] = {
-    "verify": lambda share, length: Remembered("verify", share=share),
+    "verify": lambda share, length: Remembered("verify", ratio=share),
+    "layer": lambda share, length: Remembered("verify", ratio=share, share="layer"),
     "pages": lambda share, length: PageSparse(pages=-(-max(256, round(share * length)) // 16)),
     "window": lambda share, length: PolicyDraft(sinks_and_window(max(256, round(share * length)) - 16)),
     "lookup": lambda share, length: "lookup",

@@ -14,7 +14,7 @@ def bench_round(
         str, typer.Argument(help="llama-8b: random weights; or smollm2, gemma3-270m, a folder or a Hugging Face id")
     ] = "llama-8b",
     cases: Annotated[str, typer.Option(help="batch x length, comma separated")] = "1x131072,4x131072,8x65536",
-    drafts: Annotated[str, typer.Option(help="of verify, pages and window, comma separated")] = "verify",
+    drafts: Annotated[str, typer.Option(help="of verify, layer, pages and window, comma separated")] = "verify",
     given: Annotated[float, typer.Option(help="tokens a round, as measured on real models, which the coin gives")] = 6.0,
     gamma: Annotated[int, typer.Option(help="tokens of a draft", min=1, max=15)] = 6,
     share: Annotated[float, typer.Option(help="of the keys, that drafts read; at least 256 keys")] = 0.07,
