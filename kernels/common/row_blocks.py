@@ -35,6 +35,11 @@ def word_count(k_len: int) -> int:
     return -(-key_block_count(k_len) // WORD)
 
 
+def sparse_rows(length: int, last_dense: int) -> int:
+    """Rows of a prompt of `length` tokens before the row blocks that `last_dense` makes dense."""
+    return length if last_dense == 0 else max(length - last_dense, 0) // ROWS * ROWS
+
+
 def valid_range(
     batch: int, k_len: int, start: Tensor | None, lengths: Tensor | None, device: torch.device
 ) -> tuple[Tensor, Tensor]:

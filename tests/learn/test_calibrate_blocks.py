@@ -93,9 +93,10 @@ def applied(model, plan, ids):
 
 @pytest.mark.parametrize("target", ["pairs<=0.8", pytest.param("kl<=0.01", marks=pytest.mark.slow)])
 def test_the_plan_meets_its_target_when_it_is_applied(model, prompts, target, tmp_path):
-    plan = tsa.calibrate(model, prompts, target, **OPTIONS)
+    prompts, method = (prompts[:1], "error") if target.startswith("pairs") else (prompts, "loss")
+    plan = tsa.calibrate(model, prompts, target, method=method, **OPTIONS)
     assert model._compiled_call_impl is None
-    end, middle, pairs = (sum(x) / 2 for x in zip(*(applied(model, plan, p) for p in prompts), strict=True))
+    end, middle, pairs = (sum(x) / len(prompts) for x in zip(*(applied(model, plan, p) for p in prompts), strict=True))
     measured = plan.notes["measured"]
     assert (measured["kl_end"], measured["kl_middle"]) == (pytest.approx(end, rel=1e-3), pytest.approx(middle, rel=1e-3))
     assert measured["pairs"] == pytest.approx(pairs)
@@ -160,6 +161,7 @@ def test_pairs_are_counted_one_by_one():
     torch.testing.assert_close(pairs_read(bits, length), want.double())
 
 
+@pytest.mark.slow
 def test_an_interrupted_calibration_goes_on_and_gives_the_same(model, prompts, tmp_path, monkeypatch):
     runs, predict = [], BlockMeter._predict
     stop = None

@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tsa_compile.kernels import ops  # noqa: F401 - registers torch.ops.tsa
+from tsa_compile.kernels.common.row_blocks import sparse_rows
 from tsa_compile.kernels.kept import pairs_read
 from tsa_compile.recorder import around_graphs
 
 Tensor = torch.Tensor
 _select, _attend = torch.ops.tsa.select_key_blocks.default, torch.ops.tsa.key_block_attention.default
-_ALPHA = 8  # its place among the arguments of `tsa::select_key_blocks`
+_ALPHA, _LAST_DENSE = 8, 12  # their places among the arguments of `tsa::select_key_blocks`
 
 
 class BlockCall:
@@ -37,6 +38,12 @@ class BlockCall:
         self.q, self.k, self.v, self.scale = q, k, v, scale
         self.lists: int = bits.shape[1]
         self._bits, self._chosen_by = bits, chosen_by
+
+    @property
+    def sparse_rows(self) -> int:
+        """Rows before those that the policy's `last_dense` makes dense."""
+        last_dense: int = self._chosen_by[0][_LAST_DENSE]
+        return sparse_rows(self.q.shape[2], last_dense)
 
     def dense(self) -> Tensor:
         """Exact causal attention, `[1, H, L, Dv]`."""

@@ -15,7 +15,7 @@ from tsa_compile.progress import Advance, Start
 
 ONE, HEADS, LAYERS, CONTEXT = "one alpha", "by head", "by head and layer", "by head and layer, in context"
 METHODS = {"one": 1, "error": 2, "loss": 4}  # how many of these ways are tried
-TRIES = 5  # to come within NEAR of a share of the pairs, from below
+TRIES = 6  # to come within NEAR of a share of the pairs, from below
 NEAR = 0.99
 STEPS = 7  # of the bisection for a loss
 Form = Callable[[float], ByLayer]  # from the share of the pairs that dense runs would read
@@ -70,18 +70,24 @@ def _ways(
 
 def _within(run: BlockRun, form: Form, share: float, advance: Advance) -> tuple[ByLayer, BlockSample]:
     """The alphas of a form that read the most pairs, `share` at most, as measured on the whole model."""
-    want, best, least = share, None, 1.0
-    for _ in range(TRIES):
-        alphas = form(max(want, 1e-6))
+    low, want, high = 0.0, share, math.inf  # what is asked of the form: what reads little enough, the next, what reads too much
+    best: tuple[ByLayer, BlockSample] | None = None
+    for n in range(TRIES):
+        alphas = form(0.0 if best is None and n == TRIES - 1 else want)
         sample = run.sample(alphas, advance)
-        least = min(least, sample.pairs)
-        if sample.pairs <= share and (best is None or sample.pairs > best[1].pairs):
-            best = alphas, sample
-        if best is not None and best[1].pairs >= NEAR * share:
-            break
+        if sample.pairs > share:
+            high = want
+        elif best is None or sample.pairs > best[1].pairs:
+            low, best = want, (alphas, sample)
+            if sample.pairs >= NEAR * share:
+                break
         want += (1 + NEAR) / 2 * share - sample.pairs
+        if not low < want < high:
+            want = (low + high) / 2 if high < math.inf else 2 * low
     if best is None:
-        raise ValueError(f"target 'pairs<={share:g}' cannot be met: {least:.4f} of the pairs are read where the fewest are")
+        raise ValueError(
+            f"target 'pairs<={share:g}' cannot be met: {sample.pairs:.4f} of the pairs are read where the fewest are"
+        )
     return best
 
 

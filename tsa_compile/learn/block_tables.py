@@ -41,7 +41,7 @@ class Tables:
     def one(self, share: float) -> ByLayer:
         """One alpha for all, at which `share` of the pairs is read, between the alphas that were tried; logarithms in between."""
         read = self.read.sum(1).tolist()
-        after = next((n for n, x in enumerate(read) if x > share), len(read))
+        after = next((n for n, x in enumerate(read) if x > share), len(read))  # the first that reads too much
         if after in (0, len(read)):
             return self.uniform(self.alphas[0 if after == 0 else -1])
         low, high = read[after - 1], read[after]

@@ -13,7 +13,7 @@ import torch
 
 from tsa_compile.kernels import ops  # noqa: F401 - registers torch.ops.tsa
 from tsa_compile.kernels.checks import SHARES
-from tsa_compile.kernels.common.row_blocks import KEYS, ROWS, finest_pool
+from tsa_compile.kernels.common.row_blocks import KEYS, ROWS, finest_pool, sparse_rows
 from tsa_compile.kernels.edges import Edges
 from tsa_compile.kernels.types import PageBitmap, Selection
 from tsa_compile.passes.site import VERIFY_ROWS, AttentionSite
@@ -98,7 +98,7 @@ class BlockSparse(Policy):
 
     def sparse_rows(self, length: int) -> int:
         """Rows of a prompt of `length` tokens before those that `last_dense` makes dense."""
-        return length if self.last_dense == 0 else max(length - self.last_dense, 0) // ROWS * ROWS
+        return sparse_rows(length, self.last_dense)
 
     def select(self, emit: Emit, site: AttentionSite, state: Any) -> PageBitmap | None:
         if site.dense_below:

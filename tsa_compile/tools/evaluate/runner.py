@@ -40,6 +40,7 @@ class Runner(CausalLM):
         self.widest = Plan(TokenSparse())
         self._session = Session(self.decoder, self.widest)
         self._group = head_group(model)
+        self._path = next((name for name, module in model.named_modules() if module is self.decoder), "")
 
     def find_layers(self, ids: Tensor) -> dict[int, str]:
         """Layer -> path of its attention module, for every layer that can be sparse."""
@@ -61,7 +62,7 @@ class Runner(CausalLM):
             padding = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
         if plan is not None:
             _mark_lengths(ids, cache, *padding.values())
-            self._session.plan, call = plan, self._session
+            self._session.plan, call = inside(plan, self._path), self._session
         self.wait()
         start = time.perf_counter()
         with record_kept(self.decoder, self._group) as kept:
@@ -96,6 +97,18 @@ class Runner(CausalLM):
         logits = self.logits(torch.cat((prefill.hidden[:, -1:], after), 1)).float()
         losses = F.cross_entropy(logits.transpose(1, 2), ids, reduction="none").tolist()
         return [sum(row[: len(a)]) / len(a) for row, a in zip(losses, answers, strict=True)]
+
+
+def inside(plan: Plan, path: str) -> Plan:
+    """The plan of a model for its submodule at `path` alone: patterns of rules below it, without it."""
+    if not path:
+        return plan
+    begins = [isinstance(rule.modules, str) and rule.modules.startswith(f"{path}.") for rule in plan.rules]
+    cut = (
+        rule._replace(modules=str(rule.modules).removeprefix(f"{path}.")) if below else rule
+        for rule, below in zip(plan.rules, begins, strict=True)
+    )
+    return dataclasses.replace(plan, rules=tuple(cut))
 
 
 def _mark_lengths(ids: Tensor, cache: Any, *padding: Tensor) -> None:
