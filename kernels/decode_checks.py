@@ -126,12 +126,17 @@ def sampled_value_attention(
     check_masks(name, q, capacity, mask, sinks, softcap, 0, causal=True)
     if q.shape[2] != 1:
         raise ValueError(f"{name}: q must have 1 row, got {q.shape[2]}")
-    if seed.dtype != torch.int64 or tuple(seed.shape) not in ((1,), (q.shape[0],)) or seed.device != q.device:
-        raise ValueError(f"{name}: seed must be int64 [1] or [{q.shape[0]}] on {q.device}, got {_told(seed)}")
+    check_seed(name, q, seed)
     if not 1 <= samples <= MAX_SAMPLES:
         raise ValueError(f"{name}: samples must be 1 to {MAX_SAMPLES}, got {samples}")
     if form not in FORMS:
         raise ValueError(f"{name}: form must be one of {FORMS}, got {form!r}")
+
+
+def check_seed(name: str, q: Tensor, seed: Tensor) -> None:
+    """Raise a ValueError that names operator `name`, unless it is one seed, or one for each row of the batch."""
+    if seed.dtype != torch.int64 or tuple(seed.shape) not in ((1,), (q.shape[0],)) or seed.device != q.device:
+        raise ValueError(f"{name}: seed must be int64 [1] or [{q.shape[0]}] on {q.device}, got {_told(seed)}")
 
 
 def attach_state(state: Tensor, k: Tensor) -> None:

@@ -21,6 +21,7 @@ from tsa_compile.kernels import (
     page_checks,
     projected_checks,
     routed_checks,
+    team_checks,
 )
 from tsa_compile.kernels.registry import LIBRARY, Operator, add, observing, register
 
@@ -139,6 +140,29 @@ OPERATORS = (
         fake=fakes.sampled_value_attention,
         reference="attend.sampled.reference:sampled_value_attention_reference",
         host="attend.sampled.host:sampled_value_attention",
+    ),
+    Operator(
+        f"team_attention(Tensor q, Tensor k, Tensor v, Tensor teams, {_CACHE}, Tensor seed, int draws, int recent,"
+        f" Tensor? sinks=None) -> {_ATTENDED}",
+        check=team_checks.team_attention,
+        fake=fakes.page_attention,
+        reference="attend.sampled.teams:team_attention_reference",
+        host="attend.sampled.teams_host:team_attention",
+    ),
+    Operator(
+        "append_teams(Tensor(a!) teams, Tensor k, Tensor? blocks, int block, Tensor? start, Tensor begin, Tensor end,"
+        " Tensor? key_mask, int new, int count) -> ()",
+        check=team_checks.append_teams,
+        fake=fakes.append_teams,
+        reference="state.append_teams.reference:append_teams_reference",
+        host="state.append_teams.host:append_teams",
+    ),
+    Operator(
+        f"page_teams(Tensor k, {_VIEW}, Tensor? key_mask, int count) -> Tensor",
+        check=team_checks.page_teams,
+        fake=fakes.page_teams,
+        reference="state.append_teams.reference:page_teams_reference",
+        host="state.append_teams.host:page_teams",
     ),
     Operator(
         "attach_state(Tensor(a!) state, Tensor k) -> ()",
@@ -363,7 +387,7 @@ def source_tag() -> str:
     """A hash of the table and of what it registers: compile caches see a schema, but neither its fake nor its gradient."""
     tables = ("ops", "registry", "forward_only", "arguments", "types", "fakes", "common/results")
     pages = ("page_checks", "page_basis_checks", "key_block_checks", "projected_checks")
-    names = (*tables, "checks", "decode_checks", *pages, "routed_checks")
+    names = (*tables, "checks", "decode_checks", *pages, "routed_checks", "team_checks")
     files = (Path(__file__).parent / f"{name}.py" for name in names)
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:16]
 

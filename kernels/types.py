@@ -169,9 +169,11 @@ class Draws(NamedTuple):
 
     Args:
         seed: int64 `[1]` or `[B]`, another one for each layer.
+        teams: int64 `[N, Hk, pages]` (common/teams.py), of which some are drawn; None: single keys are.
     """
 
     seed: T
+    teams: T | None = None
 
 
 Selection: TypeAlias = Tokens | Keys | Pages | CompletedPages | PageBitmap | Listed | Draws

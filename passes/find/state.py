@@ -14,6 +14,7 @@ _KEPT = {  # operator -> the names of its first arguments, the state; the keys a
     torch.ops.tsa.append_pages.default: ("sums", "counts"),
     torch.ops.tsa.append_basis.default: ("basis", "coords", "scales"),
     torch.ops.tsa.append_projected.default: ("index", "positions", "counts", "query", "key", "frequencies"),
+    torch.ops.tsa.append_teams.default: ("teams",),
     torch.ops.tsa.attach_state.default: ("seed",),
     torch.ops.tsa.crop_list.default: ("since", "begin", "listed_counts", "listed"),
 }

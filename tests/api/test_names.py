@@ -47,7 +47,7 @@ NAMES = {
     "ProbeSparse": "coverage=0.05, probes=64, min_keys=256",
     "PageSparse": "keep=None, kind='mean', completion=False, pages=None, mass=None, schedule=None, ...",
     "HeadSplit": "retrieval, keep=1.0, sinks=4, window=8192, mass=None",
-    "SampledValues": "samples, form='prop'",
+    "SampledValues": "samples, form='prop', representatives=4, recent=4",
     "Remembered": "source, keys=None, ratio=None, dense_layers=None, queries=None, share='kv_head'",
     "Resident": "keep=None, pages=None, interval=64, layers=None, ensemble='max', sinks=1, recent=4, strict=False, sample=0",
     "Routed": "inner=Exact(), group=None",

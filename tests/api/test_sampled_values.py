@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -26,7 +28,7 @@ def attended(policy, site, state=None):
     return policy.attend(call, site, policy.select(call, site, state))
 
 
-@pytest.mark.parametrize("form", ["prop", "flash"])
+@pytest.mark.parametrize("form", ["prop", "flash", "teams"])
 def test_as_many_samples_as_keys_are_exact_and_fewer_are_near_it(form):
     site = site_of()
     exact = attended(tsa.Exact(), site)
@@ -57,14 +59,21 @@ def test_in_one_graph():
 def test_fields_and_refusals():
     for fields, message in (
         ({"samples": 0}, "SampledValues.samples must be an int >= 1 and <= 4096, got 0"),
-        ({"samples": 8, "form": "iid"}, r"SampledValues.form must be one of \('prop', 'flash'\), got 'iid'"),
+        ({"samples": 8, "form": "iid"}, r"SampledValues.form must be one of \('prop', 'flash', 'teams'\), got 'iid'"),
+        (
+            {"samples": 8, "form": "teams", "representatives": 5},
+            "SampledValues.representatives must be an int >= 1 and <= 4, got 5",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             tsa.SampledValues(**fields)
     assert why_dense(tsa.SampledValues(8), site_of(2)) == "2 query rows: values are sampled for one"
     assert why_dense(tsa.SampledValues(8), site_of(phase="draft")) == "draft: SampledValues is for decode"
-    policy = tsa.SampledValues(8, "flash")
-    assert from_dict(policy.to_dict()) == policy
+    for policy in (tsa.SampledValues(8, "flash"), tsa.SampledValues(64, "teams", representatives=2, recent=1)):
+        assert from_dict(policy.to_dict()) == policy
+    biased = site_of()
+    biased = dataclasses.replace(biased, operands=biased.operands._replace(mask=torch.zeros(2, 1, 1, 500)))
+    assert why_dense(tsa.SampledValues(64, "teams"), biased) == "a mask as data: teams are drawn without it"
 
 
 @pytest.fixture(scope="module")
@@ -118,3 +127,25 @@ def test_a_model_without_a_cache_of_ours_draws_from_torchs_generator():
     assert all(torch.equal(x, y) for x, y in zip(a.logits, c.logits, strict=True))
     assert tsa.report(model).steps
     assert not torch.equal(a.logits[1], b.logits[1])
+
+
+def test_teams_are_kept_beside_the_cache_and_all_of_them_are_exact():
+    """Logits are the untouched model's with as many samples as rows, and near them with fewer; no step makes teams anew."""
+    pytest.importorskip("transformers")
+    torch._dynamo.reset()
+    ids, told = token_ids(155, 2), dict(max_new_tokens=7, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    exact, model = tiny("llama").generate(ids, **told), tiny("llama")
+    plans = [tsa.Plan(prefill=tsa.Dense(), decode=tsa.SampledValues(n, "teams", recent=1)) for n in (200, 48)]
+    session = attached(tsa.transform(model, plans[0]))
+    for plan, low, high in ((plans[0], 0.0, 1e-5), (plans[1], 1e-5, 0.5)):
+        torch.manual_seed(0)
+        session.plan = plan
+        run = model.generate(ids, attention_mask=torch.ones_like(ids), **told)
+        assert low <= (run.logits[1] - exact.logits[1]).norm() / exact.logits[1].norm() <= high
+        graph = session.backend.graphs[-1].form(session.plan).gm.graph
+        names = [str(n.target) for n in graph.nodes if n.op == "call_function"]
+        assert sum("append_teams" in n for n in names) == sum("team_attention" in n for n in names) == 2
+        assert not any("page_teams" in n or "randint" in n for n in names)
+        layer = run.past_key_values.layers[0]
+        made = torch.ops.tsa.page_teams(layer.keys.contiguous(), None, 1, None, None, None, 4)
+        assert torch.equal(layer.state("page_teams 4")["teams"][:, :, :10], made[:, :, :10])  # of 161 rows

@@ -17,12 +17,15 @@ from triton.compiler import ASTSource
 from tsa_compile.kernels.attend.sampled.device import draw_kernel, mass_kernel, tile_samples_kernel, value_kernel
 from tsa_compile.kernels.attend.sampled.flash_device import flash_kernel
 from tsa_compile.kernels.attend.sampled.host import heads_at_once, stages_of
+from tsa_compile.kernels.attend.sampled.teams_device import team_attention_kernel, team_cut_kernel, team_scores_kernel
+from tsa_compile.kernels.state.append_teams.device import append_teams_kernel
 
 SHARED = {80: 166912, 86: 101376, 90: 232448, 120: 101376}
-FLOATS = ("exponents", "worth", "lse", "weights", "part", "part_lse")
-INTS = ("masses", "totals", "counts", "first_slots", "indices", "blocks", "start", "lengths")
+FLOATS = ("exponents", "worth", "lse", "weights", "part", "part_lse", "phis")
+INTS = ("masses", "totals", "counts", "first_slots", "indices", "blocks", "start", "lengths", "ranks", "cuts",
+        "begin", "end")
 TYPES = {**dict.fromkeys(FLOATS, "*fp32"), **dict.fromkeys(INTS, "*i32"), "key_mask": "*i1", "bias": "*fp32", "sinks": "*bf16",
-         "seed": "*i64", "scale": "fp32", "softcap": "fp32"}
+         "seed": "*i64", "teams": "*i64", "scale": "fp32", "softcap": "fp32"}
 OPTIONAL = ("blocks", "start", "lengths", "key_mask", "bias", "sinks")
 capability = int(sys.argv[1])
 
@@ -50,7 +53,11 @@ for dtype, dim, heads, given in (("bf16", 128, 16, ("lengths",)), ("fp32", 256, 
     compile_kernel(flash_kernel, dtype, 4, two, given, **shape)
     compile_kernel(value_kernel, dtype, 4, one, given, **shape, ONE=dim == 256)
     compile_kernel(tile_samples_kernel, dtype, 8, 3, given, BLOCK_M=heads // 4, BLOCK_T=max(64, 2048 // (heads // 4)))
+    compile_kernel(team_scores_kernel, dtype, 4, one, given, **shape)
+    compile_kernel(team_attention_kernel, dtype, 4, two, given, **shape)
+    compile_kernel(append_teams_kernel, dtype, 1, 3, given, **shape, PAGES=4, COUNT=4)
     compile_kernel(draw_kernel, dtype, 1, 3, given, BLOCK_M=heads // 4)
+compile_kernel(team_cut_kernel, "bf16", 8, 3, ("lengths",))
 print("compiled")
 """
 

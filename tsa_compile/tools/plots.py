@@ -11,12 +11,12 @@ Axis = tuple[Callable[[float], float], list[float]]  # value -> place in [0, 1];
 _W, _H, _LEFT, _RIGHT, _BOTTOM, _TOP = 480, 310, 66, 24, 44, 14
 
 
-# For a page's <style>: colours c0 to c7, light and dark, and the classes below.
+# For a page's <style>: colours c0 to c9, light and dark, and the classes below.
 STYLE = """
 :root{color-scheme:light dark;--bg:#fff;--fg:#1b1f24;--soft:#667079;--grid:#dfe3e8;--heat:#2a78d6;
---c0:#1b1f24;--c1:#d1493f;--c2:#1f77c9;--c3:#1a8f5a;--c4:#9a6a00;--c5:#8a4fc4;--c6:#0b8a94;--c7:#c2408f}
+--c0:#1b1f24;--c1:#d1493f;--c2:#1f77c9;--c3:#1a8f5a;--c4:#9a6a00;--c5:#8a4fc4;--c6:#0b8a94;--c7:#c2408f;--c8:#7a7f85;--c9:#8d9b1a}
 @media(prefers-color-scheme:dark){:root{--bg:#15181c;--fg:#e6e9ec;--soft:#9aa4ae;--grid:#343a41;--heat:#4b97ee;
---c0:#e6e9ec;--c1:#f0796f;--c2:#62adf5;--c3:#4fc28c;--c4:#d9a53a;--c5:#bb8cf0;--c6:#4cc3cd;--c7:#ee86c1}}
+--c0:#e6e9ec;--c1:#f0796f;--c2:#62adf5;--c3:#4fc28c;--c4:#d9a53a;--c5:#bb8cf0;--c6:#4cc3cd;--c7:#ee86c1;--c8:#a3a9af;--c9:#c5d24f}}
 body{font:15px/1.5 system-ui,sans-serif;background:var(--bg);color:var(--fg);margin:2em auto;max-width:84em;padding:0 1em}
 .wide{overflow-x:auto}svg text{font:12px system-ui,sans-serif;fill:var(--fg)}
 .grid{stroke:var(--grid)}.line{fill:none;stroke-width:2}.heat{fill:var(--heat)}
@@ -24,12 +24,12 @@ body{font:15px/1.5 system-ui,sans-serif;background:var(--bg);color:var(--fg);mar
 .key{display:inline-block;width:.8em;height:.8em;margin-right:.4em;border-radius:2px}
 """ + "".join(
     f".c{n}.line{{stroke:var(--c{n})}}.c{n}.dot,.fill.k{n}{{fill:var(--c{n})}}.key.k{n}{{background:var(--c{n})}}"
-    for n in range(8)
+    for n in range(10)
 )
 
 
 def curves(series: Mapping[str, Sequence[Point]], x_label: str, y_label: str, x: str = "share", y: str = "linear") -> str:
-    """Lines with dots, at most eight.
+    """Lines with dots, at most ten.
 
     Args:
         x, y: the axes: "share" (0 to 1, in percent), "linear" (from 0), "log2" or "log10" (what is not above 0 is left out).

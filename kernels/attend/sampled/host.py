@@ -20,8 +20,8 @@ MERGED_AT_ONCE = 64  # parts of a query row
 QUERY_BYTES = 16 << 10  # of a program's query rows
 
 
-class _Step(NamedTuple):
-    """What both forms are launched with."""
+class Step(NamedTuple):
+    """What all forms are launched with; `samples`: of a query head, values or teams."""
 
     q: Tensor
     k: Tensor
@@ -50,6 +50,21 @@ class _Step(NamedTuple):
     @property
     def seed_stride(self) -> int:
         return self.seed.stride(0) if self.seed.shape[0] > 1 else 0
+
+    @property
+    def table_stride(self) -> int:
+        return 0 if self.view.blocks is None else self.view.blocks.stride(0)
+
+    @property
+    def per_row(self) -> int:
+        """Blocks in one entry of the first dimension of K and V."""
+        return max(1, self.k.shape[2] // self.view.block)
+
+    @property
+    def shapes(self) -> dict[str, Any]:
+        """Head dims, and what holds them."""
+        block_d, block_dv = (max(16, 1 << (n - 1).bit_length()) for n in (self.q.shape[3], self.v.shape[3]))
+        return {"D": self.q.shape[3], "DV": self.v.shape[3], "BLOCK_D": block_d, "BLOCK_DV": block_dv}
 
     def new(self, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.q.device)
@@ -86,12 +101,12 @@ def sampled_value_attention(
     if out.numel() == 0:
         return out, lse
     bias = None if mask is None else mask.expand(*q.shape[:3], mask.shape[3])
-    step = _Step(q, k, v, KvView(blocks, block, start, lengths), key_mask, bias, sinks, seed, samples, scale, softcap)
+    step = Step(q, k, v, KvView(blocks, block, start, lengths), key_mask, bias, sinks, seed, samples, scale, softcap)
     (_proportional if form == "prop" else _equal_tiles)(step, out, lse)
     return out, lse
 
 
-def _proportional(x: _Step, out: Tensor, lse: Tensor) -> None:
+def _proportional(x: Step, out: Tensor, lse: Tensor) -> None:
     import triton
 
     from tsa_compile.kernels.attend.sampled import device
@@ -101,15 +116,15 @@ def _proportional(x: _Step, out: Tensor, lse: Tensor) -> None:
     totals, counts, first_slots = (x.new(batch, n, tiles) for n in (heads, heads, x.k.shape[1]))
     exponents, worth = (x.new(*shape, dtype=torch.float32) for shape in ((batch, heads, tiles), (batch, heads)))
     indices, weights = x.new(batch, x.k.shape[1], slots), x.new(batch, heads, slots, dtype=torch.float32)
-    tiled = _shapes(x)
+    tiled = x.shapes
     block_m, tiles_m = heads_at_once(x.group, max(tiled["BLOCK_D"], tiled["BLOCK_DV"]) * x.q.element_size())
     programs = x.lists * tiles_m
     splits = x.splits(programs, tiles)
     device.mass_kernel[(programs, splits)](
         x.q, x.k, masses, totals, exponents, x.view.blocks, start, lengths, x.key_mask, x.bias,
-        *_strides_of_scores(x), x.k.shape[1], x.group, capacity_of(x.k, x.view), x.view.block, _per_row(x), splits, tiles,
+        *_strides_of_scores(x), x.k.shape[1], x.group, capacity_of(x.k, x.view), x.view.block, x.per_row, splits, tiles,
         tiles_m, x.scale, x.softcap, D=tiled["D"], BLOCK_D=tiled["BLOCK_D"], BLOCK_M=block_m, CAPPED=x.softcap > 0,
-        PRECISION=precision(x.q.dtype), num_warps=4, num_stages=_stages(x, tiled["BLOCK_D"]),
+        PRECISION=precision(x.q.dtype), num_warps=4, num_stages=stages(x, tiled["BLOCK_D"]),
     )  # fmt: skip
     together = triton.next_power_of_2(x.group)
     numbers = (x.seed_stride, x.k.shape[1], x.group, capacity_of(x.k, x.view), tiles, x.samples, slots)
@@ -124,20 +139,20 @@ def _proportional(x: _Step, out: Tensor, lse: Tensor) -> None:
     splits = x.splits(programs, -(-slots // TILE))
     part = out if splits == 1 else x.new(batch, heads, splits, x.v.shape[3], dtype=torch.float32)
     device.value_kernel[(programs, splits)](
-        x.v, out, part, indices, weights, x.view.blocks, *x.v.stride(), *out.stride()[:2], _table_stride(x),
-        x.k.shape[1], x.group, x.view.block, _per_row(x), slots, splits, tiles_m,
+        x.v, out, part, indices, weights, x.view.blocks, *x.v.stride(), *out.stride()[:2], x.table_stride,
+        x.k.shape[1], x.group, x.view.block, x.per_row, slots, splits, tiles_m,
         DV=tiled["DV"], BLOCK_DV=tiled["BLOCK_DV"], BLOCK_M=block_m, ONE=splits == 1, PRECISION=precision(x.v.dtype),
-        num_warps=4, num_stages=_stages(x, tiled["BLOCK_DV"]),
+        num_warps=4, num_stages=stages(x, tiled["BLOCK_DV"]),
     )  # fmt: skip
     if splits > 1:
         out.copy_(part.sum(2, keepdim=True))
 
 
-def _equal_tiles(x: _Step, out: Tensor, lse: Tensor) -> None:
+def _equal_tiles(x: Step, out: Tensor, lse: Tensor) -> None:
     from tsa_compile.kernels.attend.sampled.flash_device import flash_kernel
     from tsa_compile.kernels.common.splits_device import merge_kernel
 
-    (batch, heads), tiled = x.q.shape[:2], _shapes(x)
+    (batch, heads), tiled = x.q.shape[:2], x.shapes
     block_m, tiles_m = heads_at_once(x.group, max(tiled["BLOCK_D"], tiled["BLOCK_DV"]) * x.q.element_size())
     programs = x.lists * tiles_m
     splits = x.splits(programs, x.tiles)
@@ -145,19 +160,14 @@ def _equal_tiles(x: _Step, out: Tensor, lse: Tensor) -> None:
     flash_kernel[(programs, splits)](
         x.q, x.k, x.v, part, part_lse, x.view.blocks, x.view.start, x.view.lengths, x.key_mask, x.bias, x.seed,
         *_strides_of_scores(x)[:7], *x.v.stride(), *_strides_of_scores(x)[7:], x.seed_stride, x.k.shape[1], x.group,
-        capacity_of(x.k, x.view), x.view.block, _per_row(x), splits, tiles_m, x.samples, x.scale, x.softcap,
+        capacity_of(x.k, x.view), x.view.block, x.per_row, splits, tiles_m, x.samples, x.scale, x.softcap,
         **tiled, BLOCK_M=block_m, CAPPED=x.softcap > 0, PRECISION=precision(x.q.dtype),
-        num_warps=4, num_stages=_stages(x, tiled["BLOCK_D"] + tiled["BLOCK_DV"]),
+        num_warps=4, num_stages=stages(x, tiled["BLOCK_D"] + tiled["BLOCK_DV"]),
     )  # fmt: skip
     merge_kernel[(batch * heads,)](
         part, part_lse, out, lse, x.sinks, *out.stride()[:3], heads, 1, splits,
         DV=tiled["DV"], BLOCK_DV=tiled["BLOCK_DV"], BLOCK_S=MERGED_AT_ONCE, num_warps=4 if tiled["BLOCK_DV"] <= 128 else 8,
     )  # fmt: skip
-
-
-def _shapes(x: _Step) -> dict[str, Any]:
-    block_d, block_dv = (max(16, 1 << (n - 1).bit_length()) for n in (x.q.shape[3], x.v.shape[3]))
-    return {"D": x.q.shape[3], "DV": x.v.shape[3], "BLOCK_D": block_d, "BLOCK_DV": block_dv}
 
 
 def heads_at_once(group: int, row_bytes: int) -> tuple[int, int]:
@@ -166,7 +176,7 @@ def heads_at_once(group: int, row_bytes: int) -> tuple[int, int]:
     return block_m, -(-group // block_m)
 
 
-def _stages(x: _Step, width: int) -> int:
+def stages(x: Step, width: int) -> int:
     """Tiles in flight, by the bytes of one."""
     return stages_of(TILE * width * x.k.element_size(), capability_of(x.q.device))
 
@@ -177,16 +187,7 @@ def stages_of(tile_bytes: int, capability: tuple[int, int]) -> int:
     return max(1, min(4, most // tile_bytes))
 
 
-def _strides_of_scores(x: _Step) -> tuple[int, ...]:
+def _strides_of_scores(x: Step) -> tuple[int, ...]:
     q, mask, bias = x.q.stride(), x.key_mask, x.bias
     of_bias = (0, 0, 0) if bias is None else (bias.stride(0), bias.stride(1), bias.stride(3))
-    return q[0], q[1], q[3], *x.k.stride(), *((0, 0) if mask is None else mask.stride()), *of_bias, _table_stride(x)
-
-
-def _table_stride(x: _Step) -> int:
-    return 0 if x.view.blocks is None else x.view.blocks.stride(0)
-
-
-def _per_row(x: _Step) -> int:
-    """Blocks in one entry of the first dimension of K and V."""
-    return max(1, x.k.shape[2] // x.view.block)
+    return q[0], q[1], q[3], *x.k.stride(), *((0, 0) if mask is None else mask.stride()), *of_bias, x.table_stride

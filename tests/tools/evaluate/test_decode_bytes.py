@@ -17,10 +17,12 @@ SEED = {"seed": torch.tensor([5])}
 POLICIES = [
     tsa.Exact(),
     tsa.PageSparse(pages=2, sinks=0, recent=1),
+    tsa.PageSparse(pages=2, sinks=0, recent=1, kind="basis", refine=0.5, completion=True),
     tsa.HeadSplit((1,), keep=0.5, sinks=2, window=9),
     tsa.SampledValues(6),
     tsa.SampledValues(6, "flash"),
     tsa.SampledValues(200),
+    tsa.SampledValues(8, "teams", recent=1),
 ]
 
 
@@ -28,6 +30,11 @@ def attended(policy, q, k, v, lengths):
     site = AttentionSite.of(Operands(q, k, v, None, KvView(None, 1, None, lengths)), MaskFacts(causal=True), phase="decode")
     state = SEED if isinstance(policy, tsa.SampledValues) else None
     return policy.attend(call, site, policy.select(call, site, state))
+
+
+def by_key(policy):
+    """Are keys scored one by one, all of them?"""
+    return isinstance(policy, tsa.Exact) or (isinstance(policy, tsa.SampledValues) and policy.form != "teams")
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
@@ -44,15 +51,22 @@ def test_counted_rows_are_those_that_change_the_output(policy):
             other = v.clone()
             other[:, head, j] = torch.nan
             read["values"] += V_DIM * 4 * bool(attended(policy, q, k, other, lengths).isnan().any())
-            if not isinstance(policy, (tsa.PageSparse, tsa.HeadSplit)):  # there a key is in its page's sum as well
+            if by_key(policy):
                 other = k.clone()
                 other[:, head, j] = 9 * q.unflatten(1, (KV_HEADS, -1))[:, head].mean(1)[:, 0]
                 read["keys"] += DIM * 4 * (not torch.equal(attended(policy, q, other, v, lengths), want))
-    if not read["keys"]:
+    if getattr(policy, "completion", False):
+        read["values"] -= 16 * KV_HEADS * V_DIM * 4  # of unread pages, which are in their means
+    whole, made = 2 * KV_HEADS, ROWS * KV_HEADS * DIM * 4  # pages; an index that nobody keeps is made from every key
+    if not by_key(policy):  # keys are read with their values
         read["keys"] = read["values"] // V_DIM * DIM
-    assert {kind: traffic.read[kind] for kind in read} == read
-    made = ROWS * KV_HEADS * DIM * 4 + (ROWS // 16) * (KV_HEADS * DIM * 4 + 4)  # sums that nobody keeps, and their scores
-    assert traffic.read["index"] == (made if isinstance(policy, (tsa.PageSparse, tsa.HeadSplit)) else 0)
+        is_pages = not isinstance(policy, tsa.SampledValues)
+        read["index"] = made + (whole * DIM * 4 + 2 * 4 if is_pages else whole * 8)
+        if getattr(policy, "completion", False):  # bases from every key, one page of two; mean values, one page of two unread
+            read["index"] += made + KV_HEADS * (8 * DIM // 2 + 8 * 16 + 8 * 2)
+            read["index"] += ROWS * KV_HEADS * V_DIM * 4 + KV_HEADS * V_DIM * 4
+        read["keys"] += 0 if is_pages else whole * 4 * DIM * 4  # and four representatives of a page are scored
+    assert dict(traffic.read) == read
 
 
 def test_a_page_that_fills_is_read_for_its_sum():

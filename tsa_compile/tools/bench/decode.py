@@ -17,6 +17,7 @@ from tsa_compile.kernels.attend.decode import host
 from tsa_compile.kernels.attend.decode.config import DecodeConfig
 from tsa_compile.kernels.attend.decode.reference import decode_attention_reference, page_attention_reference
 from tsa_compile.kernels.attend.sampled.reference import sampled_value_attention_reference
+from tsa_compile.kernels.attend.sampled.teams import team_attention_reference
 from tsa_compile.kernels.types import IDENTITY
 from tsa_compile.tools.bench.decode_cases import Buffers, DecodeCase
 from tsa_compile.tools.bench.decode_forms import (
@@ -31,10 +32,12 @@ from tsa_compile.tools.bench.decode_forms import (
     sampled_forms,
     score,
     select,
+    teams_read,
 )
 from tsa_compile.tools.bench.select_variants import Select, differing, select_variants
 from tsa_compile.tools.bench.timing import graph_ms
 
+Tensor = torch.Tensor
 TOLERANCE = 1e-2  # relative error in bf16
 VARIANTS = tuple(
     DecodeConfig(0, *numbers)  # block_n, num_warps, num_stages, resident, swap
@@ -111,13 +114,12 @@ def check(case: DecodeCase, x: Buffers) -> dict[str, float]:
 def _error(case: DecodeCase, x: Buffers, rule: Lists | str | None) -> float:
     """Of one call of a form: pages, the name of a form of sampled values, or every key. Samples are compared draw by draw.
 
-    The reference goes row of the batch by row, as float64 takes four times the memory; not that of samples, which counts rows.
+    The reference goes row of the batch by row, as float64 takes four times the memory; not that of samples, which counts rows and
+    is in float32, as it scores keys by a kernel.
     """
     if isinstance(rule, str):
-        got, every = sampled(case, x, rule)[0], (None, 1, None, x.lengths, None, case.scale)
-        q, k, v = x.q.double(), x.k.double(), x.v.double()
-        want = sampled_value_attention_reference(q, k, v, *every, x.seed, SAMPLES[rule], rule)[0]
-        return float((got.double() - want).norm() / want.norm())
+        got, want = sampled(case, x, rule)[0], sampled_reference(case, x, rule)
+        return float((got.double() - want.double()).norm() / want.double().norm())
     got = exact(case, x)[0] if rule is None else attend(case, x, rule)[0]
     difference = total = 0.0
     for b in range(case.batch):
@@ -131,6 +133,15 @@ def _error(case: DecodeCase, x: Buffers, rule: Lists | str | None) -> float:
         difference += float((got[b : b + 1].double() - want).square().sum())
         total += float(want.square().sum())
     return (difference / total) ** 0.5
+
+
+def sampled_reference(case: DecodeCase, x: Buffers, form: str) -> Tensor:
+    """What `sampled` gives, by the definition in plain PyTorch."""
+    q, k, v = x.q.float(), x.k.float(), x.v.float()
+    every = (None, 1, None, x.lengths, None, case.scale, x.seed)
+    if form == "teams":
+        return team_attention_reference(q, k, v, x.teams, *every, *teams_read())[0]
+    return sampled_value_attention_reference(q, k, v, *every, SAMPLES[form], form)[0]
 
 
 # ---- variants of the kernels

@@ -92,6 +92,7 @@ class Buffers:
     lengths: Tensor
     before: Tensor
     seed: Tensor
+    teams: Tensor
 
     @staticmethod
     def random(case: DecodeCase, device: str = "cuda") -> Buffers:
@@ -105,5 +106,5 @@ class Buffers:
         lengths = torch.full((case.batch,), case.length, dtype=torch.int32, device=device)
         return Buffers(
             normal(case.heads, case.rows), k, normal(case.kv_heads, case.length), sums, counts, lengths, lengths - case.rows,
-            torch.zeros(1, dtype=torch.int64, device=device),
+            torch.zeros(1, dtype=torch.int64, device=device), torch.ops.tsa.page_teams(k, None, 1, None, None, None, 4),
         )  # fmt: skip

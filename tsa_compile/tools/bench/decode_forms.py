@@ -15,7 +15,7 @@ Tensor = torch.Tensor
 Form = Callable[[Buffers], Any]
 Lists = tuple[Tensor, Tensor]
 PADDING = 5  # rows before the first key
-SAMPLES = {"prop": 128, "flash": 2048}  # as published
+SAMPLES = {"prop": 128, "flash": 2048, "teams": 1024}  # as published
 
 
 def exact(case: DecodeCase, x: Buffers, key_mask: Tensor | None = None, **more: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -40,7 +40,10 @@ def attend(case: DecodeCase, x: Buffers, pages: Lists) -> tuple[Tensor, Tensor]:
 
 
 def sampled(case: DecodeCase, x: Buffers, form: str) -> tuple[Tensor, Tensor]:
-    """Every key, and so many values."""
+    """Every key, and so many values; or the keys of representatives, and teams of four keys."""
+    if form == "teams":
+        cache = (x.q, x.k, x.v, x.teams, None, 1, None, x.lengths, None, case.scale)
+        return torch.ops.tsa.team_attention(*cache, x.seed, *teams_read())
     rule = (x.seed, SAMPLES[form], form)
     return torch.ops.tsa.sampled_value_attention(x.q, x.k, x.v, None, 1, None, x.lengths, None, case.scale, *rule)
 
@@ -65,8 +68,13 @@ def exact_forms(case: DecodeCase, device: torch.device) -> dict[str, Form]:
     }
 
 
+def teams_read() -> tuple[int, int]:
+    """(teams that a query head draws, recent pages that are read whole)."""
+    return SAMPLES["teams"] // 4, RECENT + 1
+
+
 def sampled_forms(case: DecodeCase) -> dict[str, Form]:
-    """A step by sampled values, in both forms."""
+    """A step by sampled values, in all forms."""
     return {f"sampled, {form}": functools.partial(sampled, case, form=form) for form in SAMPLES}
 
 

@@ -15,6 +15,7 @@ from tsa_compile.tools.evaluate.summary import Data, lengths
 from tsa_compile.tools.evaluate.text_tables import html_table, markdown_table
 
 Value = Callable[[DecodeRow], float | None]
+NOISE = 1e-6  # nats: what is below is rounding
 KINDS = ("keys", "values", "index")
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98, 1.0)
 
@@ -89,8 +90,8 @@ def _plots(found: Sequence[DecodeRow]) -> str:
     """What is lost, and how long a step takes, against what is read."""
     families = list(dict.fromkeys(r.family for r in found))
     wanted: list[tuple[str, str, Value]] = [
-        ("KL, mean, nats", "log10", mean_kl),
-        ("KL, worst position, nats", "log10", lambda r: r.kl[-1] if r.kl else None),
+        ("KL, mean, nats", "log10", lambda r: _above_noise(mean_kl(r))),
+        ("KL, worst position, nats", "log10", lambda r: _above_noise(r.kl[-1] if r.kl else None)),
         ("5th percentile of acceptance", "linear", lambda r: r.accepted),
     ]
     wanted += [(f"{name}, mean score", "linear", functools.partial(_score, name)) for name in TASK_SETS]
@@ -107,6 +108,10 @@ def _plots(found: Sequence[DecodeRow]) -> str:
     return f"{head}<div class=plots>{''.join(drawn)}</div>"
 
 
+def _above_noise(value: float | None) -> float | None:
+    return None if value is None or value < NOISE else value
+
+
 def _points(found: Sequence[DecodeRow], family: str, value: Value) -> list[plots.Point]:
     own = [(r, value(r)) for r in found if r.family == family and r.share is not None]
     return [(r.share, y, f"{r.variant}: {y:.4g}") for r, y in own if y is not None and r.share is not None]
@@ -117,7 +122,7 @@ def _spread(found: Sequence[DecodeRow], family: str) -> list[plots.Point]:
     if not own:
         return []
     r = own[len(own) // 2]
-    return [(x, y, f"{r.variant}: {x:.0%} below {y:.3g}") for x in QUANTILES if (y := quantile(r.kl, x)) > 0]
+    return [(x, y, f"{r.variant}: {x:.0%} below {y:.3g}") for x in QUANTILES if (y := quantile(r.kl, x)) >= NOISE]
 
 
 def _read(found: Sequence[DecodeRow]) -> str:
@@ -158,7 +163,7 @@ def _percent(value: float | None) -> str:
 
 
 def _small(value: float | None) -> str:
-    return "" if value is None else f"{value:.2g}"
+    return "" if value is None else f"{value:.2g}" if value >= NOISE else f"< {NOISE:g}"
 
 
 def _number(value: float | None) -> str:

@@ -24,14 +24,18 @@ from tsa_compile.tools.evaluate.variants import DENSE, Variant
 
 FAMILIES = {
     "pages": "pages by mean keys",
+    "basis": "pages by eight directions",
+    "completed": "pages by mean keys, completed",
     "heads": "roles of heads",
     "sampled": "sampled values",
+    "teams": "sampled teams of keys",
     "sparrow": "Sparrow's schedules",
     "reuse": "pages, one layer in four selects",
 }
 KEEP = (0.05, 0.1, 0.25)
 SHARES = (0.15, 0.3)  # of the query heads that look things up
 SAMPLES = ((128, "prop"), (512, "prop"), (2048, "flash"))
+IN_TEAMS = (256, 1024, 4096)
 THRESHOLDS = ("0.80", "0.86", "0.92")
 LAYERS_OF_AN_ANCHOR = 4
 PUBLISHED_WINDOW = 8192  # of local heads, from 16,384 tokens on
@@ -55,9 +59,12 @@ def decode_variants(
     """
     window = max(16, min(PUBLISHED_WINDOW, shortest // 8))
     made: Mapping[str, Callable[[], Iterator[Fit]]] = {
-        "pages": functools.partial(_pages, keep),
+        "pages": functools.partial(_pages, keep, "pages", {}),
+        "basis": functools.partial(_pages, keep, "by basis", {"kind": "basis"}),
+        "completed": functools.partial(_pages, keep, "completed", {"completion": True}),
         "heads": functools.partial(_heads, model, texts, window),
         "sampled": _sampled,
+        "teams": _teams,
         "sparrow": functools.partial(_sparrow, sum(p.numel() for p in model.parameters())),
         "reuse": functools.partial(_reuse, model, texts, keep),
     }
@@ -77,9 +84,9 @@ def _fitted(fit: Callable[..., Plan], model: nn.Module, texts: Callable[[], Text
     return fit(model, texts(), *args, progress=False, **kwargs)
 
 
-def _pages(keep: Sequence[float]) -> Iterator[Fit]:
+def _pages(keep: Sequence[float], name: str, fields: Mapping[str, Any]) -> Iterator[Fit]:
     for share in keep:
-        yield f"pages {share:.3g}", share, functools.partial(_plan, PageSparse(keep=share))
+        yield f"{name} {share:.3g}", share, functools.partial(_plan, PageSparse(keep=share, **fields))
 
 
 def _heads(model: nn.Module, texts: Callable[[], Texts], window: int) -> Iterator[Fit]:
@@ -92,6 +99,11 @@ def _heads(model: nn.Module, texts: Callable[[], Texts], window: int) -> Iterato
 def _sampled() -> Iterator[Fit]:
     for samples, form in SAMPLES:
         yield f"sampled {samples} ({form})", samples, functools.partial(_plan, SampledValues(samples, form))
+
+
+def _teams() -> Iterator[Fit]:
+    for samples in IN_TEAMS:
+        yield f"teams, {samples} samples", samples, functools.partial(_plan, SampledValues(samples, "teams"))
 
 
 def _sparrow(parameters: int) -> Iterator[Fit]:

@@ -1,0 +1,54 @@
+"""Teams of pages on the GPU: the launch of device.py. The contract is docs/operators.md, `append_teams`."""
+
+from __future__ import annotations
+
+import torch
+
+from tsa_compile.kernels.common.pages import PAGE
+from tsa_compile.kernels.state.append_teams.reference import build
+from tsa_compile.kernels.types import KvView
+
+Tensor = torch.Tensor
+PAGES_AT_ONCE = 4
+
+
+def append_teams(
+    teams: Tensor,
+    k: Tensor,
+    blocks: Tensor | None,
+    block: int,
+    start: Tensor | None,
+    begin: Tensor,
+    end: Tensor,
+    key_mask: Tensor | None,
+    new: int,
+    count: int,
+) -> None:
+    """`tsa::append_teams` by Triton. Nothing waits for the device; no number of rows compiles anything."""
+    import triton
+
+    from tsa_compile.kernels.state.append_teams.device import append_teams_kernel
+
+    batch, kv_heads, dim = begin.shape[0], k.shape[1], k.shape[3]
+    if teams.numel() == 0 or batch == 0:
+        return
+    mask_strides = (0, 0) if key_mask is None else key_mask.stride()
+    append_teams_kernel[(batch * kv_heads, triton.cdiv(new // PAGE + 1, PAGES_AT_ONCE))](
+        teams, k, blocks, start, begin, end, key_mask,
+        *k.stride(), *teams.stride()[:2], 0 if blocks is None else blocks.stride(0), *mask_strides,
+        max(1, block // PAGE), max(1, k.shape[2] // block), kv_heads,
+        D=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)), PAGES=PAGES_AT_ONCE, COUNT=count, num_warps=1,
+    )  # fmt: skip
+
+
+def page_teams(
+    k: Tensor,
+    blocks: Tensor | None,
+    block: int,
+    start: Tensor | None,
+    lengths: Tensor | None,
+    key_mask: Tensor | None,
+    count: int,
+) -> Tensor:
+    """`tsa::page_teams` by Triton."""
+    return build(append_teams, k, KvView(blocks, block, start, lengths), key_mask, count)
