@@ -1,6 +1,6 @@
 """Block sizes and warps of the Triton kernels, by head dim, dtype and GPU; never by length, so no length recompiles.
 
-Chosen on an H200 (docs/performance.md); where nothing was measured, the largest tiles that fit shared memory.
+Chosen on an H200 (docs/measured/notebook.md); where nothing was measured, the largest tiles that fit shared memory.
 """
 
 from __future__ import annotations
