@@ -27,6 +27,10 @@ def token_sparse_attention(x: Operands, *rest: Any) -> Tensor:
     return empty_result(x.q, x.v)
 
 
+def materialize(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 def key_view(key_mask: Tensor) -> tuple[Tensor, Tensor]:
     return _int32(key_mask, *key_mask.shape), _int32(key_mask, *key_mask.shape)
 

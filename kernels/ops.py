@@ -39,6 +39,13 @@ _MASKS = "Tensor? mask=None, Tensor? sinks=None, float softcap=0.0"
 
 OPERATORS = (
     Operator(
+        "materialize(Tensor x) -> Tensor",
+        check=checks.materialize,
+        fake=fakes.materialize,
+        reference="materialize:copied",
+        host="materialize:copied",
+    ),
+    Operator(
         "key_view(Tensor key_mask) -> (Tensor order, Tensor ranks)",
         check=checks.key_view,
         fake=fakes.key_view,

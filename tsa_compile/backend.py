@@ -235,7 +235,10 @@ class Backend:
         from torch._inductor.compile_fx import compile_fx
 
         from tsa_compile.passes.pipeline import pipeline_identity
+        from tsa_compile.passes.share_rotary import share_rotary
 
+        if share_rotary(gm.graph):
+            gm.recompile()
         # The compile caches do not see what an operator's fake does: its source joins the user's own tag.
         tag = f"{torch.compiler.config.cache_key_tag}|tsa:{pipeline_identity(self.plan.to_dict())}"
         # One thread at a time, as Dynamo's own compilations are: before torch 2.13 the tag is one for the whole process.
