@@ -120,6 +120,11 @@ class TracedGraph:
             return [form for (_, drafted, _), (own, form) in self._chosen.items() if own is plan and drafted == drafting]
 
     @property
+    def constants(self) -> dict[str, torch.Tensor]:
+        """Tensors of modules among its inputs, by placeholder name, as far as they are still there."""
+        return dict(self._tensors)
+
+    @property
     def is_whole(self) -> bool:
         """Is it all of the model's call, without a break?"""
         reason = getattr(self.gm, "compile_subgraph_reason", None)
@@ -198,7 +203,7 @@ class TracedGraph:
         whole = begins_at_root(self.gm)
         route_for = plan.route_for if whole else (lambda site: None)
         result = run_pipeline(
-            gm, policy_for, constants=dict(self._tensors), drafting=drafting, route_for=route_for, pays_from=plan.pays_from
+            gm, policy_for, constants=self.constants, drafting=drafting, route_for=route_for, pays_from=plan.pays_from
         )
         if plan.reuse and result.decisions and not whole:
             result.warnings.append(MANY)
