@@ -15,9 +15,10 @@ from tests.api.tiny import tiny_llama
 from tests.cache.models import cache_name
 from tsa_compile.head_weights import load_indexes
 from tsa_compile.learn import indexer, indexer_state
-from tsa_compile.learn.indexer import Training, schedule, train_indexer
+from tsa_compile.learn.indexer import train_indexer
 from tsa_compile.learn.indexer_loss import divergence, teacher_of
 from tsa_compile.learn.indexer_recall import recalls
+from tsa_compile.learn.indexer_settings import Training, schedule
 from tsa_compile.learn.indexer_start import start_weights
 from tsa_compile.learn.top_p import top_p
 

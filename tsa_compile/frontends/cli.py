@@ -1,4 +1,4 @@
-"""The command line: `tsa-compile demo|explain|compare|warm|reach|calibrate|gate|eval|export|zoo|bench|tune|diffusion`."""
+"""The command line: `tsa-compile demo|explain|compare|warm|reach|calibrate|gate|indexer|eval|export|zoo|bench|tune|diffusion`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from tsa_compile.tools.bench.bench_cli import JsonFile, Repeats, bench, tune
 from tsa_compile.tools.diffusion.diffusion_cli import diffusion
 from tsa_compile.tools.eval_cli import evaluate
 from tsa_compile.tools.gate_cli import gate
+from tsa_compile.tools.indexer_cli import indexer
 from tsa_compile.tools.option_values import numbers
 from tsa_compile.tools.reach_cli import reach
 from tsa_compile.tools.warm_cli import warm
@@ -22,7 +23,7 @@ app.add_typer(bench, name="bench")
 console = Console()
 
 _EXTRAS = {  # module -> the extra that brings it
-    **dict.fromkeys(("transformers", "accelerate"), "hf"),
+    **dict.fromkeys(("transformers", "accelerate", "safetensors"), "hf"),
     **dict.fromkeys(("onnx", "onnx_ir", "onnxscript", "onnxruntime"), "onnx"),
     **dict.fromkeys(("wonderwords", "scipy"), "ruler"),
     **{"gguf": "demo", "triton": "triton", "flash_attn": "fa4", "tensorrt_rtx": "tensorrt"},
@@ -200,6 +201,7 @@ app.command("eval")(evaluate)
 app.command()(tune)
 app.command()(reach)
 app.command()(gate)
+app.command()(indexer)
 app.command()(warm)
 app.command()(diffusion)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from tsa_compile.cache.head_index import HeadIndex
 from tsa_compile.head_weights import save_indexes
 from tsa_compile.learn.attention_watch import watched
 from tsa_compile.learn.indexer_layer import IndexedLayer
-from tsa_compile.learn.indexer_start import INITS
+from tsa_compile.learn.indexer_settings import Training, schedule
 from tsa_compile.learn.indexer_state import TrainingState
 from tsa_compile.learn.model_inputs import fingerprint
 from tsa_compile.learn.rotations import rotations_of
@@ -31,48 +30,6 @@ from tsa_compile.policies.head_split import HeadSplit
 from tsa_compile.progress import progress as progress_bar
 
 Tensor = torch.Tensor
-WARM_UP = 0.1  # of the updates
-
-
-@dataclasses.dataclass(frozen=True)
-class Training:
-    """How an index is trained.
-
-    Args:
-        width: numbers of a projection; None: an eighth of the head dim (published: 16 of 128).
-        mass: of a head's attention that the teacher is cut to, and that steps read by the index, in (0, 1).
-        init: "balanced" or "svd", see `indexer_start.py`.
-        start_texts: texts whose queries and keys the first weights are made of.
-        epochs: times that each text is read; 0: the first weights stay.
-        rows: query rows of a text that an update is made on, drawn at random behind its first quarter.
-        reuse: updates for each reading of a text, each on other rows.
-        lr: of AdamW, after a warm-up of a tenth of the updates, falling to 0 as a cosine; weight decay 0.01.
-        seed: of the rows.
-
-    Raises:
-        ValueError: a field is outside its range; the message names it.
-    """
-
-    width: int | None = None
-    mass: float = 0.9
-    init: str = "balanced"
-    start_texts: int = 4
-    epochs: int = 1
-    rows: int = 256
-    reuse: int = 4
-    lr: float = 1e-3
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, low in (("start_texts", 1), ("epochs", 0), ("rows", 1), ("reuse", 1)):
-            if type(getattr(self, name)) is not int or getattr(self, name) < low:
-                raise ValueError(f"Training.{name} must be an int >= {low}, got {getattr(self, name)!r}")
-        if self.width is not None and (type(self.width) is not int or self.width < 1):
-            raise ValueError(f"Training.width must be an int >= 1, or None, got {self.width!r}")
-        if not 0 < self.mass < 1 or self.init not in INITS or not self.lr > 0:
-            raise ValueError(
-                f"Training.mass must be in (0, 1), init one of {INITS} and lr above 0, got {self.mass}, {self.init!r}, {self.lr}"
-            )
 
 
 def train_indexer(
@@ -182,11 +139,6 @@ def _update(model: Any, ids: Tensor, layers: Mapping[str, IndexedLayer], trainin
     with torch.no_grad(), watched(model, look):
         model(input_ids=ids, use_cache=False, logits_to_keep=1)
     return float(torch.stack(losses).mean())
-
-
-def schedule(done: float) -> float:
-    """Share of the learning rate: a rise, then a cosine down to 0."""
-    return done / WARM_UP if done < WARM_UP else 0.5 * (1 + math.cos(math.pi * (done - WARM_UP) / (1 - WARM_UP)))
 
 
 def _plan(

@@ -21,6 +21,7 @@ from tsa_compile.learn.top_p import top_p
 from tsa_compile.progress import progress as progress_bar
 
 Tensor = torch.Tensor
+MEANS, FEW_PAGES = "page means, as many pages", "the attention itself"
 
 
 @dataclasses.dataclass
@@ -47,7 +48,8 @@ def recalls(
     rows: int = 64,
     progress: bool = True,
 ) -> dict[str, Recall]:
-    """Each kind of index by name; besides "page means" with as many pages as the first kind reads, and "the attention itself".
+    """Each kind of index by name; besides page means, with as many pages as the first kind reads, and the attention itself: the
+    fewest pages that hold `mass` of it.
 
     Args:
         model: as for `train_indexer`; it is left as it was.
@@ -101,8 +103,8 @@ def _of_group(
     means = _means(q[heads, -rows:], k[g], scale)
     shares = means.masked_fill(~whole, -torch.inf).softmax(-1).nan_to_num(0.0).mean(0)
     rank = shares.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-    yield "page means, as many pages", told(whole & (rank < taken.sum(-1, keepdim=True)), k.shape[2] * k.element_size() / PAGE)
-    yield "the attention itself", told(top_p(truth * whole, mass).any(0), 0.0)
+    yield MEANS, told(whole & (rank < taken.sum(-1, keepdim=True)), k.shape[2] * k.element_size() / PAGE)
+    yield FEW_PAGES, told(top_p(truth * whole, mass).any(0), 0.0)
 
 
 def _projected(index: HeadIndex, n: int, q: Tensor, k: Tensor, rows: int) -> Tensor:
