@@ -37,7 +37,7 @@ def train_indexer(
     prompts: Iterable[Any],
     roles: Plan,
     out: str | Path,
-    training: Training = Training(),
+    training: Training | None = None,
     *,
     state: str | Path | None = None,
     progress: bool = True,
@@ -49,13 +49,14 @@ def train_indexer(
         prompts: token ids, one unpadded text an entry, as long as in use; published: some 8,000 of 32K to 80K tokens.
         roles: of `learn.head_roles`: a rule of `HeadSplit` for each attention. Heads that look things up get an index.
         out: a JSON file.
-        training: how.
+        training: how; None: as `Training()` says.
         state: a file; an interrupted call goes on from it, with the same result.
         progress: show a progress bar on stderr.
 
     Raises:
         ValueError: an argument is wrong, no head looks things up, or the model has no rotation that is known.
     """
+    training = Training() if training is None else training
     policies = {rule.modules: rule.policy for rule in roles.rules if rule.phase == "decode"}
     chosen = {str(path): p.retrieval for path, p in policies.items() if isinstance(p, HeadSplit) and p.retrieval}
     if not chosen:
@@ -100,8 +101,7 @@ def _train(
                 for layer in layers.values():
                     layer.begin(training.init)
             if number >= held.done:
-                loss = work()
-                held.did(number + 1, [] if number < len(first) else [loss])
+                held.did(number + 1, work())
             said = f"index: KL {held.losses[-1]:.3f}" if held.losses else None
             advance(said)
         if not steps:
@@ -111,8 +111,8 @@ def _train(
 
 
 @torch.no_grad()
-def _measure(model: Any, ids: Tensor, layers: Mapping[str, IndexedLayer]) -> float:
-    """Second moments of queries and keys, of one text."""
+def _measure(model: Any, ids: Tensor, layers: Mapping[str, IndexedLayer]) -> list[float]:
+    """Second moments of queries and keys, of one text; no loss."""
 
     def look(path: str, q: Tensor, k: Tensor, scale: float) -> None:
         if path in layers:
@@ -120,10 +120,10 @@ def _measure(model: Any, ids: Tensor, layers: Mapping[str, IndexedLayer]) -> flo
 
     with watched(model, look):
         model(input_ids=ids, use_cache=False, logits_to_keep=1)
-    return 0.0
+    return []
 
 
-def _update(model: Any, ids: Tensor, layers: Mapping[str, IndexedLayer], training: Training, number: int, of: int) -> float:
+def _update(model: Any, ids: Tensor, layers: Mapping[str, IndexedLayer], training: Training, number: int, of: int) -> list[float]:
     """`reuse` updates of each layer on one text; the mean loss."""
     losses: list[Tensor] = []
     length, generator = ids.shape[1], torch.Generator().manual_seed(training.seed * 1_000_003 + number)
@@ -138,7 +138,7 @@ def _update(model: Any, ids: Tensor, layers: Mapping[str, IndexedLayer], trainin
 
     with torch.no_grad(), watched(model, look):
         model(input_ids=ids, use_cache=False, logits_to_keep=1)
-    return float(torch.stack(losses).mean())
+    return [float(torch.stack(losses).mean())]
 
 
 def _plan(
