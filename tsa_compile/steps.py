@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tsa_compile.cache.entry import Prepared, prepare
-from tsa_compile.cache.fixed import masked_in_full, pinned
+from tsa_compile.cache.fixed import device_of, masked_in_full, pinned
 from tsa_compile.cache.names import CACHES
 from tsa_compile.cache.pinned import PinnableRows
 from tsa_compile.cache.storage import Pool
@@ -104,8 +104,9 @@ class Steps:
         self._tell(prepared)
         if keeping is not None or self._not_fixed(prepared, (), kwargs) is not None:
             return None
-        if not all(isinstance(layer, PinnableRows) for layer in prepared.cache.layers):
-            return None  # a window's rows are put in place between two calls
+        layers = prepared.cache.layers
+        if not all(isinstance(layer, PinnableRows) for layer in layers) or len(set(map(device_of, layers))) > 1:
+            return None  # a window's rows are put in place between two calls, and places of other devices do not advance
         return self._on_buffers(call, kwargs, prepared, 1, loop)
 
     def _on_buffers(
@@ -177,7 +178,8 @@ class Steps:
         """Where this step is recorded; None: it is not to be. `kind`: of a loop."""
         if not all(isinstance(layer, PinnableRows) for layer in cache.layers):
             return None
-        if cache.layers[0].settled().keys.device.type not in self.recorded_on:
+        devices = set(map(device_of, cache.layers))
+        if len(devices) > 1 or devices.pop().type not in self.recorded_on:
             return None
         if cache not in self._known:
             self._known.add(cache)
@@ -206,9 +208,10 @@ class Steps:
             return "no layer that keeps all rows, or no row"
         if not all(x.is_compileable for n, x in enumerate(prepared.cache.layers) if n not in prepared.ours):
             return "a layer of the cache that is not ours"
-        first = layers[0].settled().keys
-        if any(x.count() != layers[0].count() or x.buffers is None or x.buffers.keys.device != first.device for x in layers):
-            return "layers of several lengths or devices"
+        if any(x.count() != layers[0].count() for x in layers):
+            return "layers of several lengths"
+        if layers[0].keeping is not None and len(set(map(device_of, layers))) > 1:
+            return "layers on several devices, which keep their rows elsewhere too"
         if len(args) > 1 or (mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 2)):
             return "a mask that is not [batch, tokens], or arguments without names"
         config = getattr(model, "config", None)

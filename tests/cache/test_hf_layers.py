@@ -17,7 +17,9 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 import tsa_compile.cache as cache_module
 from tests.cache.models import tiny
 from tsa_compile.cache.entry import prepare
+from tsa_compile.cache.fixed import pinned
 from tsa_compile.cache.hf_layers import layer_types
+from tsa_compile.cache.lease import Lease
 from tsa_compile.cache.page_sums import PageSums
 from tsa_compile.cache.place import Place
 from tsa_compile.cache.storage import Pool
@@ -203,6 +205,24 @@ def test_pinned_rows_do_not_outgrow_the_buffers():
     layer.grow(5)
     assert layer.has_room(5)
     assert layer.keys.shape[2] == 1020
+
+
+def test_layers_on_two_devices_have_a_place_on_each():
+    """The second device is "meta", which computes nothing: what is shown is where tensors are."""
+    lease, new = Lease(Pool()), torch.randn(2, 2, 20, 3)
+    layers = [layer_types().full(lease=lease, states=(PageSums(),)) for _ in range(2)]
+    lease.key_mask = torch.ones(2, 20, dtype=torch.bool)
+    for layer, device in zip(layers, ("cpu", "meta"), strict=True):
+        layer.update(new.to(device), new.to(device))
+    mask = torch.ones(2, 21, dtype=torch.int64)
+    with pinned(layers, {"attention_mask": mask}, 1) as fixed:
+        assert fixed["attention_mask"] is layers[0].pinned.mask
+        assert fixed["attention_mask"][:, :21].eq(1).all()
+        for layer, device in zip(layers, ("cpu", "meta"), strict=True):
+            assert {x.device.type for x in (layer.pinned.at, layer.pinned.offset, layer.pinned.key_mask)} == {device}
+            keys, _ = layer.update(new[:, :, :1].to(device), new[:, :, :1].to(device))
+            assert keys.device.type == device
+    assert torch.equal(layers[0].settled().keys[:, :, 20], new[:, :, 0])
 
 
 def test_pickled_as_the_layers_of_transformers():

@@ -99,8 +99,7 @@ class Run:
         rule, whole = self.resident.rule, self.length // 16
         for n, layer in enumerate(self.layers):
             assert (layer.count(), layer.host.pages) == (self.length, whole)
-            for host, full in ((layer.host.keys, self.keys[n]), (layer.host.values, self.values[n])):
-                rows = host[:, :whole].transpose(1, 2).flatten(2, 3)
+            for rows, full in zip(layer.host.whole(torch.device("cpu")), (self.keys[n], self.values[n]), strict=True):
                 assert torch.equal(rows, full[:, :, : whole * 16])
             for b, places in enumerate(self.resident.slots):
                 for page, slot in places.items():
@@ -300,7 +299,7 @@ def test_a_host_without_memory_is_an_error_and_the_rows_wait(monkeypatch):
     available = host_pages.available_memory
     monkeypatch.setattr(host_pages, "available_memory", lambda: 1000)
     with pytest.raises(
-        host_pages.HostMemoryError, match=r"GiB of host memory for one layer's 128 pages, batch 2: 0.000 GiB are free"
+        host_pages.HostMemoryError, match=r"GiB of host memory for 11 more pages of a layer, batch 2: 0.000 GiB are free"
     ):
         run.layers[0].append(*(x[:, :, :700] for x in run.new(0, 700)))
     assert [layer.count() for layer in run.layers] == [PROMPT] * 2
@@ -318,6 +317,30 @@ def test_a_host_without_memory_is_an_error_and_the_rows_wait(monkeypatch):
     monkeypatch.setattr(host_pages, "available_memory", available)
     run.first_step = run.resident.counts.steps + 1
     run.step()
+
+
+def test_pages_lie_in_segments_that_stay_where_they_are():
+    """Each of as many pages as a power of two of bytes holds, but for the last, which has room for more."""
+    pages, made = host_pages.HostPages(torch.empty(3, 2, 0, 4), torch.empty(3, 2, 0, 4)), torch.randn(3, 700, 2, 16, 4)
+    real, begin = torch.rand(3, 700, 16) < 0.9, 0
+    for number in (300, 1, 100, 299):
+        before = [segment.keys.data_ptr() for segment in pages.segments]
+        written = made[:, begin : begin + number]
+        pages.write(begin, written, -written, real[:, begin : begin + number])
+        begin += number
+        assert [segment.keys.data_ptr() for segment in pages.segments][: len(before)] == before
+    each = 3 * 2 * 16 * 4 * 4
+    sizes = [segment.keys.shape[1] for segment in pages.segments]
+    assert sum(sizes) >= 700
+    assert all(size == 64 or size in [(1 << n) // each for n in range(32)] for size in sizes)
+    keys, values = pages.whole(torch.device("cpu"))
+    assert torch.equal(keys, made.transpose(1, 2).flatten(2, 3))
+    assert torch.equal(values, -keys)
+    assert torch.equal(pages.real, real)
+    assert torch.equal(pages.page(650)[0], made[:, 650])
+    pages.write(290, made[:, :20], made[:, :20], real[:, :20])
+    assert pages.pages == 310
+    assert torch.equal(pages.whole(torch.device("cpu"))[0].unflatten(2, (-1, 16))[:, :, 290:].transpose(1, 2), made[:, :20])
 
 
 def test_a_layer_that_is_not_there_is_named():

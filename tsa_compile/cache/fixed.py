@@ -33,14 +33,16 @@ def pinned(layers: Sequence[PinnableRows], kwargs: Mapping[str, Any], new: int, 
     `steps`: of so many rows each, one behind the other, between which the place advances.
     """
     mask = layers[0].own_mask(kwargs.get("attention_mask"), new)
-    place = make_place(layers, mask, new * steps)
-    place.move(*layers[0].first_new_row(), mask, layers[0].rows_before(), steps)
-    if any(layer.states.placed for layer in layers):
-        place.stand(new, as_rows(kwargs.get("position_ids")))
+    places = make_places(layers, mask, new * steps)
+    for place in places.values():
+        place.move(*layers[0].first_new_row(), mask, layers[0].rows_before(), steps)
+        if any(layer.states.placed for layer in layers):
+            place.stand(new, as_rows(kwargs.get("position_ids")))
     try:
         for layer in layers:
-            layer.pin(place)
-        yield {**kwargs, **({} if mask is None else {"attention_mask": _fixed_mask(place, layers[0], new)})}
+            layer.pin(places[device_of(layer)])
+        seen = _fixed_mask(places[device_of(layers[0])], layers[0], new)
+        yield {**kwargs, **({} if mask is None else {"attention_mask": seen})}
     finally:
         for layer in layers:
             layer.unpin()
@@ -50,13 +52,18 @@ def _fixed_mask(place: Place, layer: PinnableRows, new: int) -> torch.Tensor:
     return place.mask if new == 1 or layer.lengths is None else place.visible_to(new)
 
 
-def make_place(layers: Sequence[PinnableRows], mask: torch.Tensor | None, new: int) -> Place:
-    """The place of the layers' storage, once there is room in it for `new` more rows, and for the mask."""
+def make_places(layers: Sequence[PinnableRows], mask: torch.Tensor | None, new: int) -> dict[torch.device, Place]:
+    """The place of the layers' storage on each of their devices, once there is room for `new` more rows, and for the mask."""
     first = layers[0]
     rows = max(new, 0 if mask is None else mask.shape[1] - first.length)
     if not first.has_room(rows):
         for layer in layers:
             layer.grow(rows)
-    storage, device = first.storage, first.settled().keys.device
+    storage, dtype = first.storage, torch.int64 if mask is None else mask.dtype
     assert storage is not None
-    return storage.place(device, torch.int64 if mask is None else mask.dtype)
+    return {device: storage.place(device, dtype) for device in map(device_of, layers)}
+
+
+def device_of(layer: PinnableRows) -> torch.device:
+    """Where the layer's rows lie."""
+    return layer.settled().keys.device

@@ -189,7 +189,9 @@ class KvStates:
         new: int,
         positions: torch.Tensor | None = None,
     ) -> None:
-        """All derived kinds follow rows `[begin, end)`; see `KvState.append`, `PlacedState.append`."""
+        """All derived kinds follow rows `[begin, end)`; see `KvState.append`, `PlacedState.append`. Mask and positions
+        may be on another device."""
+        key_mask, positions = (None if x is None else x.to(keys.device) for x in (key_mask, positions))
         for kind in self.kinds:
             if isinstance(kind, PlacedState):
                 kind.append(self.tensors[kind.name], keys, values, begin, end, key_mask, new, positions)

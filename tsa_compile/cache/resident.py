@@ -116,7 +116,7 @@ class ResidentSet:
     def _begin(self, layers: Sequence[Any]) -> None:
         """The first and the last pages, as many as may be; no query is known yet."""
         first = layers[0]
-        wanted = self._chosen(first, [list(range(first.host.pages))] * len(first.host.keys))
+        wanted = self._chosen(first, [list(range(first.host.pages))] * first.host.batch)
         self._size, self._free = 0, [[] for _ in wanted]
         self.slots = [{} for _ in wanted]
         try:

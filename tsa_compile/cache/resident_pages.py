@@ -92,11 +92,10 @@ class ResidentPages:
 
     def _copy(self, keys: torch.Tensor, values: torch.Tensor, moves: Moves) -> int:
         """Pages of the host into slots of `keys` and `values` `[B, Hk, slots * 16, D]`; returns the bytes."""
-        if not moves:
-            return 0
-        listed = torch.tensor(moves, dtype=torch.int32).to(keys.device)
-        for pool, stored in ((keys, self.host.keys), (values, self.host.values)):
-            torch.ops.tsa.load_pages(pool, stored, listed)
+        for segment, own in self.host.by_segment(moves):
+            listed = torch.tensor(own, dtype=torch.int32).to(keys.device)
+            torch.ops.tsa.load_pages(keys, segment.keys, listed)
+            torch.ops.tsa.load_pages(values, segment.values, listed)
         return len(moves) * self.host.page_bytes
 
     def _slots(self) -> list[torch.Tensor]:

@@ -77,9 +77,9 @@ class ResidentMethods(ResidentPages, PartMethods):
         self.total = max(0, self.total - rows)
         page, inside = divmod(self.total, PAGE)
         if self.stored is not None and page < self.host.pages:
-            for pool, old in zip(self.buffers[:2], (self.host.keys, self.host.values), strict=True):
-                pool[:, :, :inside] = old[:, page, :, :inside].to(pool.device)
-            self.host.pages = page
+            for pool, old in zip(self.buffers[:2], self.host.page(page), strict=True):
+                pool[:, :, :inside] = old[:, :, :inside].to(pool.device)
+            self.host.crop(page)
         self.resident.reset()
 
     def select_batch(self, index: torch.Tensor) -> None:
@@ -154,8 +154,6 @@ class ResidentMethods(ResidentPages, PartMethods):
     def _joined(self, keys: torch.Tensor, values: torch.Tensor) -> Pair:
         if self.total == 0:
             return keys, values
-        pages, full = self.host.pages, []
-        for host, pool, new in zip((self.host.keys, self.host.values), self.buffers[:2], (keys, values), strict=True):
-            past = host[:, :pages].to(pool.device).transpose(1, 2).flatten(2, 3)
-            full.append(torch.cat([past, pool[:, :, : self.total - pages * PAGE], new], 2))
+        past, opened = self.host.whole(keys.device), self._open_rows(self.total - self.host.pages * PAGE)
+        full = [torch.cat(parts, 2) for parts in zip(past, opened, (keys, values), strict=True)]
         return full[0], full[1]

@@ -68,7 +68,8 @@ class Rows(Buffered):
         self.settle()
         if not 0 <= longest <= self.length:
             raise ValueError(f"longest: {longest} is not within the {self.length} rows of the cache")
-        self.length, self.lengths = longest, lengths.to(torch.int32)
+        device = lengths.device if self.buffers is None else self.buffers.keys.device
+        self.length, self.lengths = longest, lengths.to(device, torch.int32)
         self.states.crop(longest)
 
     def remove_last(self, rows: int) -> None:
