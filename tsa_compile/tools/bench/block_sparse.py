@@ -11,13 +11,15 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from tsa_compile.kernels import ops  # noqa: F401 - registers torch.ops.tsa
-from tsa_compile.kernels.common.row_blocks import KEYS, ROWS
+from tsa_compile.kernels.kept import pairs_read
+from tsa_compile.kernels.types import PageBitmap
 from tsa_compile.passes.site import AttentionSite, MaskFacts, Operands
 from tsa_compile.policies.base import call
 from tsa_compile.policies.block_sparse import BlockSparse
@@ -38,7 +40,7 @@ class Row:
 
     length: int
     pool: int
-    alpha: float
+    alpha: float | tuple[float, ...]
     ms: float
     means_ms: float
     select_ms: float
@@ -82,53 +84,79 @@ def errors(out: Tensor, dense: Tensor, last: Tensor, needle_rows: Tensor) -> dic
     }
 
 
-def pairs_read(bits: Tensor, length: int) -> float:
-    """Share of the causal query-key pairs that a bitmap `[1, H, R, W]` of a whole prompt reads."""
-    kept, pairs = torch.zeros(bits.shape[2], dtype=torch.float64, device=bits.device), 0.0
-    for h in range(bits.shape[1]):
-        kept = (bits[0, h, :, :, None] >> torch.arange(64, device=bits.device) & 1).flatten(1).double()
-        own = torch.arange(bits.shape[2], device=bits.device)[:, None] * (ROWS // KEYS)
-        before = (kept * (torch.arange(kept.shape[1], device=bits.device) < own)).sum(1)
-        rows = (length - torch.arange(bits.shape[2], device=bits.device) * ROWS).clamp(max=ROWS).double()
-        pairs += (before * KEYS * rows + rows * (rows + 1) / 2).sum().item()
-    return pairs / bits.shape[1] / (length * (length + 1) / 2)
+class Inputs(NamedTuple):
+    """Queries, keys and values of one prompt, what dense attention makes of them, and how long that takes.
+
+    Args:
+        q, k, v: `[1, H, L, D]`, `[1, Hk, L, D]` twice.
+        needle_rows: those that look for a needle.
+        dense: `[1, H, L, D]`. last: its last rows in float32.
+        dense_ms: milliseconds of each dense form.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    needle_rows: Tensor
+    dense: Tensor
+    last: Tensor
+    dense_ms: dict[str, float]
+
+    @classmethod
+    def structured(cls, length: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype = torch.bfloat16) -> Inputs:
+        """Of seed 0."""
+        q, k, v, needle_rows = structured_heads(length, heads, kv_heads, dim, dtype=dtype)
+        forms = dense_forms(q, v, {})
+        dense_ms = {name: timed(partial(form, q, k, v), length) for name, form in forms.items()}
+        return cls(q, k, v, needle_rows, forms["SDPA"](q, k, v), exact_last(q, k, v), dense_ms)
+
+    @property
+    def site(self) -> AttentionSite:
+        return AttentionSite.of(Operands(self.q, self.k, self.v), MaskFacts(True), self.q.shape[3] ** -0.5)
+
+
+def run(x: Inputs, policy: BlockSparse) -> tuple[Tensor, Tensor]:
+    """(Output `[1, H, L, D]`, bitmap) of a policy."""
+    selection = policy.select(call, x.site, None)
+    assert selection is not None  # the site names no length below which every key is read
+    return policy.attend(call, x.site, selection), selection.bits
+
+
+def measure(x: Inputs, policy: BlockSparse) -> Row:
+    """Times, pairs and errors of a policy."""
+    out, bits = run(x, policy)
+    length, site, selection = x.q.shape[2], x.site, PageBitmap(bits)
+    means = torch.ops.tsa.key_block_means(x.k, None, None, None)
+    alpha = policy.alpha if isinstance(policy.alpha, tuple) else (policy.alpha,)
+    rule = (site.scale, list(alpha), policy.pool, policy.window, policy.sinks, policy.last_dense)
+    choose = partial(torch.ops.tsa.select_key_blocks, x.q, x.k, *means, None, None, None, *rule)
+    return Row(
+        length, policy.pool, policy.alpha,
+        ms=timed(lambda: policy.attend(call, site, policy.select(call, site, None)), length),
+        means_ms=timed(lambda: torch.ops.tsa.key_block_means(x.k, None, None, None), length),
+        select_ms=timed(choose, length),
+        attend_ms=timed(lambda: policy.attend(call, site, selection), length),
+        pairs=pairs_read(bits, length).mean().item(),
+        **errors(out, x.dense, x.last, x.needle_rows),
+    )  # fmt: skip
 
 
 def bench_length(length: int, heads: int, kv_heads: int, dim: int) -> tuple[dict[str, float], list[Row]]:
     """(milliseconds of dense forms, a row for each pool and alpha) on inputs of seed 0 in bfloat16."""
-    q, k, v, needle_rows = structured_heads(length, heads, kv_heads, dim)
-    forms = dense_forms(q, v, {})
-    dense_ms = {name: timed(lambda f=f: f(q, k, v), length) for name, f in forms.items()}  # type: ignore[misc]
-    dense, last = forms["SDPA"](q, k, v), exact_last(q, k, v)
-    site = AttentionSite.of(Operands(q, k, v), MaskFacts(True), dim**-0.5)
-    means = torch.ops.tsa.key_block_means(k, None, None, None)
-    rows = []
+    x, rows = Inputs.structured(length, heads, kv_heads, dim), []
     for pool in POOLS:
         for alpha in ALPHAS:
-            policy = BlockSparse(alpha=alpha, pool=pool)
-            selection = policy.select(call, site, None)
-            assert selection is not None  # the site names no length below which every key is read
-            rule = (site.scale, [alpha], pool, policy.window, policy.sinks, policy.last_dense)
-            out = policy.attend(call, site, selection)
-            row = Row(
-                length, pool, alpha,
-                ms=timed(lambda: policy.attend(call, site, policy.select(call, site, None)), length),  # noqa: B023
-                means_ms=timed(lambda: torch.ops.tsa.key_block_means(k, None, None, None), length),
-                select_ms=timed(lambda: torch.ops.tsa.select_key_blocks(q, k, *means, None, None, None, *rule), length),  # noqa: B023
-                attend_ms=timed(lambda: policy.attend(call, site, selection), length),  # noqa: B023
-                pairs=pairs_read(selection.bits, length),
-                **errors(out, dense, last, needle_rows),
-            )  # fmt: skip
-            rows.append(row)
-            print(line(row, dense_ms), flush=True)
-    return dense_ms, rows
+            rows.append(measure(x, BlockSparse(alpha=alpha, pool=pool)))
+            print(line(rows[-1], x.dense_ms), flush=True)
+    return x.dense_ms, rows
 
 
 def line(row: Row, dense_ms: dict[str, float]) -> str:
     parts = f"{row.ms:8.3f} ms ({row.means_ms:.3f} + {row.select_ms:.3f} + {row.attend_ms:.3f})"
     ups = ", ".join(f"{ms / row.ms:.2f}x {name}" for name, ms in dense_ms.items())
     wrong = " / ".join(f"{100 * x:.1f}" for x in (row.err_all, row.err_last, row.err_worst_head, row.err_needle))
-    return f"{row.length:7d} pool {row.pool:3d} alpha {row.alpha:4} {parts} {ups}; pairs {100 * row.pairs:.1f} %; err {wrong} %"
+    alpha = "by head" if isinstance(row.alpha, tuple) else f"{row.alpha:.4g}"
+    return f"{row.length:7d} pool {row.pool:3d} alpha {alpha:7} {parts} {ups}; pairs {100 * row.pairs:.1f} %; err {wrong} %"
 
 
 def main() -> None:
