@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 
+from tsa_compile.kernels.common.launcher import launch
 from tsa_compile.kernels.common.results import empty_result
 from tsa_compile.kernels.types import Attended
 
@@ -44,9 +45,10 @@ def merge(part: Attended, other: Attended) -> Attended:
     merged = empty_result(out, out)
     merged_lse = torch.empty(batch, heads, rows, dtype=torch.float32, device=out.device)
     tiles = triton.cdiv(rows, BLOCK)
-    merge_kernel[(tiles * heads * batch,)](
-        out, lse, other_out, other_lse, merged, merged_lse, *out.stride(), *lse.stride(), *other_out.stride(),
-        *other_lse.stride(), *merged.stride()[:3], heads, rows, tiles, D=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK=BLOCK,
+    launch(
+        merge_kernel, (tiles * heads * batch,), (out, lse, other_out, other_lse, merged, merged_lse),
+        (*out.stride(), *lse.stride(), *other_out.stride(), *other_lse.stride(), *merged.stride()[:3], heads, rows, tiles),
+        D=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK=BLOCK,
     )  # fmt: skip
     return Attended(merged, merged_lse)
 

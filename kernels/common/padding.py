@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from tsa_compile.kernels.common.launcher import launch
 from tsa_compile.kernels.common.ranks import real_positions
 from tsa_compile.kernels.types import Attended, Operands
 
@@ -66,9 +67,11 @@ def attend_padding(x: Operands, result: Attended, scale: float) -> None:
     (batch, heads, q_len, dim), (kv_heads, k_len), v_dim = q.shape, k.shape[1:3], v.shape[-1]
     block_d, block_dv = (max(16, triton.next_power_of_2(d)) for d in (dim, v_dim))
     config = strip_config(max(block_d, block_dv), q.dtype, capability_of(q.device))
-    padding_kernel[(triton.cdiv(q_len, config.block_m) * batch * heads,)](
-        q, k, v, out, order, ranks, *q.stride(), *k.stride(), *v.stride(), *out.stride()[:3],
-        heads, kv_heads, q_len, k_len, scale * LOG2_E, D=dim, DV=v_dim, BLOCK_D=block_d, BLOCK_DV=block_dv,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, PRECISION=precision(q.dtype), lse=lse if lse.numel() else None,
+    launch(
+        padding_kernel, (triton.cdiv(q_len, config.block_m) * batch * heads,),
+        (q, k, v, out, order, ranks, lse if lse.numel() else None),
+        (*q.stride(), *k.stride(), *v.stride(), *out.stride()[:3], heads, kv_heads, q_len, k_len, scale * LOG2_E),
+        D=dim, DV=v_dim, BLOCK_D=block_d, BLOCK_DV=block_dv,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, PRECISION=precision(q.dtype),
         **config.options,
     )  # fmt: skip

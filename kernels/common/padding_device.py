@@ -24,11 +24,11 @@ def padding_rows(order, ranks, tile, q_len, k_len, BLOCK_M: tl.constexpr):
 
 @triton.jit(do_not_specialize=["heads", "kv_heads", "q_len", "k_len"])
 def padding_kernel(
-    q, k, v, out, order, ranks,
+    q, k, v, out, order, ranks, lse,
     q_sb, q_sh, q_sl, q_sd, k_sb, k_sh, k_sl, k_sd, v_sb, v_sh, v_sl, v_sd, o_sb, o_sh, o_sl,
     heads, kv_heads, q_len, k_len, scale_log2,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, lse=None,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of BLOCK_M such rows of one head; rows without a key before them are left as they are.
 

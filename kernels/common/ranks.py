@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from tsa_compile.kernels.common.launcher import launch
 from tsa_compile.kernels.types import IDENTITY, KvView
 
 Tensor = torch.Tensor
@@ -22,7 +23,8 @@ def rank_order(key_mask: Tensor) -> tuple[Tensor, Tensor]:
     ranks = key_mask.cumsum(1, dtype=torch.int32)
     order = torch.empty_like(ranks)
     if order.numel():
-        order_kernel[(ranks.shape[0], triton.cdiv(ranks.shape[1], 1024))](ranks, order, ranks.shape[1], BLOCK=1024)
+        grid = (ranks.shape[0], triton.cdiv(ranks.shape[1], 1024))
+        launch(order_kernel, grid, (ranks, order), (ranks.shape[1],), BLOCK=1024)
     return order, ranks
 
 

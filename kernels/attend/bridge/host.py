@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from tsa_compile.kernels.common.launcher import launch
 from tsa_compile.kernels.common.results import empty_result, no_lse
 from tsa_compile.kernels.common.tiles import LOG2_E, capability_of, precision, strip_config
 from tsa_compile.kernels.common.view import length_of
@@ -39,11 +40,14 @@ def bridge_attention(
     config = strip_config(max(block_d, block_dv), q.dtype, capability_of(q.device))
     k_len = length_of(k, KvView(blocks, block, None, None), k_len)
     padding = (q if x is None else x for x in (start, lengths, key_mask))
-    bridge_attention_kernel[(triton.cdiv(q_len, config.block_m) * batch * heads,)](
-        q, k, v, out, lse, *padding, blocks, *q.stride(), *k.stride(), *v.stride(), *out.stride()[:3],
-        0 if key_mask is None else key_mask.stride(0), heads, kv_heads, q_len, k_len,
-        0 if blocks is None else blocks.stride(0), block, max(1, k.shape[2] // block), width, rows, sources, offset,
-        scale * LOG2_E, D=dim, DV=v_dim, BLOCK_D=block_d, BLOCK_DV=block_dv, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+    numbers = (
+        *q.stride(), *k.stride(), *v.stride(), *out.stride()[:3], 0 if key_mask is None else key_mask.stride(0),
+        heads, kv_heads, q_len, k_len, 0 if blocks is None else blocks.stride(0), block, max(1, k.shape[2] // block),
+        width, rows, sources, offset, scale * LOG2_E,
+    )  # fmt: skip
+    launch(
+        bridge_attention_kernel, (triton.cdiv(q_len, config.block_m) * batch * heads,), (q, k, v, out, lse, *padding, blocks),
+        numbers, D=dim, DV=v_dim, BLOCK_D=block_d, BLOCK_DV=block_dv, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         START=start is not None, LENGTH=lengths is not None, MASK=key_mask is not None, LSE=need_lse,
         PRECISION=precision(q.dtype), **config.options,
     )  # fmt: skip

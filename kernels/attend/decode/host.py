@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from tsa_compile.kernels.attend.decode.config import DecodeConfig, decode_config
+from tsa_compile.kernels.common import launcher
 from tsa_compile.kernels.common.launch import constant, multiprocessors, split_count
 from tsa_compile.kernels.common.results import score_dtype
 from tsa_compile.kernels.common.tiles import capability_of, precision
@@ -120,21 +121,27 @@ def launch(
     part, part_lse = (lse, lse) if one else _parts(q, rows * heads * batch * splits, v_dim)
     bias = None if mask is None else mask.expand(batch, heads, rows, mask.shape[3])
     indices, counts = pages or (None, None)
-    decode_kernel[(programs, splits)](
+    tensors = (
         q, k, v, out, lse, part, part_lse, view.blocks, view.start, view.lengths, key_mask, bias, sinks, indices, counts, dumped,
-        None if windows is None else windows[0], *q.stride(), *k.stride(), *v.stride(), *out.stride()[:3],
+        None if windows is None else windows[0],
+    )  # fmt: skip
+    numbers = (
+        *q.stride(), *k.stride(), *v.stride(), *out.stride()[:3],
         *_strides(key_mask, 2), *_strides(bias, 4), *_strides(indices, 2), *_strides(view.blocks, 1),
         0 if dumped is None else dumped.shape[3],
         kv_heads, group, rows, capacity_of(k, view), window, view.block, max(1, k.shape[2] // view.block), splits, tiles_m,
         0 if windows is None else windows[1], scale, softcap,
+    )  # fmt: skip
+    launcher.launch(
+        decode_kernel, (programs, splits), tensors, numbers,
         D=dim, DV=v_dim, BLOCK_D=block_d, BLOCK_DV=block_dv, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         CAUSAL=causal, CAPPED=softcap > 0, ONE=one, PRECISION=precision(q.dtype), SWAP=config.swap,
         BLOCK_E=max(16, triton.next_power_of_2(2 * group)),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     if not one:
-        merge_kernel[(batch * heads * rows,)](
-            part, part_lse, out, lse, sinks, *out.stride()[:3], heads, rows, splits,
+        launcher.launch(
+            merge_kernel, (batch * heads * rows,), (part, part_lse, out, lse, sinks), (*out.stride()[:3], heads, rows, splits),
             DV=v_dim, BLOCK_DV=block_dv, BLOCK_S=MERGED_AT_ONCE, num_warps=4 if block_dv <= 128 else 8,
         )  # fmt: skip
     return out, lse

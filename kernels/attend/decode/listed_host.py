@@ -7,6 +7,7 @@ import torch
 from tsa_compile.kernels.attend.decode.config import decode_config
 from tsa_compile.kernels.attend.decode.host import MERGED_AT_ONCE
 from tsa_compile.kernels.common.launch import multiprocessors, split_count
+from tsa_compile.kernels.common.launcher import launch
 from tsa_compile.kernels.common.tiles import capability_of, precision
 
 Tensor = torch.Tensor
@@ -40,17 +41,20 @@ def listed_attention(
     bias = None if mask is None else mask.expand(batch, heads, 1, mask.shape[3])
     of_bias = (0, 0, 0) if bias is None else (bias.stride(0), bias.stride(1), bias.stride(3))
     indices, counts = indices.expand(-1, kv_heads, -1), counts.expand(-1, kv_heads)
-    listed_kernel[(programs, splits)](
-        q, k, v, out, lse, part, part_lse, indices, counts, since, start, lengths, key_mask, bias, sinks,
+    tensors = (q, k, v, out, lse, part, part_lse, indices, counts, since, start, lengths, key_mask, bias, sinks)
+    numbers = (
         *(q.stride(n) for n in (0, 1, 3)), *k.stride(), *v.stride(), *out.stride()[:2],
         *((0, 0) if key_mask is None else key_mask.stride()), *of_bias, *indices.stride()[:2], *counts.stride(),
         kv_heads, group, k_len, splits, tiles_m, scale,
+    )  # fmt: skip
+    launch(
+        listed_kernel, (programs, splits), tensors, numbers,
         D=dim, DV=v_dim, BLOCK_D=block_d, BLOCK_DV=block_dv, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         ONE=one, PRECISION=precision(q.dtype), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     if not one:
-        merge_kernel[(batch * heads,)](
-            part, part_lse, out, lse, sinks, *out.stride()[:3], heads, 1, splits,
+        launch(
+            merge_kernel, (batch * heads,), (part, part_lse, out, lse, sinks), (*out.stride()[:3], heads, 1, splits),
             DV=v_dim, BLOCK_DV=block_dv, BLOCK_S=MERGED_AT_ONCE, num_warps=4 if block_dv <= 128 else 8,
         )  # fmt: skip
     return out, lse

@@ -36,10 +36,10 @@ def pack_keys_kernel(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def key_attention_kernel(
-    q, packed_k, packed_v, out, counts, q_sb, q_sh, q_sl, q_sd, o_sb, o_sh, o_sl,
+    q, packed_k, packed_v, out, counts, lse, q_sb, q_sh, q_sl, q_sd, o_sb, o_sh, o_sl,
     heads, lists, q_len, k_len, tiles, scale_log2,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, lse=None,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of BLOCK_M queries of one head; the tiles of a head run side by side and share its keys in L2.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from tsa_compile.kernels.common.launcher import launch
 from tsa_compile.kernels.common.results import empty_result, no_lse
 from tsa_compile.kernels.common.tiles import LOG2_E, Config, capability_of, precision, prefill_config, small_shared
 from tsa_compile.kernels.types import Attended, Keys, Operands
@@ -42,17 +43,17 @@ def key_attention(x: Operands, kept: Keys, scale: float, need_lse: bool = False)
     block_d, block_dv = (max(16, triton.next_power_of_2(x)) for x in (dim, v_dim))
     shape = {"D": dim, "DV": v_dim, "BLOCK_D": block_d, "BLOCK_DV": block_dv}
     if capacity:
-        pack_keys_kernel[(triton.cdiv(capacity, 64) * batch * lists,)](
-            k, v, packed_k, packed_v, indices, counts, *k.stride(), *v.stride(), *indices.stride()[:2],
-            kv_heads, lists, capacity, **shape, BLOCK=64,
+        launch(
+            pack_keys_kernel, (triton.cdiv(capacity, 64) * batch * lists,), (k, v, packed_k, packed_v, indices, counts),
+            (*k.stride(), *v.stride(), *indices.stride()[:2], kv_heads, lists, capacity), **shape, BLOCK=64,
         )  # fmt: skip
     config = key_config(max(block_d, block_dv), q.dtype, capability_of(q.device))
     tiles = triton.cdiv(q_len, config.block_m)
-    key_attention_kernel[(batch * heads * tiles,)](
-        q, packed_k, packed_v, out, counts, *q.stride(), *out.stride()[:3],
-        heads, lists, q_len, capacity, tiles, scale * LOG2_E, **shape,
+    launch(
+        key_attention_kernel, (batch * heads * tiles,), (q, packed_k, packed_v, out, counts, lse),
+        (*q.stride(), *out.stride()[:3], heads, lists, q_len, capacity, tiles, scale * LOG2_E), **shape,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, PRECISION=precision(q.dtype),
-        lse=lse, num_warps=config.num_warps, num_stages=config.num_stages,
+        num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return Attended(out, no_lse(q) if lse is None else lse)
 

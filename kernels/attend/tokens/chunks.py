@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from tsa_compile.kernels.common.launch import tiles_in_yz
+from tsa_compile.kernels.common.launcher import launch
 
 Tensor = torch.Tensor
 CHUNK_BYTES = 1 << 30  # packed rows, and what else is kept by row, of the heads that run together
@@ -38,8 +39,9 @@ def pack(x: Tensor, packed_heads: int, indices: Tensor, counts: Tensor) -> Tenso
     (batch, heads, length, dim), k_len = x.shape, indices.shape[2]
     skipped = k_len - length
     packed = x.new_empty(batch, packed_heads, k_len, dim)
-    pack_kernel[(batch * packed_heads, *tiles_in_yz(triton.cdiv(k_len, 64)))](
-        x, packed, indices, counts, *x.stride(), *indices.stride()[:2], heads, packed_heads, indices.shape[1], k_len, skipped,
+    launch(
+        pack_kernel, (batch * packed_heads, *tiles_in_yz(triton.cdiv(k_len, 64))), (x, packed, indices, counts),
+        (*x.stride(), *indices.stride()[:2], heads, packed_heads, indices.shape[1], k_len, skipped),
         D=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK=64, TAIL=TAIL,
     )  # fmt: skip
     return packed
@@ -52,7 +54,8 @@ def scatter(part: Tensor, out: Tensor, slots: Tensor) -> None:
     from tsa_compile.kernels.attend.tokens.pack_device import scatter_kernel
 
     batch, heads, q_len, v_dim = out.shape
-    scatter_kernel[(batch * heads, *tiles_in_yz(triton.cdiv(q_len, 64)))](
-        part, out, slots, *part.stride()[:3], *out.stride()[:3], *slots.stride()[:2], heads, slots.shape[1], q_len,
+    launch(
+        scatter_kernel, (batch * heads, *tiles_in_yz(triton.cdiv(q_len, 64))), (part, out, slots),
+        (*part.stride()[:3], *out.stride()[:3], *slots.stride()[:2], heads, slots.shape[1], q_len),
         DV=v_dim, BLOCK_DV=triton.next_power_of_2(v_dim), BLOCK=64,
     )  # fmt: skip

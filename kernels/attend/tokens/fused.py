@@ -6,6 +6,7 @@ import torch
 
 from tsa_compile.kernels.attend.tokens import hopper
 from tsa_compile.kernels.attend.tokens.strip import add_strip, invert
+from tsa_compile.kernels.common.launcher import launch
 from tsa_compile.kernels.common.results import empty_result, no_lse
 from tsa_compile.kernels.common.tiles import LOG2_E, capability_of, precision, prefill_config, section_heads
 from tsa_compile.kernels.types import Attended, Operands, Strip, Tokens
@@ -53,10 +54,12 @@ def launch_prefill(
     config = prefill_config(max(block_d, block_dv), q.dtype, capability_of(q.device))
     tiles = min(triton.cdiv(k_len, config.block_m), triton.cdiv(q_len, config.block_m) + 1)  # that hold a query
     section = section_heads(heads, kv_heads, k_len, (dim + v_dim) * q.element_size())
-    sparse_prefill_kernel[(batch * heads * tiles,)](
-        q, k, v, out, out if lse is None else lse, indices, counts,
+    numbers = (
         *q.stride(), *k.stride(), *v.stride(), *out.stride()[:3], *indices.stride()[:2],
         heads, kv_heads, indices.shape[1], q_len, k_len, tiles, section, scale * LOG2_E,
+    )  # fmt: skip
+    launch(
+        sparse_prefill_kernel, (batch * heads * tiles,), (q, k, v, out, out if lse is None else lse, indices, counts), numbers,
         D=dim, DV=v_dim, BLOCK_D=block_d, BLOCK_DV=block_dv, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         STRIP=lse is not None, PRECISION=precision(q.dtype), **config.options,
     )  # fmt: skip

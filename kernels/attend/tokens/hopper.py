@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 
+from tsa_compile.kernels.common import launcher
 from tsa_compile.kernels.common.launch import multiprocessors
 from tsa_compile.kernels.common.tiles import LOG2_E, capability_of, section_heads
 
@@ -51,18 +53,33 @@ def launch(
     programs = min(total, multiprocessors(q.device))
     queued = total >= QUEUED_FROM * programs
     queue = torch.zeros(1, dtype=torch.int32, device=q.device) if queued else counts
-    sparse_prefill_hopper_kernel[(programs,)](
-        q, *((_descriptor(k), _descriptor(v)) if packed else (k, v)), out, out if lse is None else lse, indices, counts,
+    tensors = (
+        q,
+        *((_descriptor(k), _descriptor(v)) if packed else (k, v)),
+        out,
+        out if lse is None else lse,
+        indices,
+        counts,
+        queue,
+    )
+    numbers = (
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *indices.stride()[:2],
-        heads, kv_heads, indices.shape[1], q_len, k_len, total, tiles, section, queue, int(queued), scale * LOG2_E,
+        heads, kv_heads, indices.shape[1], q_len, k_len, total, tiles, section, int(queued), scale * LOG2_E,
+    )  # fmt: skip
+    launcher.launch(
+        sparse_prefill_hopper_kernel, (programs,), tensors, numbers,
         D=dim, STAGES=STAGES, STRIP=lse is not None, PACKED=packed, num_warps=4,
     )  # fmt: skip
 
 
 def _descriptor(packed: Tensor) -> Any:
     """What the tensor memory accelerator reads the rows of [B, G, Lk, D] by."""
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+    rows, dim = packed.shape[:3].numel(), packed.shape[3]
+    return _pieces(packed.dtype, rows, dim).of(packed)
 
-    rows = packed.view(-1, packed.shape[-1])
-    return TensorDescriptor.from_tensor(rows, [BLOCK, rows.shape[1]], gl.NVMMASharedLayout(128, 16, 2))
+
+@functools.lru_cache(maxsize=1024)
+def _pieces(dtype: torch.dtype, rows: int, dim: int) -> launcher.Pieces:
+    from triton.experimental.gluon import language as gl
+
+    return launcher.Pieces(dtype, [rows, dim], [dim, 1], [BLOCK, dim], gl.NVMMASharedLayout(128, 16, 2))

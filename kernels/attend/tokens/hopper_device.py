@@ -44,9 +44,9 @@ def allocate_barriers(COPIES: gl.constexpr, STAGES: gl.constexpr):
 
 @gluon.jit(do_not_specialize=LENGTHS)
 def sparse_prefill_hopper_kernel(
-    q, k, v, out, lse, indices, counts,
+    q, k, v, out, lse, indices, counts, queue,
     q_sb, q_sh, q_sl, k_sb, k_sh, k_sl, v_sb, v_sh, v_sl, o_sb, o_sh, o_sl, i_sb, i_sg,
-    heads, kv_heads, lists, q_len, k_len, total, tiles, section, queue, queued, scale_log2,
+    heads, kv_heads, lists, q_len, k_len, total, tiles, section, queued, scale_log2,
     D: gl.constexpr, STAGES: gl.constexpr, STRIP: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     """`sparse_prefill_kernel` (device.py) by one program a multiprocessor; rows contiguous and 16-byte aligned.

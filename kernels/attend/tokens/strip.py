@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from tsa_compile.kernels.common.launcher import launch
 from tsa_compile.kernels.common.results import no_lse
 from tsa_compile.kernels.common.tiles import LOG2_E, capability_of, precision, strip_config
 from tsa_compile.kernels.types import Attended, Operands, Strip
@@ -19,9 +20,8 @@ def invert(indices: Tensor, counts: Tensor) -> Tensor:
 
     batch, lists, k_len = indices.shape
     slots = torch.full(indices.shape, -1, dtype=torch.int32, device=indices.device)
-    invert_kernel[(batch * lists, triton.cdiv(k_len, 1024))](
-        indices, counts, slots, *indices.stride()[:2], *slots.stride()[:2], lists, BLOCK=1024
-    )
+    strides = (*indices.stride()[:2], *slots.stride()[:2])
+    launch(invert_kernel, (batch * lists, triton.cdiv(k_len, 1024)), (indices, counts, slots), (*strides, lists), BLOCK=1024)
     return slots
 
 
@@ -46,12 +46,15 @@ def add_strip(
     padded = x.view.ranks is not None
     order, ranks = x.view.order if padded else (slots, slots)  # not read
     lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device) if need_lse else None
-    strip_kernel[(triton.cdiv(q_len, config.block_m) * batch * heads,)](
-        q, k, v, out, part.out, part.lse, slots, heavy_indices, order, ranks,
+    numbers = (
         *q.stride(), *k.stride(), *v.stride(), *out.stride()[:3], *part.out.stride()[:3],
         *part.lse.stride()[:2], *slots.stride()[:2], *heavy_indices.stride()[:2],
         heads, kv_heads, slots.shape[1], q_len, k_len, heavy_indices.shape[-1], *strip, scale * LOG2_E,
+    )  # fmt: skip
+    launch(
+        strip_kernel, (triton.cdiv(q_len, config.block_m) * batch * heads,),
+        (q, k, v, out, part.out, part.lse, slots, heavy_indices, order, ranks, lse), numbers,
         D=dim, DV=v_dim, BLOCK_D=block_d, BLOCK_DV=block_dv, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        PADDED=padded, PACKED=part.out is not out, PRECISION=precision(q.dtype), lse=lse, **config.options,
+        PADDED=padded, PACKED=part.out is not out, PRECISION=precision(q.dtype), **config.options,
     )  # fmt: skip
     return no_lse(q) if lse is None else lse

@@ -79,12 +79,12 @@ def strip_ranks(at, number, is_heavy, slots, ranks, sinks, BEHIND: tl.constexpr,
 
 @triton.jit(do_not_specialize=LENGTHS)
 def strip_kernel(
-    q, k, v, out, part, part_lse, slots, heavy_indices, order, ranks,
+    q, k, v, out, part, part_lse, slots, heavy_indices, order, ranks, lse,
     q_sb, q_sh, q_sl, q_sd, k_sb, k_sh, k_sl, k_sd, v_sb, v_sh, v_sl, v_sd, o_sb, o_sh, o_sl, p_sb, p_sh, p_sl,
     l_sb, l_sh, s_sb, s_sg, h_sb, h_sg,
     heads, kv_heads, lists, q_len, k_len, heavy, window, sinks, scale_log2,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, PADDED: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr, lse=None,
+    BLOCK_N: tl.constexpr, PADDED: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of BLOCK_M rows of one head; writes every row, zero where it is padding or reads nothing.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from tsa_compile.kernels.common.launcher import launch
 from tsa_compile.kernels.common.pages import CHUNK, PAGE, pages_of
 from tsa_compile.kernels.common.tiles import precision
 
@@ -35,10 +36,13 @@ def page_scores(
         return logits, parts
     block_m = min(64, max(16, triton.next_power_of_2(group * rows)))
     tiles_m, block_pages = triton.cdiv(group * rows, block_m), max(1, block // PAGE)
-    page_scores_kernel[(batch * kv_heads * tiles_m, chunks)](
-        q, sums, counts, logits, parts, blocks, start, lengths,
+    numbers = (
         *q.stride(), *sums.stride()[:3], counts.stride(0), 0 if blocks is None else blocks.stride(0),
         block_pages, max(1, sums.shape[2] // block_pages), kv_heads, group, rows, tiles_m, capacity, pages, chunks, scale,
+    )  # fmt: skip
+    tensors = (q, sums, counts, logits, parts, blocks, start, lengths)
+    launch(
+        page_scores_kernel, (batch * kv_heads * tiles_m, chunks), tensors, numbers,
         D=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_M=block_m, CHUNK=CHUNK,
         PRECISION=precision(sums.dtype), num_warps=4, num_stages=1,
     )  # fmt: skip

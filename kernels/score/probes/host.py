@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from tsa_compile.kernels.common.launcher import launch
 from tsa_compile.kernels.common.ranks import order_or_unread
 from tsa_compile.kernels.common.tiles import LOG2_E, capability_of, precision, small_shared
 from tsa_compile.kernels.score.probes.reference import probe_ranks
@@ -36,13 +37,14 @@ def probe_means(q: Tensor, k: Tensor, view: KvView, scale: float) -> Tensor:
     splits = triton.cdiv(k_len, span)
     part = torch.empty(2, batch, heads, splits, probes, dtype=torch.float32, device=q.device)
     mean = torch.empty(batch, heads, k_len, dtype=torch.float32, device=q.device)
-    rest = (order, ranks, *k.stride(), heads, kv_heads, k_len, probes, splits, span, scale * LOG2_E)
+    numbers = (*k.stride(), heads, kv_heads, k_len, probes, splits, span, scale * LOG2_E)
     shape = {
         "D": dim, "BLOCK_D": block_d, "BLOCK_M": block_m, "BLOCK_N": block_n, "PADDED": padded,
         "PRECISION": precision(q.dtype), "num_warps": warps, "num_stages": stages,
     }  # fmt: skip
-    probe_lse_kernel[(batch * heads, splits, triton.cdiv(probes, block_m))](q, k, part[0], part[1], *rest, **shape)
-    probe_mean_kernel[(batch * heads, splits)](q, k, part[0], part[1], mean, *rest, **shape)
+    grid, sums = (batch * heads, splits), (q, k, *part)
+    launch(probe_lse_kernel, (*grid, triton.cdiv(probes, block_m)), (*sums, order, ranks), numbers, **shape)
+    launch(probe_mean_kernel, grid, (*sums, mean, order, ranks), numbers, **shape)
     return mean
 
 

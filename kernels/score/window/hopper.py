@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
+from tsa_compile.kernels.common import launcher
 from tsa_compile.kernels.common.launch import multiprocessors
 from tsa_compile.kernels.common.tiles import capability_of
 
@@ -63,21 +66,21 @@ def launch(
     span = triton.cdiv(triton.cdiv(k_len, most), BLOCK) * BLOCK
     splits = triton.cdiv(k_len, span)
     part = torch.empty(2, batch, heads, splits, window, dtype=torch.float32, device=q.device)
-    operands = (q, k, part[0], part[1], through, mean, order, ranks, *q.stride()[:3], *k.stride()[:3])
-    sizes = (heads, kv_heads, q_len, k_len, window, splits, span, scale_log2)
+    tensors = (q, k, *part, through, mean, order, ranks)
+    numbers = (*q.stride()[:3], *k.stride()[:3], heads, kv_heads, q_len, k_len, window, splits, span, scale_log2)
     shape = {"D": dim, "HEADS": together, "STAGES": stages, "PADDED": padded, "num_warps": WARPS.value}
     grid = (programs, splits)
-    kernel = score_hopper_kernel[grid]
+    kernel = functools.partial(launcher.launch, score_hopper_kernel, grid, tensors, numbers, **shape)
     if _run_at_once(grid, processors) and q.device not in _REFUSED:
         try:
             most = triton.next_power_of_2(most)
-            return kernel(*operands, *sizes, **shape, SPLITS=most, LSE=True, MEAN=True, launch_cooperative_grid=True)
+            return kernel(SPLITS=most, LSE=True, MEAN=True, launch_cooperative_grid=True)
         except RuntimeError as error:
             if "cooperative" not in str(error):
                 raise
             _REFUSED.add(q.device)
-    kernel(*operands, *sizes, **shape, SPLITS=MAX_SPLITS, LSE=True, MEAN=False)
-    kernel(*operands, *sizes, **shape, SPLITS=MAX_SPLITS, LSE=False, MEAN=True)
+    kernel(SPLITS=MAX_SPLITS, LSE=True, MEAN=False)
+    kernel(SPLITS=MAX_SPLITS, LSE=False, MEAN=True)
 
 
 #: GPUs of which this process has fewer multiprocessors than they have (green contexts, MPS), so that a cooperative launch failed

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from tsa_compile.kernels.common.launcher import launch
 from tsa_compile.kernels.common.tiles import LOG2_E, capability_of, small_shared
 from tsa_compile.kernels.score.window import hopper
 
@@ -55,15 +56,14 @@ def window_scores(
     span = triton.cdiv(triton.cdiv(k_len, splits), block_n) * block_n
     splits = max(1, triton.cdiv(k_len, span))
     part = torch.empty(2, batch, heads, splits, window, dtype=torch.float32, device=q.device)
-    strides = (*q.stride(), *k.stride())
-    sizes = (heads, kv_heads, q_len, k_len, window, splits, span, scale * LOG2_E)
+    numbers = (*q.stride(), *k.stride(), heads, kv_heads, q_len, k_len, window, splits, span, scale * LOG2_E)
     shape = {
         "D": dim, "BLOCK_D": block_d, "BLOCK_M": block_m, "BLOCK_N": block_n, "PADDED": padded,
         "PRECISION": "tf32x3" if q.dtype == torch.float32 else "ieee", "num_warps": warps, "num_stages": stages,
     }  # fmt: skip
-    row_blocks = triton.cdiv(window, block_m)
-    score_lse_kernel[(batch * heads, splits, row_blocks)](q, k, part[0], part[1], order, ranks, *strides, *sizes, **shape)
-    score_mean_kernel[(batch * heads, splits)](q, k, part[0], part[1], mean, order, ranks, *strides, *sizes, **shape)
+    grid, sums = (batch * heads, splits), (q, k, *part)
+    launch(score_lse_kernel, (*grid, triton.cdiv(window, block_m)), (*sums, order, ranks), numbers, **shape)
+    launch(score_mean_kernel, grid, (*sums, mean, order, ranks), numbers, **shape)
     return mean
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from tsa_compile.kernels.common.launcher import launch
 from tsa_compile.kernels.types import KvView, TokenRule, Tokens
 
 Tensor = torch.Tensor
@@ -35,28 +36,30 @@ def select_from_means(
     mass_bins, cuts, _ = zeroed or zeros(batch, lists, 0, mean.device)
     coverage_bits = struct.unpack("<q", struct.pack("<d", coverage))[0]
     row = (q_len, k_len, window)
-    count_device.pool_kernel[(triton.cdiv(k_len, POOL_BLOCK) * batch,)](
-        mean, scores, masses, mass_bins, ranks, heads, *row, pool,
+    launch(
+        count_device.pool_kernel, (triton.cdiv(k_len, POOL_BLOCK) * batch,),
+        (mean, scores, masses, mass_bins, ranks), (heads, *row, pool),
         HEADS=POOL_HEADS, BLOCK=POOL_BLOCK, PADDED=padded, num_warps=POOL_WARPS,
     )  # fmt: skip
-    count_device.count_kernel[(triton.cdiv(k_len, COUNT_BLOCK) * batch,)](
-        masses, candidates, mass_bins, counts, ranks, *row, min_tokens, coverage_bits,
+    launch(
+        count_device.count_kernel, (triton.cdiv(k_len, COUNT_BLOCK) * batch,),
+        (masses, candidates, mass_bins, counts, ranks), (*row, min_tokens, coverage_bits),
         BLOCK=COUNT_BLOCK, PADDED=padded, num_warps=COUNT_WARPS,
     )  # fmt: skip
     if lists < heads:
         scores = scores.unflatten(1, (lists, -1)).sum(2)
     kinds = 2 if heavy else 1  # the kept, the heaviest
     grid = (chunks * kinds * batch * lists,)
-    out = (indices, heavy_indices, order, ranks, lists, *row, heavy)
+    out, numbers = (indices, heavy_indices, order, ranks), (lists, *row, heavy)
     shape = {"CHUNK": CHUNK, "BLOCK": SELECT_BLOCK, "PADDED": padded, "num_warps": SELECT_WARPS}
     gathered = new(kinds, batch, lists, k_len, dtype=torch.float32)
     if chunks == 1:
-        device.select_kernel[grid](scores, gathered, counts, *out, **shape)
+        launch(device.select_kernel, grid, (scores, gathered, counts, *out), numbers, **shape)
         return Tokens(indices, counts, heavy_indices)
     bins = new(batch, lists, chunks, BINS)
-    device.bin_kernel[(chunks * batch * lists,)](scores, bins, ranks, lists, *row, **shape)
-    device.cut_kernel[grid](scores, bins, gathered, cuts, counts, ranks, lists, *row, heavy, **shape)
-    device.write_kernel[grid](scores, bins, gathered, cuts, counts, *out, **shape)
+    launch(device.bin_kernel, (chunks * batch * lists,), (scores, bins, ranks), numbers[:-1], **shape)
+    launch(device.cut_kernel, grid, (scores, bins, gathered, cuts, counts, ranks), numbers, **shape)
+    launch(device.write_kernel, grid, (scores, bins, gathered, cuts, counts, *out), numbers, **shape)
     return Tokens(indices, counts, heavy_indices)
 
 

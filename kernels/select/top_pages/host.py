@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from tsa_compile.kernels.common import launcher
 from tsa_compile.kernels.common.launch import constant
 from tsa_compile.kernels.common.pages import PAGE
 from tsa_compile.kernels.common.shares import share_bits
@@ -87,10 +88,13 @@ def launch_shares(
     in_tile = triton.next_power_of_2(queries)
     at_once = 4096 // in_tile
     tile, chunks = min(config.tile, max(32, at_once)), min(128, max(16, at_once))
-    page_shares_kernel[(len(scores), triton.cdiv(pages, tile))](
-        logits, parts, counts, scores, blocks, start, lengths,
+    numbers = (
         counts.stride(0), 0 if blocks is None else blocks.stride(0), block_pages, max(1, counts.shape[2] // block_pages),
         kv_heads, queries, capacity, pages, parts.shape[3], scores.shape[1] // 16, sinks, recent,
+    )  # fmt: skip
+    tensors = (logits, parts, counts, scores, blocks, start, lengths)
+    launcher.launch(
+        page_shares_kernel, (len(scores), triton.cdiv(pages, tile)), tensors, numbers,
         QUERIES=in_tile, CHUNKS=chunks, TILE=tile, EARLY=config.early, num_warps=config.share_warps,
     )  # fmt: skip
 
@@ -104,8 +108,9 @@ def launch_lists(scores: Tensor, indices: Tensor, number: Tensor, view: View, ru
     of_heads = None if len(shares) == 1 else constant(tuple(shares), torch.int64, scores.device)
     mass_bits = struct.unpack("<q", struct.pack("<d", mass))[0]
     early = {"launch_pdl": True} if config.early else {}
-    page_lists_kernel[(len(scores),)](
-        scores, indices, number, start, lengths, of_heads, constant(tuple(table), torch.int32, scores.device),
-        indices.shape[1], capacity, scores.shape[1] // 16, indices.shape[2], shares[0], len(table), mass_bits,
+    tensors = (scores, indices, number, start, lengths, of_heads, constant(tuple(table), torch.int32, scores.device))
+    launcher.launch(
+        page_lists_kernel, (len(scores),), tensors,
+        (indices.shape[1], capacity, scores.shape[1] // 16, indices.shape[2], shares[0], len(table), mass_bits),
         SMALL=config.small, BLOCK=config.block, MASS=mass > 0, EARLY=config.early, num_warps=config.warps, **early,
     )  # fmt: skip

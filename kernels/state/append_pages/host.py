@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from tsa_compile.kernels.common.launcher import launch
 from tsa_compile.kernels.common.pages import PAGE
 from tsa_compile.kernels.state.append_pages.reference import build
 from tsa_compile.kernels.types import KvView
@@ -33,10 +34,13 @@ def append_pages(
     if sums.numel() == 0 or batch == 0:
         return
     mask_strides = (0, 0) if key_mask is None else key_mask.stride()
-    append_pages_kernel[(batch * kv_heads, triton.cdiv(new // PAGE + 1, PAGES_AT_ONCE))](
-        sums, counts, k, blocks, start, begin, end, key_mask,
+    numbers = (
         *k.stride(), *sums.stride()[:3], counts.stride(0), 0 if blocks is None else blocks.stride(0), *mask_strides,
         max(1, block // PAGE), max(1, k.shape[2] // block), kv_heads,
+    )  # fmt: skip
+    launch(
+        append_pages_kernel, (batch * kv_heads, triton.cdiv(new // PAGE + 1, PAGES_AT_ONCE)),
+        (sums, counts, k, blocks, start, begin, end, key_mask), numbers,
         D=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)), PAGES=PAGES_AT_ONCE, num_warps=4,
     )  # fmt: skip
 
