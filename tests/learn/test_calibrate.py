@@ -186,7 +186,7 @@ def test_a_layer_without_a_number_has_no_drift(prompts):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"target": "kl<0.01"}, 'target must be "kl<=X" with X > 0 or "sparsity>=X" .* got \'kl<0.01\''),
+        ({"target": "kl<0.01"}, 'target must be "kl<=X" with X > 0, or "sparsity>=X", .* got \'kl<0.01\''),
         ({"target": "kl<=-1"}, "target must be"),
         ({"target": "kl<=nan"}, "target must be"),
         ({"target": "sparsity>=1.0"}, "target must be"),
@@ -279,7 +279,10 @@ def test_prompts_are_text_or_ids_and_lose_their_beginning(tmp_path):
         ({"--out": "no/such/plan.json"}, "--out: no/such/plan.json cannot be written"),
         ({"--coverages": "abc"}, "--coverages must be numbers, comma separated, got 'abc'"),
         ({"--policy": "broken.json"}, "--policy broken.json: "),
-        ({"--policy": "dense.json"}, "--policy dense.json: policy must be a TokenSparse or a BlockSparse, got Dense"),
+        (
+            {"--policy": "dense.json"},
+            "--policy dense.json: policy must be a TokenSparse, a BlockSparse or a PageSparse, got Dense",
+        ),
     ],
 )
 def test_what_is_wrong_on_the_command_line_is_said_at_once(tmp_path, monkeypatch, changes, message):

@@ -103,11 +103,14 @@ def calibrate(
     model: Annotated[str, typer.Argument(help="a Hugging Face folder or id, or a packaged model: smollm2")],
     prompts: Annotated[list[str], typer.Option(help="a .jsonl file (a prompt a line) or a text file (one prompt)")],
     out: Annotated[str, typer.Option(help="the plan, a JSON file")],
-    target: Annotated[str, typer.Option(help="kl<=X; sparsity>=X (TokenSparse); pairs<=X (BlockSparse)")] = "kl<=0.01",
-    policy: Annotated[str | None, typer.Option(help="JSON file of a sparse layer's TokenSparse or BlockSparse")] = None,
+    target: Annotated[
+        str, typer.Option(help="kl<=X; sparsity>=X (TokenSparse), pairs<=X (BlockSparse), pages<=X (PageSparse)")
+    ] = "kl<=0.01",
+    policy: Annotated[str | None, typer.Option(help="JSON file of a sparse layer's policy")] = None,
     coverages: Annotated[str | None, typer.Option(help="TokenSparse: what a layer may get, comma separated")] = None,
     alphas: Annotated[str | None, typer.Option(help="BlockSparse: what a head may get, comma separated")] = None,
-    method: Annotated[str, typer.Option(help="loss; or with fewer runs: drift (TokenSparse), error, one (BlockSparse)")] = "loss",
+    keeps: Annotated[str | None, typer.Option(help="PageSparse: what a KV head may get, comma separated")] = None,
+    method: Annotated[str, typer.Option(help="loss; or with fewer runs: drift (TokenSparse), error, one (others)")] = "loss",
     last: Annotated[int, typer.Option(help="predictions that are compared, of a prompt", min=1)] = 128,
     max_tokens: Annotated[int | None, typer.Option(help="longer prompts lose their beginning", min=1)] = None,
     state: Annotated[str | None, typer.Option(help="file of what is measured; a second call goes on from it")] = None,
@@ -115,10 +118,11 @@ def calibrate(
     """Choose a policy for each layer of MODEL on your own prompts, and write the plan."""
     from tsa_compile.learn.calibrate_cli import calibrate_files
 
-    steps = [numbers(n, x, float) if x else None for n, x in (("--coverages", coverages), ("--alphas", alphas))]
+    given = (("--coverages", coverages), ("--alphas", alphas), ("--keeps", keeps))
+    coverage, alpha, keep = (numbers(n, x, float) if x else None for n, x in given)
     if not Path(out).absolute().parent.is_dir() or Path(out).is_dir():  # before hours of measurements
         raise ValueError(f"--out: {out} cannot be written: its folder does not exist, or it is one")
-    plan = calibrate_files(model, prompts, target, policy, *steps, method, last, max_tokens, state)
+    plan = calibrate_files(model, prompts, target, policy, coverage, alpha, keep, method, last, max_tokens, state)
     plan.save(out)
     console.print(f"{out}: {plan.notes['sparse layers']} layers sparse; {plan.notes['measured']}", markup=False)
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from tsa_compile.learn import search
 from tsa_compile.learn.calibrate_blocks import ALPHAS, calibrate_blocks
+from tsa_compile.learn.calibrate_pages import KEEPS, calibrate_pages
 from tsa_compile.learn.measurements import Run
 from tsa_compile.learn.meter import Meter, Sample
 from tsa_compile.learn.model_inputs import as_inputs, fingerprint, versions
@@ -24,6 +25,7 @@ from tsa_compile.learn.state import Measured
 from tsa_compile.learn.target import Target
 from tsa_compile.plan import Plan
 from tsa_compile.policies.block_sparse import BlockSparse
+from tsa_compile.policies.page_sparse import PageSparse
 from tsa_compile.policies.token_sparse import TokenSparse
 from tsa_compile.progress import Advance, Start
 from tsa_compile.progress import progress as progress_bar
@@ -37,9 +39,10 @@ def calibrate(
     prompts: Iterable[Any],
     target: str = "kl<=0.01",
     *,
-    policy: TokenSparse | BlockSparse | None = None,
+    policy: TokenSparse | BlockSparse | PageSparse | None = None,
     coverages: Iterable[float] | None = None,
     alphas: Iterable[float] | None = None,
+    keeps: Iterable[float] | None = None,
     method: str = "loss",
     last: int = 128,
     state: str | Path | None = None,
@@ -48,7 +51,8 @@ def calibrate(
     """A plan that meets `target` on `prompts`: as sparse as the loss allows, or as true as the sparsity allows.
 
     The model runs layers x coverages + about ten times on each prompt, one prompt at a time; with `BlockSparse` two times the
-    layers + about twenty. No candidate is traced anew. It is left as it was. `docs/calibration.md` has both methods and examples.
+    layers + about twenty; with `PageSparse`, which is for decode, the layers + about twenty times the end of each text. No
+    candidate is traced anew. It is left as it was. `docs/calibration.md` has the methods and examples.
 
     Args:
         model: any module in evaluation mode whose output is logits `[1, L, vocabulary]` or has them as `.logits`.
@@ -56,14 +60,16 @@ def calibrate(
             `policy.min_tokens + policy.window` tokens. Take your own, as long as in use.
         target: "kl<=X": mean KL(dense || sparse) of the compared predictions, in nats. For `TokenSparse` "sparsity>=X": mean
             share of tokens that the layers do not keep, over all layers that can be sparse. For `BlockSparse` "pairs<=X": mean
-            share of the causal query-key pairs that these layers read.
-        policy: what a sparse layer gets, but for its coverage or alpha; None: `TokenSparse()`.
+            share of the causal query-key pairs that these layers read. For `PageSparse` "pages<=X": mean share of the cache's
+            pages that a decode step reads.
+        policy: what a sparse layer gets, but for its coverage, alpha or keep; None: `TokenSparse()`.
         coverages: `TokenSparse`: what a layer may get, each in (0, 1); None: `COVERAGES`.
         alphas: `BlockSparse`: what a query head may get, each in (0, 1); None: `calibrate_blocks.ALPHAS`.
+        keeps: `PageSparse`: what a KV head may get, each in (0, 1]; None: `calibrate_pages.KEEPS`.
         method: "loss": by what the loss says of single layers. With far fewer runs, for `TokenSparse` "drift": the paper's order;
-            for `BlockSparse` "error": by the errors of heads alone, and "one": one alpha for all.
+            for `BlockSparse` and `PageSparse` "error": by the errors of heads alone, and "one": one number for all.
         last: predictions at the end of each prompt that are compared; for `BlockSparse` those at the end of the rows that are not
-            dense, and as many in the middle.
+            dense, and as many in the middle; for `PageSparse` the tokens that are decoded.
         state: a JSON file; what is measured goes there, and an interrupted call goes on from it, with the same result.
         progress: show a progress bar on stderr.
 
@@ -78,6 +84,11 @@ def calibrate(
     goal = Target.parse(target)
     base = TokenSparse() if policy is None else policy
     _check_model(model, last)
+    if isinstance(base, PageSparse):
+        _refuse_other("coverages", coverages, base)
+        _refuse_other("alphas", alphas, base)
+        return calibrate_pages(model, prompts, goal, base, KEEPS if keeps is None else keeps, method, last, state, progress)
+    _refuse_other("keeps", keeps, base)
     if isinstance(base, BlockSparse):
         _refuse_other("coverages", coverages, base)
         tried = ALPHAS if alphas is None else alphas
@@ -102,8 +113,8 @@ def calibrate(
 
 def _check(goal: Target, base: Any, ladder: tuple[float, ...], method: str) -> None:
     if not isinstance(base, TokenSparse):
-        raise ValueError(f"policy must be a TokenSparse or a BlockSparse, got {base!r}")
-    if goal.quantity == "pairs":
+        raise ValueError(f"policy must be a TokenSparse, a BlockSparse or a PageSparse, got {base!r}")
+    if goal.quantity in ("pairs", "pages"):
         raise ValueError(f'target must be "kl<=X" or "sparsity>=X" for TokenSparse, got {str(goal)!r}')
     if not ladder or not all(0 < c < 1 for c in ladder):
         raise ValueError(f"coverages must be numbers in (0, 1), got {ladder}")

@@ -56,7 +56,7 @@ def calibrate_blocks(
 
 
 def _check(model: nn.Module, goal: Target, policy: BlockSparse, alphas: tuple[float, ...], method: str) -> None:
-    if goal.quantity == "sparsity":
+    if goal.quantity in ("sparsity", "pages"):
         raise ValueError(f'target must be "kl<=X" or "pairs<=X" for BlockSparse, got {str(goal)!r}')
     if len(alphas) < 2 or not all(0 < a < 1 for a in alphas):
         raise ValueError(f"alphas must be two or more numbers in (0, 1), got {alphas}")

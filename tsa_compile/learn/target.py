@@ -1,4 +1,4 @@
-"""What a calibration must reach: `kl<=X`, `sparsity>=X` or `pairs<=X`."""
+"""What a calibration must reach: `kl<=X`, `sparsity>=X`, `pairs<=X` or `pages<=X`."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import dataclasses
 import math
 import re
 
-_FORM = re.compile(r"\s*(kl\s*<=|sparsity\s*>=|pairs\s*<=)\s*([0-9.eE+-]+)\s*")
+_FORM = re.compile(r"\s*(kl\s*<=|sparsity\s*>=|pairs\s*<=|pages\s*<=)\s*([0-9.eE+-]+)\s*")
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
     """A bound on the loss (`kl`: KL(dense || sparse) in nats, at most), on the sparsity (share of tokens that are not kept, at
-    least) or on the pairs (share of the causal query-key pairs that are read, at most)."""
+    least), on the pairs (share of the causal query-key pairs that are read, at most) or on the pages (share of those of the cache
+    that a decode step reads, at most)."""
 
     quantity: str
     bound: float
@@ -22,7 +23,7 @@ class Target:
         """The target that `text` says.
 
         Raises:
-            ValueError: it is neither "kl<=X" with X > 0 nor "sparsity>=X" or "pairs<=X" with X in (0, 1).
+            ValueError: it is neither "kl<=X" with X > 0 nor "sparsity>=X", "pairs<=X" or "pages<=X" with X in (0, 1).
         """
         match = _FORM.fullmatch(text) if isinstance(text, str) else None
         try:
@@ -31,7 +32,8 @@ class Target:
             target = None
         limit = math.inf if target and target.quantity == "kl" else 1.0
         if target is None or not 0 < target.bound < limit:
-            raise ValueError(f'target must be "kl<=X" with X > 0 or "sparsity>=X" or "pairs<=X" with X in (0, 1), got {text!r}')
+            shares = '"sparsity>=X", "pairs<=X" or "pages<=X"'
+            raise ValueError(f'target must be "kl<=X" with X > 0, or {shares} with X in (0, 1), got {text!r}')
         return target
 
     def met_by(self, kl: float, sparsity: float) -> bool:

@@ -12,6 +12,7 @@ from tsa_compile.cache import Cache
 from tsa_compile.cache.names import cache_name
 from tsa_compile.learn.model_inputs import as_inputs
 from tsa_compile.plan import Plan
+from tsa_compile.report import Report
 from tsa_compile.session import Session
 
 Tensor = torch.Tensor
@@ -24,12 +25,13 @@ class TextDecoder:
         model: a transformers model in evaluation mode, which is left as it was.
         plan: the first one that runs; no other one is traced anew.
         last: tokens at the end of a text that are decoded.
+        recorded: may steps be replayed by CUDA graphs, which run no Python?
 
     Raises:
         ValueError: the model is in training mode, transformed or compiled, or takes no cache.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, last: int) -> None:
+    def __init__(self, model: nn.Module, plan: Plan, last: int, recorded: bool = True) -> None:
         if model.training or model._compiled_call_impl is not None:
             raise ValueError(
                 "the model is in training mode, transformed or compiled: call model.eval(), tsa_compile.restore(model)"
@@ -39,9 +41,16 @@ class TextDecoder:
             raise ValueError(f"{type(model).__name__} takes no cache of transformers (past_key_values)")
         self._model, self._last, self._cache_name = model, last, found
         self._session = Session(model, plan)
+        if not recorded:
+            self._session.steps.recorded_on = frozenset()
         self._text: Tensor | None = None
         self._dense: Tensor = torch.empty(0)
         self._cache: Any = None
+
+    @property
+    def report(self) -> Report:
+        """Of the session in which it decodes."""
+        return self._session.report
 
     @torch.no_grad()
     def compared(self, ids: Tensor, plan: Plan, measure: Callable[[Tensor, Tensor], Tensor]) -> list[float]:
