@@ -76,7 +76,7 @@ class PageMeter:
         return self.layers
 
     def tables(self, ids: Tensor, keeps: Sequence[float]) -> tuple[Tensor, Tensor]:
-        """(errors, shares of the pages read) along an exact run, float64 `[keeps, KV heads of all layers]` each, means
+        """(errors, shares of the pages read) of an exact run, float64 `[keeps, KV heads of all layers]` each, means over steps.
 
         An error is the square of what a KV head's query heads change in the layer's output (behind the projection), over that of
         the output.
