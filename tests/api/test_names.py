@@ -61,7 +61,7 @@ NAMES = {
     "explain": "model, *args, policy=None, **kwargs",
     "compare": "model, *args, policy=None, repeats=3, last=128, compiler='eager', **kwargs",
     "calibrate": (
-        "model, prompts, target='kl<=0.01', *, policy=None, coverages=None, alphas=None, method='loss', last=128, "
+        "model, prompts, target='kl<=0.01', *, policy=None, coverages=None, alphas=None, keeps=None, method='loss', last=128, "
         "state=None, progress=True"
     ),
     "generate": "model, *args, draft=None, gamma=6, costs=None, **kwargs",
