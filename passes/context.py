@@ -13,7 +13,7 @@ from tsa_compile.passes.facts.graph_facts import GraphFacts
 from tsa_compile.passes.find.match import Match
 from tsa_compile.passes.find.rope import Rotations
 from tsa_compile.passes.prove_mask.patterns import Pattern
-from tsa_compile.passes.prove_mask.proven import ProvenMask
+from tsa_compile.passes.prove_mask.proven import HeadTerm, ProvenMask
 from tsa_compile.passes.site import AttentionSite, Route
 from tsa_compile.policies.base import Policy, note
 
@@ -26,11 +26,13 @@ class GraphSite:
         match: the nodes; K and V before their repetition for grouped queries.
         mask: what was proven about the mask, with the nodes that hide keys.
         site: what policies, plans and reports know.
+        sinks: where the sinks of each head stand.
     """
 
     match: Match
     mask: ProvenMask
     site: AttentionSite
+    sinks: HeadTerm | None = None
 
     @property
     def node(self) -> fx.Node:

@@ -11,6 +11,7 @@ import torch.fx as fx
 from tsa_compile.kernels.types import IDENTITY, KvView, Operands
 from tsa_compile.passes.context import GraphSite
 from tsa_compile.passes.facts.names import tensor
+from tsa_compile.passes.mask_tensor import mask_tensor
 from tsa_compile.passes.prove_mask.proven import KeyTerm
 
 aten = torch.ops.aten
@@ -30,7 +31,8 @@ def operands_of(graph: fx.Graph, at: GraphSite) -> Operands:
     if used is not None:
         k, v = (graph.call_function(aten.slice.Tensor, (x, 2, 0, used)) for x in (k, v))
     key_mask = _key_mask(graph, at, used)
-    return Operands(q, k, v, key_mask, _view(graph, key_mask), at.mask.data)
+    keys = 0 if at.mask.data is None else _size(graph, match.k, layouts.k.index("l"))
+    return Operands(q, k, v, key_mask, _view(graph, key_mask), mask_tensor(graph, at, keys), _sinks(graph, at))
 
 
 def _operand(graph: fx.Graph, dtype: torch.dtype, x: fx.Node, layout: str) -> fx.Node:
@@ -40,6 +42,17 @@ def _operand(graph: fx.Graph, dtype: torch.dtype, x: fx.Node, layout: str) -> fx
     if order != sorted(order):
         x = graph.call_function(aten.permute.default, (x, order))
     return x if "h" in layout else graph.call_function(aten.unsqueeze.default, (x, LAYOUT.index("h")))
+
+
+def _sinks(graph: fx.Graph, at: GraphSite) -> fx.Node | None:
+    """`[H]`"""
+    if at.sinks is None:
+        return None
+    x = at.sinks.node
+    for dim in reversed(range(len(at.sinks.index))):
+        if at.sinks.index[dim] is not None:
+            x = graph.call_function(aten.select.int, (x, dim, at.sinks.index[dim]))
+    return graph.call_function(aten.contiguous.default, (x,))
 
 
 def _keys_used(graph: fx.Graph, at: GraphSite) -> fx.Node | int | None:

@@ -77,6 +77,8 @@ class AttentionSite:
         mask: what was proven about the mask.
         obstacle: why no policy may touch this site, such as a mask of which nothing was proven; or None.
         operands: graph nodes or tensors; `NOT_EMITTED` while policies are asked whether they take the site.
+        softcap: the scores are `softcap * tanh(scale * q k^T / softcap)` before they are masked; 0: they are not capped.
+        sinks: whether each head's softmax has a logit without a value, `operands.sinks`.
         dense_below: with fewer keys the policy's operators read them all, as it does not pay to choose (`Plan.where`); 0: always.
     """
 
@@ -100,6 +102,8 @@ class AttentionSite:
     obstacle: str | None = None
     operands: Operands = NOT_EMITTED
     dense_below: int = 0
+    softcap: float = 0.0
+    sinks: bool = False
 
     @classmethod
     def of(
@@ -112,6 +116,7 @@ class AttentionSite:
         module: str = "",
         layer: int = 0,
         k_len: int | None = None,
+        softcap: float = 0.0,
     ) -> AttentionSite:
         """The site of tensors at hand.
 
@@ -121,6 +126,7 @@ class AttentionSite:
             scale: factor of the scores; None: 1 / sqrt(head dim).
             phase: as above; None: told by the number of query rows.
             module, layer: as above.
+            softcap: as above.
             k_len: as above; None: all of `operands.k`, which must then hold a row of the batch each, and no pool of blocks.
         """
         q, k, v = operands.q, operands.k, operands.v
@@ -145,6 +151,8 @@ class AttentionSite:
             past=k_len > q_len,
             mask=mask,
             operands=operands,
+            softcap=softcap,
+            sinks=operands.sinks is not None,
         )
 
 

@@ -55,7 +55,7 @@ def _check_result(at: GraphSite, new: fx.Node, sizes: SizeProver) -> None:
 
 
 def _check_operator(at: GraphSite, node: fx.Node, state: frozenset[fx.Node]) -> None:
-    """What is emitted writes the site's own state alone, and operators that take a key mask get one if the site has one."""
+    """What is emitted writes the site's own state alone, and operators that take key masks, softcaps and sinks get the site's."""
     target = node.target
     if node.op != "call_function" or not state.issuperset(writes_to(node)):
         raise VerificationError(f"{at}: {node.name} is not a functional operator")
@@ -72,6 +72,10 @@ def _check_operator(at: GraphSite, node: fx.Node, state: frozenset[fx.Node]) -> 
             if (given is None) == at.site.mask.padded:
                 happened = "lost the key mask" if given is None else "got a key mask that was not proven"
                 raise VerificationError(f"{at}: {node.name} {happened}")
+    if _is_ours(node) and {"softcap", "sinks"}.issubset(names) and "k" in names:
+        softcap, sinks = (arg(node, names.index(name), name) for name in ("softcap", "sinks"))
+        if (softcap or 0.0) != at.site.softcap or (sinks is not None) != at.site.sinks:
+            raise VerificationError(f"{at}: {node.name} got softcap {softcap} and sinks {sinks}, which are not the site's")
 
 
 def _is_ours(node: fx.Node) -> bool:

@@ -12,12 +12,14 @@ from tsa_compile.passes.facts.mutation import writes_to
 from tsa_compile.passes.facts.names import Unreadable, module_path, op_name, tensor
 from tsa_compile.passes.find.flex import match_flex
 from tsa_compile.passes.find.manual import match_manual
-from tsa_compile.passes.find.mask_data import mask_as_data
+from tsa_compile.passes.find.mask_data import masks_as_data
 from tsa_compile.passes.find.match import Match
 from tsa_compile.passes.find.missed import missed_attention
 from tsa_compile.passes.find.obstacles import obstacle_of
 from tsa_compile.passes.find.repeat_kv import RepeatedHeads
+from tsa_compile.passes.find.score_steps import SINKS
 from tsa_compile.passes.find.sdpa import match_sdpa
+from tsa_compile.passes.find.sinks import sinks_of
 from tsa_compile.passes.prove_mask.patterns import Pattern
 from tsa_compile.passes.prove_mask.prove import MaskProver
 from tsa_compile.passes.site import AttentionSite, phase_of
@@ -77,11 +79,15 @@ class _Finder:
             obstacle = obstacle or _SCALE_UNKNOWN
         batch, heads, q_len, head_dim = (match.size("q", dim) for dim in "bhld")
         lengths = match.size("k", "l")
-        mask = self._masks.prove(match.sources, (batch, heads, q_len, lengths), "h" in match.layouts.q)
+        shape = batch, heads, q_len, lengths
+        mask = self._masks.prove(match.sources, shape, "h" in match.layouts.q)
+        sinks = sinks_of(match, shape, self._masks, self._facts)
+        if match.sinks is not None and sinks is None:
+            obstacle = obstacle or f"{SINKS}, and they are not one number for each head"
         k_len = lengths if mask.keys_used is None else mask.keys_used
         past = not self._facts.sizes.same(q_len, k_len)
         if mask.unproven is not None and past:
-            mask = dataclasses.replace(mask, data=mask_as_data(match, k_len, self._facts))
+            mask = dataclasses.replace(mask, data=masks_as_data(match, shape, self._masks, self._facts))
         unproven = mask.unproven if mask.data is None else None
         module = module_path(match.node)
         number = re.search(r"(?:^|\.)(\d+)(?=\.|$)", module)
@@ -104,8 +110,10 @@ class _Finder:
             past=past,
             mask=mask.facts,
             obstacle=obstacle or unproven,
+            softcap=match.softcap,
+            sinks=sinks is not None,
         )
-        return GraphSite(match, mask, site)
+        return GraphSite(match, mask, site, sinks)
 
     def _without_repetition(self, match: Match) -> Match:
         """With K and V as they were before their repetition for grouped queries, if both were repeated from as many heads."""

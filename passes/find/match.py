@@ -7,7 +7,7 @@ import dataclasses
 import torch.fx as fx
 
 from tsa_compile.passes.facts.names import tensor
-from tsa_compile.passes.prove_mask.prove import MaskSource
+from tsa_compile.passes.prove_mask.source import MaskSource
 from tsa_compile.passes.site import Size
 
 
@@ -40,6 +40,8 @@ class Match:
         reader: the first node that reads q and k.
         layouts: the order of dimensions of the operands and the output.
         obstacle: why the site must stay as it is.
+        softcap: the scores are `softcap * tanh(scale * q k^T / softcap)` before they are masked; 0: they are not capped.
+        sinks: `[B, H, Lq, 1]`, a column of the softmax without a value, or None.
     """
 
     node: fx.Node
@@ -52,6 +54,8 @@ class Match:
     reader: fx.Node
     layouts: Layouts = BHLD
     obstacle: str | None = None
+    softcap: float = 0.0
+    sinks: fx.Node | None = None
 
     def size(self, operand: str, dim: str) -> Size:
         """Length of a dimension ("b", "h", "l" or "d") of "q", "k" or "v"; 1 where the operand does not have it."""

@@ -34,7 +34,7 @@ def score_product(node: fx.Node) -> Product:
         contracted = next(iter(set(x) - set(z)))
         roles = {**dict(zip(z[:-2], "bh", strict=False)), contracted: "d"}
         return Product(node, (a, _named(x, {**roles, z[-2]: "l"})), (b, _named(y, {**roles, z[-1]: "l"})))
-    q, k = (_node(node, x) for x in (node.args[1:3] if op_name(node) == "baddbmm" else node.args[:2]))
+    q, k = _factors(node)
     outer = _outer_dims(node, q, k)
     before = _before_transpose(k)
     return Product(node, (q, outer + "ld"), (before, outer + "ld") if before is not None else (k, outer + "dl"))
@@ -55,7 +55,7 @@ def weighted_sum(node: fx.Node, weights: fx.Node) -> Product:
         head_dim = next(iter(set(y) - set(x)), "")
         roles = {**dict(zip(x[:-2], "bh", strict=False)), head_dim: "d"}
         return Product(node, (a, "bhlk"), (b, _named(y, {**roles, x[-1]: "l"})), _named(z, {**roles, x[-2]: "l"}))
-    first, v = (_node(node, x) for x in node.args[:2])
+    first, v = _factors(node)
     if first is not weights:
         raise Unreadable(f"{node.name}: attention weights are the second operand")
     layout = _outer_dims(node, weights, v) + "ld"
@@ -83,6 +83,14 @@ def _einsum(node: fx.Node) -> tuple[str, str, str, fx.Node, fx.Node]:
     if not plain or {len(s) for s in terms} not in ({4}, {3}):
         raise Unreadable(f"{node.name}: einsum {equation!r} is not of two tensors of rank 4, or 3")
     return letters[0], letters[1], z, _node(node, operands[0]), _node(node, operands[1])
+
+
+def _factors(node: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """The tensors that a `matmul` or a `baddbmm` multiplies."""
+    if op_name(node) == "baddbmm":
+        return _node(node, arg(node, 1, "batch1")), _node(node, arg(node, 2, "batch2"))
+    second = arg(node, 1, "other", node.kwargs.get("mat2"))
+    return _node(node, arg(node, 0, "input")), _node(node, second)
 
 
 def _node(product: fx.Node, x: object) -> fx.Node:

@@ -10,22 +10,32 @@ import torch.fx as fx
 
 from tsa_compile.passes.facts.mutation import writes_to
 from tsa_compile.passes.facts.names import Unreadable, arg, number_of, op_name, source, tensor, tensor_of
-from tsa_compile.passes.prove_mask.prove import MaskSource
+from tsa_compile.passes.prove_mask.source import MaskSource
 
 PRODUCTS = ("matmul", "einsum", "baddbmm")
 MAX_STEPS = 16
 SINKS = "attention sinks: columns that are no keys take part in the softmax"
+SOFTCAP = "softcap: scores go through tanh"
 _STEPS = frozenset({"to", "contiguous", "clone", "add", "sub", "mul", "div", "where", "masked_fill", "tanh", "view", "cat"})
 
 
 @dataclasses.dataclass
 class Scores:
-    """What lies between the product of q and k and the softmax, collected from the softmax backwards."""
+    """What lies between the product of q and k and the softmax, collected from the softmax backwards.
+
+    Args:
+        scale: of the product; None: it is not a positive constant.
+        factor: of all that was passed on the way; masks further back are scaled by it.
+        softcap: what tanh was multiplied by; 0: there was none.
+        sinks: the column beside those of the keys.
+    """
 
     scale: float | None = 1.0
-    factor: float = 1.0  # of all that was passed on the way; masks further back are scaled by it
+    factor: float = 1.0
     sources: list[MaskSource] = dataclasses.field(default_factory=list)
     obstacle: str | None = None
+    softcap: float = 0.0
+    sinks: fx.Node | None = None
 
     def scaled(self, by: Any) -> None:
         by = number_of(by)
@@ -34,6 +44,23 @@ class Scores:
             self.scale = None if self.scale is None else self.scale * by
         else:
             self.scale = None
+
+    def capped(self) -> None:
+        """`softcap * tanh(x)`, read at tanh; what masks lie further back would be capped too."""
+        if self.softcap or self.scale is None:
+            self.obstacle = f"{SOFTCAP}, {'twice' if self.softcap else 'times a number that is no constant'}"
+        else:
+            self.softcap, self.scale = self.scale, 1.0
+
+    @property
+    def product_scale(self) -> float | None:
+        """The scale of the scores that are capped, `softcap * tanh(scale * q k^T / softcap)`, or of the only ones."""
+        return self.scale if self.scale is None or not self.softcap else self.scale * self.softcap
+
+    def add(self, source: MaskSource) -> None:
+        self.sources.append(source)
+        if self.softcap:
+            self.obstacle = f"{SOFTCAP} behind their mask"
 
 
 def comes_from(origins: Container[str], x: fx.Node) -> bool:
@@ -85,12 +112,21 @@ def _read_copy(x: fx.Node, scores: Scores) -> fx.Node:
     return source(x)
 
 
+def _read_view(x: fx.Node, scores: Scores) -> fx.Node | None:
+    """`[batch * heads, queries, keys]` as `[batch, heads, queries, keys]`: what masks them from here on was one for both."""
+    before, after = tensor(source(x)), tensor(x)
+    if (before.dim(), after.dim()) != (3, 4) or tuple(before.shape[1:]) != tuple(after.shape[2:]) or scores.sinks is not None:
+        return None
+    scores.sources = [dataclasses.replace(s, split=(after.shape[0], after.shape[1])) for s in scores.sources]
+    return source(x)
+
+
 def _read_add(x: fx.Node, scores: Scores) -> fx.Node | None:
     if x.kwargs.get("alpha", 1) != 1 or len(x.args) != 2:
         return None
     for score, mask in (x.args, reversed(x.args)):
         if isinstance(score, fx.Node) and isinstance(mask, fx.Node) and _is_score(score, x):
-            scores.sources.append(MaskSource("add", mask, factor=scores.factor))
+            scores.add(MaskSource("add", mask, factor=scores.factor))
             return score
     return None
 
@@ -101,7 +137,7 @@ def _read_baddbmm(x: fx.Node, scores: Scores) -> None:
     if beta != 0:
         if not isinstance(beta, (int, float)) or beta <= 0:
             raise Unreadable(f"{x.name}: baddbmm with beta={beta}")
-        scores.sources.append(MaskSource("add", source(x), factor=scores.factor * beta))
+        scores.add(MaskSource("add", source(x), factor=scores.factor * beta))
     scores.scaled(alpha)
 
 
@@ -114,18 +150,24 @@ def _read_sub(x: fx.Node, scores: Scores) -> fx.Node | None:
 
 def _read_cat(x: fx.Node, scores: Scores) -> fx.Node | None:
     """A column beside those of the keys, as sinks are."""
-    first = next(iter(x.args[0]), None) if isinstance(x.args[0], (tuple, list)) else None
-    scores.obstacle = SINKS
-    return first if isinstance(first, fx.Node) and arg(x, 1, "dim", 0) in (-1, tensor(x).dim() - 1) else None
+    parts = list(x.args[0]) if isinstance(x.args[0], (tuple, list)) else []
+    if not parts or not isinstance(parts[0], fx.Node) or arg(x, 1, "dim", 0) not in (-1, tensor(x).dim() - 1):
+        return None
+    column = tensor_of(parts[1]) if len(parts) == 2 else None
+    if column is None or column.shape[-1] != 1 or scores.sinks is not None or scores.factor != 1.0 or scores.sources:
+        scores.obstacle = SINKS
+    else:
+        scores.sinks = parts[1]
+    return parts[0]
 
 
 def _read_where(x: fx.Node, scores: Scores) -> fx.Node | None:
     condition, yes, no = _where_operands(x)
     if _is_score(yes, x) and not _is_score(no, x):
-        scores.sources.append(MaskSource("show", condition, no, scores.factor))
+        scores.add(MaskSource("show", condition, no, scores.factor))
         return yes
     if _is_score(no, x) and not _is_score(yes, x):
-        scores.sources.append(MaskSource("hide", condition, yes, scores.factor))
+        scores.add(MaskSource("hide", condition, yes, scores.factor))
         return no
     return None
 
@@ -138,7 +180,7 @@ def _where_operands(x: fx.Node) -> tuple[Any, Any, Any]:
 
 
 def _read_masked_fill(x: fx.Node, scores: Scores) -> fx.Node:
-    scores.sources.append(MaskSource("hide", arg(x, 1, "mask"), arg(x, 2, "value"), scores.factor))
+    scores.add(MaskSource("hide", arg(x, 1, "mask"), arg(x, 2, "value"), scores.factor))
     return source(x)
 
 
@@ -161,7 +203,7 @@ def _read_div(x: fx.Node, scores: Scores) -> fx.Node | None:
 
 
 def _read_tanh(x: fx.Node, scores: Scores) -> fx.Node:
-    scores.obstacle = "softcap: scores go through tanh"
+    scores.capped()
     return source(x)
 
 
@@ -177,6 +219,7 @@ _STEP_READERS = {
     "to": _read_copy,
     "contiguous": _read_copy,
     "clone": _read_copy,
+    "view": _read_view,
     "add": _read_add,
     "sub": _read_sub,
     "cat": _read_cat,

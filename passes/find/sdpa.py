@@ -9,7 +9,7 @@ import torch.fx as fx
 
 from tsa_compile.passes.facts.names import Unreadable, arg, number_of, op_name, tensor, tensor_of
 from tsa_compile.passes.find.match import Layouts, Match
-from tsa_compile.passes.prove_mask.prove import MaskSource
+from tsa_compile.passes.prove_mask.source import MaskSource
 
 
 def match_sdpa(node: fx.Node) -> Match | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,26 +18,9 @@ from tsa_compile.passes.prove_mask.element import Elements, Index
 from tsa_compile.passes.prove_mask.formula import BATCH, FORMULAS, HEAD, KEY, QUERY, AtMostZero, Data, Formula, both, opposite
 from tsa_compile.passes.prove_mask.patterns import Constants
 from tsa_compile.passes.prove_mask.proven import ProvenMask
+from tsa_compile.passes.prove_mask.source import MaskSource
 from tsa_compile.passes.prove_mask.values import HIDDEN_BELOW, Value, Where, visible
 from tsa_compile.passes.site import Size
-
-
-@dataclasses.dataclass(frozen=True)
-class MaskSource:
-    """One way in which scores are masked.
-
-    Args:
-        kind: "causal" (SDPA's `is_causal`: top-left), "mask" (SDPA's `attn_mask`: bool, or float that is added), "add",
-            "show" (scores where true, else `fill`) or "hide" (`fill` where true).
-        mask: the tensor; None for "causal".
-        fill: what "show" and "hide" put in place of a score: a number or a node.
-        factor: what masked scores are multiplied by before the softmax.
-    """
-
-    kind: str
-    mask: fx.Node | None = None
-    fill: Any = None
-    factor: float = 1.0
 
 
 class MaskProver:
@@ -68,20 +50,41 @@ class MaskProver:
             self._proven[key] = self._prove(sources, shape, key[1], has_heads)
         return self._proven[key]
 
-    def _prove(
-        self, sources: tuple[MaskSource, ...], shape: tuple[Size, ...], sizes: tuple[sympy.Expr, ...], has_heads: bool
-    ) -> ProvenMask:
-        index = (BATCH, HEAD, QUERY, KEY) if has_heads else (BATCH, QUERY, KEY)
+    def entry(self, node: fx.Node, shape: tuple[Size, Size, Size, Size], index: Index) -> Value:
+        """What the entry of `node` at `index` is, of a graph whose scores have this shape."""
+        return self._of_sizes(tuple(known_size(s) for s in shape)).entry(node, index)
+
+    def hides(self, source: MaskSource, shape: tuple[Size, Size, Size, Size], has_heads: bool = True) -> bool:
+        """Does what a source of kind "show" or "hide" puts in place of a score hide it? Arguments as of `prove`."""
+        assert source.mask is not None
+        try:
+            _check_fill(self._of_sizes(tuple(known_size(s) for s in shape)), source, source.mask, _index(has_heads))
+        except Unreadable:
+            return False
+        return True
+
+    def _of_sizes(self, sizes: tuple[sympy.Expr, ...]) -> Elements:
         if sizes not in self._elements:
             bounds = dict(zip((BATCH, HEAD, QUERY, KEY), sizes, strict=True))
             self._elements[sizes] = Elements(self._facts.sizes, bounds, self._facts.written, self.constants)
+        return self._elements[sizes]
+
+    def _prove(
+        self, sources: tuple[MaskSource, ...], shape: tuple[Size, ...], sizes: tuple[sympy.Expr, ...], has_heads: bool
+    ) -> ProvenMask:
+        index, elements = _index(has_heads), self._of_sizes(sizes)
         try:
             formula: Formula = True
             for source in sources:
-                formula = both(formula, _visible_entry(self._elements[sizes], source, index))
+                formula = both(formula, _visible_entry(elements, source, index))
             return classify(formula, Lengths(sizes[2], sizes[3], shape[2]), self._facts.sizes, self._facts.written)
         except Unreadable as why:
             return ProvenMask(unproven=str(why))
+
+
+def _index(has_heads: bool) -> Index:
+    """Of the scores."""
+    return (BATCH, HEAD, QUERY, KEY) if has_heads else (BATCH, QUERY, KEY)
 
 
 def _visible_entry(elements: Elements, source: MaskSource, index: Index) -> Formula:
@@ -90,6 +93,8 @@ def _visible_entry(elements: Elements, source: MaskSource, index: Index) -> Form
         return elements.settle(AtMostZero(KEY - QUERY))
     mask = source.mask
     assert mask is not None
+    if source.split is not None:
+        raise Unreadable("scores are masked by batch and head, and were multiplied with both as one dimension")
     example = tensor_of(mask)
     if example is None or example.dim() > len(index):
         raise Unreadable(f"shape of mask {describe(mask)} is unknown or has more than {len(index)} dimensions")

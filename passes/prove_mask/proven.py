@@ -6,6 +6,7 @@ import dataclasses
 
 import torch.fx as fx
 
+from tsa_compile.passes.prove_mask.source import MaskSource
 from tsa_compile.passes.site import MaskFacts, Size
 
 
@@ -26,6 +27,14 @@ class KeyTerm:
 
 
 @dataclasses.dataclass(frozen=True)
+class HeadTerm:
+    """Numbers of the graph, one for each head: the entries of `node` at `index`, of which None is the head's own."""
+
+    node: fx.Node
+    index: tuple[int | None, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class ProvenMask:
     """`MaskFacts` with the nodes behind them.
 
@@ -35,8 +44,7 @@ class ProvenMask:
         keys_used: how many leading keys any query sees, where fewer than `Lk` (a mask aligned to the top left, such as
             `is_causal` with `Lq < Lk`); None: all.
         unproven: why the mask is none of this; the other fields then say nothing.
-        data: what to add to the scores, or what is visible (bool), for policies that take masks as they are. Of a mask that is
-            unproven alone.
+        data: all that masks the scores, for policies that take masks as they are. Of a mask that is unproven alone.
     """
 
     causal: bool = False
@@ -44,7 +52,7 @@ class ProvenMask:
     key_mask: tuple[KeyTerm, ...] = ()
     keys_used: Size | None = None
     unproven: str | None = None
-    data: fx.Node | None = None
+    data: tuple[MaskSource, ...] | None = None
 
     @property
     def facts(self) -> MaskFacts:

@@ -108,11 +108,11 @@ def test_beta_scales_the_mask():
     check_dense(by_dynamo, function, *qkv(), reason="neither leaves nor hides")
 
 
-def test_heads_merged_between_the_products_are_a_warning():
+def test_heads_merged_between_the_products_stay_dense_in_prefill():
     def function(q, k, v):  # BLOOM: the scores get heads, and lose them again
         scores = torch.bmm(q, k.mT).view(2, 2, L, L).masked_fill(~causal(), -1e9)
         return scores.softmax(-1).view(B, L, L) @ v
 
     outcome = by_dynamo(function, *qkv())
-    assert outcome.replaced == []
-    assert "attention weights go through view" in outcome.warnings[0]
+    assert outcome.replaced == [False]
+    assert "scores are masked by batch and head" in outcome.reasons[0]

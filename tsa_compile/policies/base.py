@@ -31,6 +31,7 @@ class Policy:
     name: ClassVar[str]
     masks: ClassVar[frozenset[str]] = frozenset({"causal"})  # the kinds (`MaskFacts.kind`) that it takes
     phases: ClassVar[frozenset[str]] = frozenset({"prefill"})  # those of `site.PHASES` that it is for
+    computes: ClassVar[frozenset[str]] = frozenset()  # what else its operators do to scores: "softcap", "sinks"
     min_queries: int = 128  # prefill: so few query rows over a cache are left to the model
     reads_blocks: ClassVar[bool] = False  # do the operators take keys that lie in blocks anywhere (`KvView.blocks`)?
     needs_session: ClassVar[bool] = False  # does it need what `tsa.transform` does around calls, such as the cache that it keeps?
@@ -120,6 +121,10 @@ def why_dense(policy: Policy, site: AttentionSite) -> str | None:
         return f"{step(site)}: {policy.name} is for {' and '.join(sorted(policy.phases))}"
     if site.obstacle is not None:
         return site.obstacle
+    if site.softcap and "softcap" not in policy.computes:
+        return "softcap: scores go through tanh"
+    if site.sinks and "sinks" not in policy.computes:
+        return "attention sinks: columns that are no keys take part in the softmax"
     mask = site.mask
     if mask.unproven is not None and mask.kind not in policy.masks:
         return mask.unproven

@@ -25,6 +25,7 @@ class Exact(Policy):
 
     masks: ClassVar[frozenset[str]] = frozenset({"causal", "sliding window", "bidirectional", "data"})
     phases: ClassVar[frozenset[str]] = frozenset({"decode", "verify"})
+    computes: ClassVar[frozenset[str]] = frozenset({"softcap", "sinks"})
 
     def refuse(self, site: AttentionSite) -> str | None:
         return too_many_rows(site)
@@ -39,7 +40,7 @@ class Exact(Policy):
         x, window = site.operands, site.mask.window or 0
         return emit(
             torch.ops.tsa.decode_attention.default,
-            x.q, x.k, x.v, *where(emit, site), x.key_mask, site.scale, x.mask, x.sinks, 0.0, window, site.mask.causal,
+            x.q, x.k, x.v, *where(emit, site), x.key_mask, site.scale, x.mask, x.sinks, site.softcap, window, site.mask.causal,
         )[0]  # fmt: skip
 
 

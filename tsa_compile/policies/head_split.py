@@ -49,6 +49,7 @@ class HeadSplit(Policy):
 
     masks: ClassVar[frozenset[str]] = PageSparse.masks
     phases: ClassVar[frozenset[str]] = frozenset({"decode", "draft"})
+    computes: ClassVar[frozenset[str]] = frozenset({"softcap", "sinks"})
 
     retrieval: tuple[int, ...]
     keep: float = 1.0
@@ -135,8 +136,8 @@ class HeadSplit(Policy):
         assert isinstance(selection, Pages)
         x = site.operands
         windows = [0 if h in self.retrieval else self.window for h in range(site.heads)]
-        operands = (x.q, x.k, x.v, *selection, *where(emit, site), x.key_mask, site.scale, None, x.sinks, 0.0, site.mask.causal)
-        return emit(torch.ops.tsa.page_attention.default, *operands, windows, self.sinks)[0]
+        read, masks = (x.q, x.k, x.v, *selection, *where(emit, site)), (None, x.sinks, site.softcap, site.mask.causal)
+        return emit(torch.ops.tsa.page_attention.default, *read, x.key_mask, site.scale, *masks, windows, self.sinks)[0]
 
 
 def _touched(tokens: int) -> int:

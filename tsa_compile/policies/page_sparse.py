@@ -53,6 +53,7 @@ class PageSparse(Policy):
 
     masks: ClassVar[frozenset[str]] = frozenset({"causal", "bidirectional"})  # one row sees what the mask shows, causal or not
     phases: ClassVar[frozenset[str]] = frozenset({"decode", "draft"})
+
     keep: float | tuple[float, ...] | None = None
     kind: str = "mean"
     completion: bool = False
@@ -133,6 +134,11 @@ class PageSparse(Policy):
         return not self.completion  # by the means of the layer itself
 
     @property
+    def computes(self) -> frozenset[str]:
+        """Pages are ranked without either; means that stand for keys are not capped."""
+        return frozenset({"sinks"} if self.completion else {"softcap", "sinks"})
+
+    @property
     def by_means(self) -> bool:
         """Do mean keys say all that is asked of a page?"""
         return self.kind == "mean" and not self.completion
@@ -175,7 +181,7 @@ class PageSparse(Policy):
     def attend(self, emit: Emit, site: AttentionSite, selection: Selection | None) -> Any:
         assert isinstance(selection, (Pages, CompletedPages))
         x, lists, view = site.operands, selection[:2], where(emit, site)
-        operands = (x.q, x.k, x.v, *lists, *view, x.key_mask, site.scale, None, x.sinks, 0.0, site.mask.causal)
+        operands = (x.q, x.k, x.v, *lists, *view, x.key_mask, site.scale, None, x.sinks, site.softcap, site.mask.causal)
         out, lse = emit(torch.ops.tsa.page_attention.default, *operands)
         if isinstance(selection, Pages):
             return out

@@ -74,6 +74,7 @@ class Remembered(Policy):
         own: dict[str, Any] = {n: x for n, x in DEFAULTS[self.source].items() if getattr(self, n) is None}
         if self.source == "verify":
             own |= {"masks": frozenset({"causal", "bidirectional", "data"}), "phases": frozenset({"verify", "draft"})}
+            own["computes"] = frozenset({"sinks"})
         for name, value in own.items():
             object.__setattr__(self, name, value)
         check_int(self, "keys", 1)

@@ -68,7 +68,13 @@ class SampledValues(Policy):
     def refuse(self, site: AttentionSite) -> str | None:
         if site.q_len != 1:
             return f"{site.q_len} query rows: values are sampled for one"
-        return "a mask as data: teams are drawn without it" if self.form == TEAMS and site.operands.mask is not None else None
+        as_data = site.operands.mask is not None or site.mask.kind == "data"
+        return "a mask as data: teams are drawn without it" if self.form == TEAMS and as_data else None
+
+    @property
+    def computes(self) -> frozenset[str]:
+        """Teams are drawn by scores that are not capped."""
+        return frozenset({"sinks"} if self.form == TEAMS else {"softcap", "sinks"})
 
     def guaranteed(self, site: AttentionSite) -> Edges:
         """Every key has a part in which values are drawn; of teams, the recent pages are read for certain."""
@@ -99,7 +105,6 @@ class SampledValues(Policy):
             draws = max(1, self.samples * self.representatives // PAGE)
             cache = (x.q, x.k, x.v, selection.teams, *view, x.key_mask, site.scale)
             return emit(torch.ops.tsa.team_attention.default, *cache, selection.seed, draws, self.recent, x.sinks)[0]
-        cache = (x.q, x.k, x.v, *view, x.key_mask, site.scale)
-        return emit(
-            torch.ops.tsa.sampled_value_attention.default, *cache, selection.seed, self.samples, self.form, x.mask, x.sinks
-        )[0]
+        cache, masks = (x.q, x.k, x.v, *view, x.key_mask, site.scale), (x.mask, x.sinks, site.softcap)
+        rule = (selection.seed, self.samples, self.form)
+        return emit(torch.ops.tsa.sampled_value_attention.default, *cache, *rule, *masks)[0]
