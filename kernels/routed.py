@@ -6,6 +6,10 @@ in a tree that depends on the ranks alone: the result is the same on every rank,
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
+
 import torch
 
 from tsa_compile.kernels.common.group import check_agreement, gather, rank_and_size, scatter
@@ -14,6 +18,19 @@ from tsa_compile.kernels.common.results import empty_result
 from tsa_compile.kernels.types import Attended
 
 Tensor = torch.Tensor
+Corpus = Callable[[Tensor], tuple[Tensor, Tensor] | None]
+_corpus: contextvars.ContextVar[Corpus | None] = contextvars.ContextVar("_corpus", default=None)
+
+
+@contextlib.contextmanager
+def sharing(corpus: Corpus) -> Iterator[None]:
+    """Inside, calls of `tsa::routed_attention` whose keys `corpus` knows also attend to the keys and values `[1, Hk, n, D]` that
+    it gives: this rank's of a corpus that the ranks hold together. The keys of the call are then those of its own queries."""
+    token = _corpus.set(corpus)
+    try:
+        yield
+    finally:
+        _corpus.reset(token)
 
 
 def routed_attention(
@@ -30,6 +47,17 @@ def routed_attention(
     group: str,
 ) -> tuple[Tensor, Tensor]:
     """`tsa::routed_attention` on any device, by the operators for keys at hand and the group's own transport."""
+    corpus, known = None, _corpus.get()
+    if known is not None:
+        corpus = known(k)
+    if corpus is not None:
+        if indices is not None or travel:
+            raise ValueError("tsa::routed_attention: a corpus that requests share is read whole, by queries that did not travel")
+        own = _attend(q, k, v, None, None, start, lengths, key_mask, scale)
+        everyone = q.shape[0] * rank_and_size(group)[1]
+        shared = (x.expand(everyone, -1, -1, -1) for x in corpus)
+        part = routed_attention(q, *shared, None, None, None, None, None, scale, True, group)
+        return tuple(torch.ops.tsa.merge(*own, *part))
     facts = {"batch rows": q.shape[0], "heads": q.shape[1], "query rows": q.shape[2], "head dim": q.shape[3]}
     facts |= {"KV heads": k.shape[1], "value head dim": v.shape[3], "bytes of a number": q.element_size(), "travel": travel}
     check_agreement("tsa::routed_attention", facts, q.device, group)

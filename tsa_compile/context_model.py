@@ -11,6 +11,7 @@ from torch import nn
 from tsa_compile.cache.hf_layers import layer_types
 from tsa_compile.cache.layer_methods import FullMethods
 from tsa_compile.cache.names import CACHES, cache_name
+from tsa_compile.cache.shared_prefix import SharedMethods
 
 _MIXES_TOKENS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.RNNBase)
 _BY_LENGTH = ("dynamic", "longrope")  # kinds of RoPE whose angles depend on the last position of a call
@@ -86,9 +87,9 @@ def check_cache(cache: Any, reasons: Mapping[int, str]) -> None:
     Raises:
         RuntimeError: they do not.
     """
-    others = [n for n, layer in enumerate(cache.layers) if not isinstance(layer, FullMethods)]
+    others = [n for n, layer in enumerate(cache.layers) if not isinstance(layer, FullMethods) or isinstance(layer, SharedMethods)]
     if others or -1 in reasons:
-        why = next(iter(reasons.values()), "they do not keep all rows")
+        why = next(iter(reasons.values()), "they do not keep all rows, or keep requests of this rank alone")
         raise RuntimeError(f"ContextParallel cannot use this cache, layers {others} of {type(cache).__name__}: {why}")
 
 

@@ -64,10 +64,12 @@ def room(model: nn.Module) -> int:
     """Graphs that may be compiled for one function of `model`, beyond which Dynamo would run it as it is.
 
     A server needs many: prompts and batches, padded or not, with a cache and without, each with fixed and with symbolic sizes.
-    A model that is traced layer by layer needs some for each layer, as layers share their code.
+    A model that is traced layer by layer needs some for each layer, as layers share their code; with accelerate's hooks
+    (`device_map`), all modules do.
     """
     kinds = collections.Counter(type(m) for m in model.modules() if next(m.children(), None) is not None)
-    return max(_MIN_GRAPHS, 4 * max(kinds.values(), default=0))
+    hooked = sum(hasattr(m, "_hf_hook") for m in model.modules())
+    return max(_MIN_GRAPHS, 4 * max(hooked, *kinds.values(), 0))
 
 
 def traced_by_others() -> bool:

@@ -35,6 +35,10 @@ MAX_FORMS = 32  # of a graph; the one that ran longest ago is made anew when it 
 UNTOLD = "the graph runs for several modules, and its inputs do not tell which; the plan has different policies for them"
 MANY = "Plan.reuse: a graph that begins inside of the model may run for several layers, so its attentions select by themselves"
 LATE = "the plan was switched, and its rewritten form assumes sizes that the traced graph does not"
+CLOSED = (
+    "Dynamo runs a graph of a model that was restored since: its limit of graphs for one function is reached, which modules with "
+    "accelerate's hooks share. torch._dynamo.reset() makes room"
+)
 Owner = tuple[str | None, ...]  # the module of each site; None: it cannot be told
 
 
@@ -77,7 +81,7 @@ class TracedGraph:
 
     def __init__(self, backend: Backend, gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
         self.gm, self._backend = gm, backend
-        self._lock = threading.RLock()
+        self._lock, self._closed = threading.RLock(), False
         self._inputs = gm.graph.find_nodes(op="placeholder")
         self._shapes = _shape_env(self._inputs)
         self._tensors = weakref.WeakValueDictionary(module_tensors(gm, inputs))
@@ -95,6 +99,8 @@ class TracedGraph:
 
     def run(self, *args: Any) -> Any:
         """What Dynamo calls. Not `__call__`: Dynamo wraps what it gets, and would copy all that an object holds."""
+        if self._closed:
+            raise RuntimeError(CLOSED)
         plan, drafting = self._backend.running
         owner = self._owner(args) if self.shared else None
         form = self.form(plan, drafting, owner)
@@ -140,7 +146,7 @@ class TracedGraph:
         with self._lock:
             self._forms.clear()
             self._chosen.clear()
-            self._inputs, self._context, self._shapes = [], None, None
+            self._inputs, self._context, self._shapes, self._closed = [], None, None, True
             self.gm = fx.GraphModule({}, fx.Graph())
 
     def _find_witnesses(self, inputs: Sequence[Any]) -> list[Witness | None] | None:

@@ -16,7 +16,7 @@ from tests.ranks import run_ranks
 from tsa_compile.kernels import ops  # noqa: F401 - registers torch.ops.tsa
 from tsa_compile.kernels.common.group import default_group
 from tsa_compile.kernels.common.spread import positions, rows_held
-from tsa_compile.kernels.routed import merge_in_tree
+from tsa_compile.kernels.routed import merge_in_tree, sharing
 from tsa_compile.kernels.types import Attended
 
 LENGTHS = (1, 5, 16, 17, 64, 131, 300)  # of the first: one rank alone holds keys
@@ -108,6 +108,30 @@ def test_queries_travel_to_a_shared_corpus():
     assert not isinstance(first, str), first
     assert first.shape == second.shape
     assert not torch.equal(first, second)
+
+
+def own_rows():
+    """Requests with keys of their own, which each rank has alone, behind a corpus that all ranks hold together."""
+    length, rank = 40, dist.get_rank()
+    _, corpus, values = tensors(length, batch=1)
+    q, k, v = tensors(9 + rank, seed=1 + rank)
+    shared = [held(x, length, room=0)[0] for x in (corpus, values)]
+    args = (None, None, None, None, None, 8**-0.5, False, default_group())
+    with sharing(lambda keys: shared if keys is k else None):
+        out, lse = torch.ops.tsa.routed_attention(q, k, v, *args)
+        with pytest.raises(ValueError, match="a corpus that requests share is read whole"):
+            torch.ops.tsa.routed_attention(q, k, v, torch.zeros(2, 2, 1).int(), torch.ones(2, 2).int(), *args[2:])
+    keys, rows = (torch.cat([x.expand(2, -1, -1, -1), y], 2) for x, y in ((corpus, k), (values, v)))
+    torch.testing.assert_close(out.double(), dense(q, keys, rows), rtol=0, atol=1e-6)
+    scores = torch.einsum("bgid,bgjd->bgij", q.double().unflatten(1, (2, 2)).flatten(2, 3), keys.double()) * 8**-0.5
+    torch.testing.assert_close(lse.double(), torch.logsumexp(scores.flatten(1, 2), -1)[..., None], rtol=1e-5, atol=1e-5)
+    return True
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_own_rows_behind_a_shared_corpus(ranks):
+    """Of 4 ranks one holds no row of the corpus."""
+    assert run_ranks(ranks, own_rows) == [True] * ranks
 
 
 RULES = [  # keep, table, mass, sinks, recent

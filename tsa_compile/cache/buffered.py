@@ -122,7 +122,7 @@ class Buffered:
             self._place(keys, values)
         if self._late is not None:
             late, self._late = self._late, None
-            self.append(*late)
+            self._store(*late)
 
     def gather_late(self, whole: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """What waits of a traced graph is a part of the new rows; all of them, `whole` of it, go into the buffers."""
@@ -143,6 +143,10 @@ class Buffered:
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, at: torch.Tensor | None = None) -> Pair:
         raise NotImplementedError
+
+    def _store(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """As `append`, for rows that were seen already."""
+        self.append(keys, values)
 
     def select_batch(self, index: torch.Tensor) -> None:
         raise NotImplementedError

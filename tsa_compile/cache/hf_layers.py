@@ -14,6 +14,7 @@ from tsa_compile.cache.layer_methods import FullMethods, SlidingMethods
 from tsa_compile.cache.resident import ResidentSet
 from tsa_compile.cache.resident_rows import ResidentMethods
 from tsa_compile.cache.sharded import Shard, SpreadMethods
+from tsa_compile.cache.shared_prefix import SharedMethods
 
 
 class LayerTypes(NamedTuple):
@@ -21,6 +22,7 @@ class LayerTypes(NamedTuple):
     sliding: type[SlidingMethods]
     spread: type[SpreadMethods]
     resident: type[ResidentMethods]
+    shared: type[SharedMethods]
     passing: type[Any]
 
     def that_keep(self, keeping: Any) -> Callable[..., Any]:
@@ -49,10 +51,13 @@ def layer_types() -> LayerTypes:
     class ResidentLayer(ResidentMethods, GrowingLayer):
         """Its rows lie in host memory."""
 
+    class SharedLayer(SharedMethods, GrowingLayer):
+        """Its first rows are other requests' too."""
+
     class PassingLayer(DynamicLayer):
         """It keeps nothing: a call that has no cache."""
 
         def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
             return key_states, value_states
 
-    return LayerTypes(GrowingLayer, GrowingSlidingLayer, SpreadLayer, ResidentLayer, PassingLayer)
+    return LayerTypes(GrowingLayer, GrowingSlidingLayer, SpreadLayer, ResidentLayer, SharedLayer, PassingLayer)

@@ -28,6 +28,25 @@ class PartMethods(FullMethods):
         super().clear()
         self.total = 0
 
+    def append(self, keys: torch.Tensor, values: torch.Tensor, at: torch.Tensor | None = None) -> Pair:
+        """Keep new rows where they belong; returns the rows of the whole sequence."""
+        if at is not None or self.lengths is not None:
+            self._refuse("batch rows of different lengths")
+        self.settle()
+        seen = self._joined(keys, values)
+        self._store(keys, values)
+        return seen
+
+    def set_lengths(self, lengths: torch.Tensor, longest: int) -> NoReturn:
+        self._refuse("batch rows of different lengths")
+
+    def _store(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        raise NotImplementedError
+
+    def _write(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """New rows of the buffers, behind those that are there."""
+        super().append(keys, values)
+
     def update_traced(self, keys: torch.Tensor, values: torch.Tensor) -> Pair:
         """As `append`, in a traced graph: the rows wait for the end of the call."""
         self._late = keys, values = (keys, values) if self._late is None else joined(self._late, (keys, values))

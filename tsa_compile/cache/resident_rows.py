@@ -51,16 +51,9 @@ class ResidentMethods(ResidentPages, PartMethods):
         if self.stored is not None and self.host.pages < self.total // PAGE:
             self._to_host(self.host.pages, *self._open_rows(PAGE))
 
-    def append(self, keys: torch.Tensor, values: torch.Tensor, at: torch.Tensor | None = None) -> Pair:
-        """Write new rows through to the host; returns the rows of the whole sequence."""
-        if at is not None or self.lengths is not None:
-            self._refuse("batch rows of different lengths")
-        self.settle()
-        if self.stored is None:
-            self.stored = HostPages(keys, values)
-            self.sums, self.counts = empty_index(keys[:, :, :0])
-        self._fit(keys, values, PAGE)
-        seen = self._joined(keys, values)
+    def _store(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Write new rows through to the host."""
+        self._begin(keys, values)
         inside = self.total % PAGE
         rows = [torch.cat([old, new.to(old.dtype)], 2) for old, new in zip(self._open_rows(inside), (keys, values), strict=True)]
         whole = rows[0].shape[2] // PAGE * PAGE
@@ -70,7 +63,12 @@ class ResidentMethods(ResidentPages, PartMethods):
             pool[:, :, : new.shape[2] - whole] = new[:, :, whole:]
         self.total += keys.shape[2]
         self.resident.reset()
-        return seen
+
+    def _begin(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        if self.stored is None:
+            self.stored = HostPages(keys, values)
+            self.sums, self.counts = empty_index(keys[:, :, :0])
+        self._fit(keys, values, PAGE)
 
     def remove_last(self, rows: int) -> None:
         self.settle()

@@ -69,26 +69,18 @@ class SpreadMethods(PartMethods):
     def keeping(self) -> Shard:
         return self.shard
 
-    def append(self, keys: torch.Tensor, values: torch.Tensor, at: torch.Tensor | None = None) -> Pair:
-        """Keep this rank's of the new rows; returns the rows of the whole sequence."""
-        if at is not None or self.lengths is not None:
-            self._refuse("batch rows of different lengths")
-        self.settle()
+    def _store(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Keep this rank's of the new rows."""
         begin, end = self.total, self.total + keys.shape[-2]
         place = positions(self.shard.held(end), self.shard.rank, self.shard.ranks, keys.device)[self.length :] - begin
-        seen = self._joined(keys, values)
         self.total = end
-        super().append(keys[:, :, place], values[:, :, place])
-        return seen
+        self._write(keys[:, :, place], values[:, :, place])
 
     def remove_last(self, rows: int) -> None:
         self.settle()
         total = max(0, self.total - rows)
         super().remove_last(self.length - self.shard.held(total))
         self.total = total
-
-    def set_lengths(self, lengths: torch.Tensor, longest: int) -> NoReturn:
-        self._refuse("batch rows of different lengths")
 
     def advance(self, rows: int) -> None:
         total = self.total + rows
