@@ -118,7 +118,7 @@ class RolloutBatch:
     def _trace_prefills(self) -> None:
         """One prompt is a graph and several are another: both now, so that no later refill is the first of its kind."""
         for count in range(1, min(2, self.how.rows_at_once) + 1):
-            for layer in self._read(self.prompts[:1] * count)[0].layers:
+            for layer in self._read([self.prompts[0]] * count)[0].layers:
                 layer.release()
 
     def _read(self, prompts: Sequence[Tensor]) -> tuple[Any, Tensor, Tensor, Tensor]:

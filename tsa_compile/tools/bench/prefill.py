@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -124,17 +125,18 @@ def session_of(model: Any) -> Session:
 
 
 def _row(dense: Any, sparse: Any, length: int, policy: Policy, repeats: int) -> PrefillRow:
-    memory = tuple(_peak(lambda m=m: _prefill(m, length)) for m in (dense, sparse))
+    works = [functools.partial(_prefill, model, length) for model in (dense, sparse)]
+    dense_memory, sparse_memory = map(_peak, works)
     calls = max(repeats, 8192 // length)  # a short prompt's calls vary more
-    times = in_turns([lambda: _prefill(dense, length), lambda: _prefill(sparse, length)], calls, 2, warmup=1)
+    dense_ms, sparse_ms = in_turns(works, calls, 2, warmup=1)
     with record_kept(sparse) as kept:
         _prefill(sparse, length)
     shares, report = kept.shares(), api.report(sparse)
     last = [s for s in report.sites if s.graph == report.graphs - 1]
     mean, replaced = statistics.fmean(shares or [1.0]), sum(s.replaced for s in last)
-    attention = attention_ms(sparse.config, length, policy)
-    print(f"{length} tokens: dense {times[0]:.2f} ms, transformed {times[1]:.2f} ms, {mean:.1%} kept", flush=True)
-    return PrefillRow(length, *times, *memory, *attention, mean, replaced, len(last))
+    of_dense, of_sparse = attention_ms(sparse.config, length, policy)
+    print(f"{length} tokens: dense {dense_ms:.2f} ms, transformed {sparse_ms:.2f} ms, {mean:.1%} kept", flush=True)
+    return PrefillRow(length, dense_ms, sparse_ms, dense_memory, sparse_memory, of_dense, of_sparse, mean, replaced, len(last))
 
 
 def _peak(work: Callable[[], Any]) -> int:
