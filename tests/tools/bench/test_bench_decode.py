@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from tsa_compile.tools.bench import decode, select_variants
+from tsa_compile.tools.bench import decode, index_forms, select_variants
 from tsa_compile.tools.bench.decode_cases import CASES, ROUND_BYTES, Buffers, DecodeCase
+from tsa_compile.tools.bench.decode_forms import page_forms
 
 SMALL = DecodeCase(2, 512, heads=4, kv_heads=2, dim=16, keep=0.25)
 
@@ -34,6 +35,24 @@ def test_every_form_runs_and_is_right(monkeypatch, rows):
     assert ("pages" in row.times) == (rows == 1)
     assert max(row.errors.values()) < decode.TOLERANCE
     assert any("pages" in line for line in decode.told(row)) == (rows == 1)
+
+
+def test_other_indexes_read_as_many_pages():
+    x = Buffers.random(SMALL, "cpu")
+    forms = index_forms.index_forms(SMALL, [x])
+    means, basis, completed = (f(x) for f in (page_forms(SMALL, [x])["pages"], forms["pages, basis"], forms["pages, completed"]))
+    assert means[0].shape == basis[0].shape == completed[0].shape
+    assert (completed[1] > means[1]).all()  # unread pages add to the sum of exponentials
+    torch.testing.assert_close(completed, forms["complete"](x))
+    refined, logits = (
+        forms["refine"](x)[0],
+        torch.ops.tsa.page_scores(x.q, x.sums, x.counts, None, 1, None, x.lengths, 512, 0.25)[0],
+    )
+    changed = (refined != logits).float().mean(-1)
+    assert (changed > 0.2).all()
+    assert (changed < 0.3).all()  # a fifth of 32 pages, and the last
+    case = next(c for c in CASES if c.name == "B8 L128K")
+    assert index_forms.index_floors(case)["pages, basis"] / 4.27e9 == pytest.approx(0.098, abs=1e-3)
 
 
 def test_nothing_is_timed_after_a_wrong_result():

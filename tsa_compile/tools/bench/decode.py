@@ -34,6 +34,7 @@ from tsa_compile.tools.bench.decode_forms import (
     select,
     teams_read,
 )
+from tsa_compile.tools.bench.index_forms import index_floors, index_forms
 from tsa_compile.tools.bench.select_variants import Select, differing, select_variants
 from tsa_compile.tools.bench.timing import graph_ms
 
@@ -76,11 +77,14 @@ def bench_decode(
     """
     buffers = [Buffers.random(case, device) for _ in range(case.sets)]
     errors = check(case, buffers[0])
-    forms = exact_forms(case, buffers[0].k.device) | (page_forms(case, buffers) | sampled_forms(case) if case.rows == 1 else {})
+    forms, floors = exact_forms(case, buffers[0].k.device), case.floors(copy_tbps)
+    if case.rows == 1:
+        forms |= page_forms(case, buffers) | index_forms(case, buffers) | sampled_forms(case)
+        floors |= {name: n / copy_tbps / 1e9 for name, n in index_floors(case).items()}
     times = {name: round_ms(form, buffers, repeats) for name, form in forms.items()}
     swept = [name for name in sweep if case.rows == 1 or name == "exact"]
     found = {name: run_sweep(case, buffers, name, repeats) for name in swept}
-    return DecodeRow(case, times, case.floors(copy_tbps), errors, found)
+    return DecodeRow(case, times, floors, errors, found)
 
 
 def round_ms(form: Form, buffers: Sequence[Buffers], repeats: int) -> float:
