@@ -60,20 +60,25 @@ def _select(context: Context, decision: Decision, selected: dict[int, _Selected]
         if decision.anchor is None:
             selection = decision.policy.select(emit, site, state)
         else:
-            selection = _of_heads(emit, shared, decision.heads)
+            selection = _of_heads(emit, shared, decision.heads, decision.anchor.site)
     _described(last_before.next, old)
     selected[at.site.index] = found = _Selected(last_before, site, selection, state)
     return found
 
 
-def _of_heads(emit: Emit, selection: Any, heads: tuple[int, ...] | None) -> Any:
-    """A selection whose list `g` is list `heads[g]` of the given one; lists are the second dimension, where there is one."""
-    if heads is None or heads == tuple(range(len(heads))):
+def _of_heads(emit: Emit, selection: Any, heads: tuple[int, ...] | None, anchor: AttentionSite) -> Any:
+    """A selection whose KV head `g` has what KV head `heads[g]` of the given one has.
+
+    Lists are the second dimension, where there is one: of KV heads, or of query heads, whose groups are mapped as they are.
+    """
+    if heads is None or heads == tuple(range(anchor.kv_heads)):
         return selection
-    return type(selection)(*(x if tensor(x).dim() < 2 else _rows_of_heads(emit, x, heads) for x in selection))
+    return type(selection)(*(x if tensor(x).dim() < 2 else _rows_of_heads(emit, x, heads, anchor.kv_heads) for x in selection))
 
 
-def _rows_of_heads(emit: Emit, x: fx.Node, heads: tuple[int, ...]) -> Any:
+def _rows_of_heads(emit: Emit, x: fx.Node, heads: tuple[int, ...], kv_heads: int) -> Any:
+    group = tensor(x).shape[1] // kv_heads
+    heads = tuple(h * group + i for h in heads for i in range(group))
     return emit(torch.ops.aten.cat.default, [emit(torch.ops.aten.slice.Tensor, x, 1, h, h + 1) for h in heads], 1)
 
 

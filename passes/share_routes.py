@@ -58,7 +58,7 @@ def _wrong_heads(anchor: Decision, decision: Decision, route: Route) -> str | No
     a, b, heads = anchor.site, decision.site, route.heads
     if heads is None:
         return None if (a.heads, a.kv_heads) == (b.heads, b.kv_heads) else f"{route.name} has other heads, and no map is given"
-    if b.phase == "prefill":
-        return "a map of heads is for decode steps"
+    if b.phase == "prefill" and a.heads * b.kv_heads != b.heads * a.kv_heads:  # lists of query heads
+        return f"{route.name} has other groups of query heads"
     fits = len(heads) == b.kv_heads and isinstance(a.kv_heads, int) and max(heads) < a.kv_heads
     return None if fits else f"the map {heads} does not fit {b.kv_heads} KV heads that read lists of {a.kv_heads}"

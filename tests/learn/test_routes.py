@@ -142,6 +142,10 @@ def test_alike_layers_are_found_and_the_plan_runs(model, texts):
         ("model.layers.3.self_attn", "model.layers.2.self_attn", (0, 1), "decode"),
     )
     assert list(plan.notes["similarity to the anchor"].values()) == [pytest.approx(1.0)] * 2
+    blocks = tsa.BlockSparse()
+    both = routes.plan_routes(model, texts, POLICY, 2, last=LAST, max_span=2, prefill=blocks, progress=False)
+    assert both.prefill == blocks
+    assert both.reuse == plan.reuse + tuple(entry._replace(phase="prefill") for entry in plan.reuse)
     logits = []
     for chosen in (plan, tsa.Plan(prefill=tsa.Dense(), decode=POLICY)):
         torch._dynamo.reset()
@@ -173,6 +177,7 @@ def test_what_is_wrong_is_named(model, texts):
         (dict(quantile=1), r"quantile must be in \[0, 1\), got 1"),
         (dict(policy=tsa.PageSparse(mass=0.9)), "policy must have one budget for all heads"),
         (dict(anchors=9), "anchors must be 1 to 4"),
+        (dict(prefill=tsa.Dense()), r"prefill must be a policy whose lists others can read, got Dense\(\)"),
     ):
         with pytest.raises(ValueError, match=message):
             routes.plan_routes(**dict(model=model, prompts=texts, policy=POLICY, anchors=2, last=LAST, progress=False) | change)

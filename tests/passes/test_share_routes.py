@@ -33,7 +33,8 @@ class Attention(nn.Module):
 
     def forward(self, x, memory):
         q, k, v = self.parts(x, memory)
-        out = nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        causal = x.shape[1] > 1
+        out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
         return self.out(out.transpose(1, 2).flatten(2))
 
 
@@ -193,31 +194,40 @@ def test_generate_shares_one_selection_by_the_states_of_the_cache():
     assert (found[0][1] - found[1][1]).norm() < 0.5 * found[0][1].norm()
 
 
-@pytest.mark.parametrize(
-    "policy",
-    [
-        tsa.BlockSparse(alpha=0.3, window=64, last_dense=1),
-        pytest.param(
-            tsa.TokenSparse(coverage=0.3, window=8, pool=3, min_tokens=8, completion=tsa.Completion(4, 2, 4)),
-            marks=pytest.mark.slow,
-        ),
-    ],
-)
-def test_a_prefill_shares_one_selection(policy):
-    """Two layers with the same projections and a first one that adds nothing: own and shared selections are one."""
+BLOCKS = tsa.BlockSparse(alpha=0.9, pool=16, window=2, sinks=0, last_dense=0)
+TOKENS = tsa.TokenSparse(coverage=0.3, window=8, pool=3, min_tokens=8, completion=tsa.Completion(4, 2, 4))
+
+
+@pytest.mark.parametrize("policy", [BLOCKS, pytest.param(TOKENS, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("heads", [None, (1, 0)], ids=["same heads", "swapped"])
+def test_a_prefill_shares_one_selection(policy, heads):
+    """Two layers with the same projections, or with their heads swapped, and a first one that adds nothing: own and shared
+    selections are one."""
     torch._dynamo.reset()
     model = tiny("llama")
     first, second = model.model.layers
-    second.self_attn.load_state_dict(first.self_attn.state_dict())
     second.input_layernorm.load_state_dict(first.input_layernorm.state_dict())
     with torch.no_grad():
+        first.self_attn.q_proj.weight *= 60  # attention that is not uniform
+        for name in ("q_proj", "k_proj", "v_proj"):
+            of_heads = getattr(first.self_attn, name).weight.unflatten(0, (2, -1))  # of KV heads
+            getattr(second.self_attn, name).weight.copy_(of_heads[list(heads or (0, 1))].flatten(0, 1))
         for layer in (first.self_attn.o_proj, first.mlp.down_proj):
             layer.weight.zero_()
     ids, found = token_ids(400), []
-    for reuse in (None, [(1, 0, None, "prefill")]):
+    for reuse in (None, [(1, 0, heads, "prefill")], [(1, 0, heads and (0, 1), "prefill")]):
         session = Session(model, tsa.Plan(prefill=policy, reuse=reuse))
         with torch.no_grad():
             found.append(session(ids, use_cache=False).logits)
         assert session.report.warnings == []
-    assert session.report.sites[1].reason == "selection of model.layers.0.self_attn"
-    torch.testing.assert_close(*found)
+    assert session.report.sites[1].reason.endswith("selection of model.layers.0.self_attn")
+    torch.testing.assert_close(*found[:2])
+    if heads is not None:
+        assert not torch.allclose(found[0], found[2], rtol=1e-4)  # without the map they are other lists
+
+
+def test_groups_of_other_sizes_are_refused_in_prefill():
+    plan = tsa.Plan(prefill=BLOCKS, reuse=[(1, 0, (0, 0, 1, 1), "prefill")])
+    x = torch.randn(1, 300, 32)
+    _, session = run(Step(2, 4), (x, x), plan)
+    assert any("layers.0 has other groups of query heads" in warning for warning in session.report.warnings)

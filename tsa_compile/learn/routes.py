@@ -21,6 +21,7 @@ from tsa_compile.learn.anchors import best_anchors, greedy_anchors, similarity, 
 from tsa_compile.learn.attention_masses import recorded
 from tsa_compile.learn.text_decoder import TextDecoder, texts_of
 from tsa_compile.plan import Plan
+from tsa_compile.policies.base import Policy
 from tsa_compile.policies.dense import Dense
 from tsa_compile.policies.page_sparse import PageSparse
 from tsa_compile.progress import Start
@@ -66,9 +67,10 @@ def plan_routes(
     last: int = 32,
     quantile: float = 0.0,
     max_span: int | None = None,
+    prefill: Policy | None = None,
     progress: bool = True,
 ) -> Plan:
-    """A plan for decode in which `anchors` layers select and the others read the pages of the nearest one before them.
+    """A plan for decode, and for prefill if wanted, in which `anchors` layers select and the others read the pages of the nearest one before them.
 
     Args:
         model: a transformers model in evaluation mode with causal attention, which is left as it was.
@@ -79,6 +81,7 @@ def plan_routes(
         last: tokens at the end of a text that are looked at, or decoded.
         quantile: of these, in [0, 1), whose similarity counts; 0: the worst token's.
         max_span: layers that read one anchor at most, itself included, by similarity; None: any number.
+        prefill: a policy of prefill whose lists are shared by the same anchors and heads; None: prefill is dense.
         progress: show a progress bar on stderr.
 
     Returns:
@@ -89,6 +92,8 @@ def plan_routes(
     """
     if method not in METHODS or (max_span is not None and method == "loss"):
         raise ValueError(f"method must be one of {METHODS}, and 'loss' has no max_span, got {method!r} and {max_span!r}")
+    if prefill is not None and not prefill.shareable:
+        raise ValueError(f"prefill must be a policy whose lists others can read, got {prefill}")
     if not 0 <= quantile < 1:
         raise ValueError(f"quantile must be in [0, 1), got {quantile!r}")
     share, table = _budget(policy)
@@ -101,7 +106,11 @@ def plan_routes(
         else:
             chosen, notes["kl"] = _by_loss(model, texts, policy, routes, anchors, last, start)
     notes |= {"anchors": chosen, "similarity to the anchor": _similarities(routes, chosen)}
-    return dataclasses.replace(_plan(policy, routes, chosen), notes=notes)
+    plan = _plan(policy, routes, chosen)
+    if prefill is not None:
+        reuse = (*(plan.reuse or ()), *(entry._replace(phase="prefill") for entry in plan.reuse or ()))
+        plan = dataclasses.replace(plan, prefill=prefill, reuse=reuse)
+    return dataclasses.replace(plan, notes=notes)
 
 
 def _plan(policy: PageSparse, routes: Routes, anchors: Sequence[int]) -> Plan:
