@@ -70,7 +70,7 @@ def plan_routes(
     prefill: Policy | None = None,
     progress: bool = True,
 ) -> Plan:
-    """A plan for decode, and for prefill if wanted, in which `anchors` layers select and the others read the pages of the nearest one before them.
+    """A plan in which `anchors` layers select in decode steps, and the others read the pages of the nearest one before them.
 
     Args:
         model: a transformers model in evaluation mode with causal attention, which is left as it was.
