@@ -101,6 +101,17 @@ def select_key_blocks(
     return q, means, counts, start, lengths, key_mask, keys, scale, alpha, pool, window, sinks, last_dense, share, lookahead
 
 
+def role_key_blocks(
+    q: Tensor, k: Tensor, start: MaybeTensor, lengths: MaybeTensor, local: Sequence[bool], window: int, first_keys: int,
+    k_len: int | None = None, min_queries: int = 0,
+) -> tuple[Any, ...]:  # fmt: skip
+    """Of up to `min_queries` queries over a cache no head is local. Symbols are not asked."""
+    keys = k.shape[2] if k_len is None else k_len
+    if _are_few(q.shape[2], keys, min_queries):
+        local = [False] * len(local)
+    return q, k, start, lengths, local, window, first_keys, keys
+
+
 def block_sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, blocks: MaybeTensor, block: int, start: MaybeTensor, lengths: MaybeTensor,
     key_mask: MaybeTensor, scale: float, alpha: Sequence[float], pool: int, window: int, sinks: int, last_dense: int,

@@ -176,6 +176,11 @@ def select_key_blocks(
     return q.new_empty(q.shape[0], lists, row_block_count(q.shape[2], k_len), word_count(k_len), dtype=torch.int64)
 
 
+def role_key_blocks(q: Tensor, k: Tensor, *rest: Any) -> Tensor:
+    k_len = rest[-1]
+    return q.new_empty(*q.shape[:2], row_block_count(q.shape[2], k_len), word_count(k_len), dtype=torch.int64)
+
+
 def key_block_attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any, k_len: int | None = None) -> tuple[Tensor, Tensor]:
     return empty_result(q, v), q.new_empty(q.shape[:3], dtype=torch.float32) if rest[-1] else no_lse(q)
 

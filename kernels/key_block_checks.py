@@ -59,6 +59,19 @@ def select_key_blocks(
     check_rule(name, q.shape[1], alpha, pool, window, sinks, last_dense, share, lookahead)
 
 
+def role_key_blocks(
+    q: Tensor, k: Tensor, start: Optional, lengths: Optional, local: Sequence[bool], window: int, first_keys: int, k_len: int
+) -> None:
+    name = "tsa::role_key_blocks"
+    check_attention(name, q, q, None, None)
+    if q.shape[2] > k_len:
+        raise ValueError(f"{name}: {q.shape[2]} queries for {k_len} keys; queries are the last positions")
+    _check_padding(name, q, k_len, start, lengths, None)
+    if len(local) != q.shape[1] or window < 1 or first_keys < 0:
+        got = f"{list(local)}, {window} and {first_keys}"
+        raise ValueError(f"{name}: local must be {q.shape[1]} bools, window at least 1 and first_keys 0, got {got}")
+
+
 def check_rule(
     name: str, heads: int, alpha: Sequence[float], pool: int, window: int, sinks: int, last_dense: int, share: str,
     lookahead: bool = True,

@@ -359,6 +359,16 @@ OPERATORS = (
         kept=kept.key_blocks,
     ),
     Operator(
+        f"role_key_blocks(Tensor q, Tensor k, Tensor? start, Tensor? lengths, bool[] local, int window, int first_keys, *,"
+        f" {_K_LEN}, int min_queries=0) -> Tensor",
+        check=key_block_checks.role_key_blocks,
+        fake=fakes.role_key_blocks,
+        reference="select.role_blocks.reference:role_key_blocks",
+        host="select.role_blocks.reference:role_key_blocks",
+        arguments=arguments.role_key_blocks,
+        kept=kept.key_blocks,
+    ),
+    Operator(
         f"key_block_attention(Tensor q, Tensor k, Tensor v, Tensor bits, {_CACHE}, bool need_lse, *, {_K_LEN}) -> {_ATTENDED}",
         check=key_block_checks.key_block_attention,
         fake=fakes.key_block_attention,

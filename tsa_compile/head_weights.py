@@ -99,7 +99,7 @@ def check_indexes(model: nn.Module, plan: Plan) -> None:
             if isinstance(policy, HeadSplit) and policy.mass is not None and policy.retrieval != index.heads:
                 raise ValueError(f"{path}: an index of heads {index.heads}, and the plan says {policy.retrieval}")
     for n, rule in enumerate(plan.rules):
-        if _needs_index(rule.policy) and not any(rule.matches(path) for path in known):
+        if rule.phase in ("decode", "draft") and _needs_index(rule.policy) and not any(rule.matches(path) for path in known):
             raise ValueError(f"plan rule {n}: HeadSplit.mass needs weights for {rule.modules!r}; Plan.weights names none")
     for phase in ("decode", "draft"):
         if _needs_index(getattr(plan, phase)) and not known:

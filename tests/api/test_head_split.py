@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -101,3 +103,44 @@ def test_generate_by_roles_of_each_layer():
                 want = tiny("llama")(ids).logits[:, -1]
             assert torch.allclose(found[name, length], want, atol=1e-5) == (name == "all" or length == 20)
         assert tsa.report(model).steps == {FIXED: 2}
+
+
+def test_prompts_are_read_by_roles_too():
+    """Heads that look things up read every key, local ones their window and the sinks, and at most 190 keys before the window."""
+    g = torch.Generator().manual_seed(2)
+    q, k, v = (torch.randn(1, h, 700, 8, generator=g) for h in (4, 2, 2))
+    site = AttentionSite.of(Operands(q, k, v), MaskFacts(causal=True))
+    policy = tsa.HeadSplit((1, 2), sinks=4, window=40)
+    out = policy.attend(call, site, policy.select(call, site, None))
+    dense = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(out[:, [1, 2]], dense[:, [1, 2]])
+    other = v.clone()
+    other[:, :, 64:300] = 9.0  # no sink, and before the window of every row from 490 on
+    moved = tsa.HeadSplit((1, 2), sinks=4, window=40).attend(
+        call, AttentionSite.of(Operands(q, k, other), MaskFacts(causal=True)), policy.select(call, site, None)
+    )
+    changed = (moved != out).flatten(2).view(4, 700, 8).any(-1)
+    assert not changed[[0, 3], 490:].any()
+    assert changed[[1, 2], 490:].all()
+    other = v.clone()
+    other[:, :, [2, 461]] = 9.0  # a sink and a key of the window of row 500
+    moved = policy.attend(call, dataclasses.replace(site, operands=Operands(q, k, other)), policy.select(call, site, None))
+    assert (moved != out)[0, :, 500].any(-1).all()
+    few = AttentionSite.of(Operands(q[:, :, :40], k, v), MaskFacts(causal=True), phase="prefill")
+    assert why_dense(policy, few) == "40 queries over a cache: HeadSplit is for more than 128"
+    both = AttentionSite.of(Operands(q, k, v), MaskFacts(), phase="prefill")
+    assert why_dense(policy, both) == "bidirectional: no causal mask"
+
+
+def test_a_plan_with_roles_for_prompts_and_steps():
+    transformers = pytest.importorskip("transformers")
+    torch._dynamo.reset()
+    rules = [("model.layers.*.self_attn", phase, tsa.HeadSplit((0, 1, 2, 3))) for phase in ("prefill", "decode")]
+    model = tsa.transform(tiny("llama", layers=1), tsa.Plan(prefill=tsa.HeadSplit(()), decode=tsa.HeadSplit(()), rules=rules))
+    ids, cache = token_ids(300, 2), transformers.DynamicCache(config=model.config)
+    with torch.no_grad():
+        first = model(ids[:, :-1], **{cache_name(model): cache}).logits
+        last = model(ids[:, -1:], **{cache_name(model): cache}).logits
+        want = tiny("llama", layers=1)(ids).logits
+    torch.testing.assert_close(torch.cat([first, last], 1), want, atol=1e-4, rtol=1e-4)
+    assert [(s.policy, s.replaced) for s in tsa.report(model).sites] == [("HeadSplit", True)] * 2

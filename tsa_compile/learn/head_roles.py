@@ -34,9 +34,10 @@ def head_roles(
     per_layer: bool = False,
     span: int = 64,
     policy: HeadSplit | None = None,
+    prefill: bool = False,
     progress: bool = True,
 ) -> Plan:
-    """A plan for decode with a rule for each attention: `HeadSplit` with the heads that look things up.
+    """A plan with a rule for each attention: `HeadSplit` with the heads that look things up.
 
     Args:
         model: a transformers model in evaluation mode with causal attention, which is left as it was.
@@ -46,6 +47,7 @@ def head_roles(
         per_layer: the share is one of each layer's heads, in place of the whole model's.
         span: tokens that are repeated, from a twentieth of the text on.
         policy: says `keep`, `sinks` and `window`; None: `HeadSplit`'s own.
+        prefill: rules for prompts too, as published; otherwise these are read densely.
         progress: show a progress bar on stderr.
 
     Returns:
@@ -66,7 +68,8 @@ def head_roles(
     scores = {path: torch.stack([scores[path] for scores in found]).mean(0) for path in found[0]}
     chosen = _chosen(scores, share, threshold, per_layer)
     roles = {path: dataclasses.replace(base, retrieval=tuple(heads)) for path, heads in chosen.items()}
-    rules = tuple(Rule(path, "decode", role) for path, role in roles.items())
+    phases = ("prefill", "decode") if prefill else ("decode",)
+    rules = tuple(Rule(path, phase, role) for phase in phases for path, role in roles.items())
     notes = {
         "made by": "tsa_compile.learn.head_roles",
         "heads": f"{sum(map(len, chosen.values()))} of {sum(map(len, scores.values()))} look things up",

@@ -19,9 +19,10 @@ from tsa_compile.cache.projected_keys import ProjectedKeys
 from tsa_compile.kernels import ops  # noqa: F401 - registers torch.ops.tsa
 from tsa_compile.kernels.common.pages import PAGE
 from tsa_compile.kernels.edges import Edges
-from tsa_compile.kernels.types import Pages, Selection
-from tsa_compile.passes.site import AttentionSite
+from tsa_compile.kernels.types import PageBitmap, Pages, Selection
+from tsa_compile.passes.site import VERIFY_ROWS, AttentionSite
 from tsa_compile.policies.base import Emit, Policy, check_int
+from tsa_compile.policies.block_sparse import padding, places
 from tsa_compile.policies.exact import where
 from tsa_compile.policies.page_sparse import PageSparse
 
@@ -30,10 +31,12 @@ ALL = 1 << 24  # pages: more than any row has
 
 @dataclasses.dataclass(frozen=True)
 class HeadSplit(Policy):
-    """Decode of a layer whose query heads have roles. Which heads look things up differs by layer: a plan has a rule for each.
+    """A layer whose query heads have roles. Which heads look things up differs by layer: a plan has a rule for each.
 
-    Keys are read by KV head: one of its query heads that looks things up makes what it chose be read, so heads that share one
-    should share a role where the choice is free. Without `keep` and `mass` these heads read the whole context.
+    In prefill these heads read every key, and local ones whole key blocks of 64: those that the window of a block of 128 rows,
+    and the sinks, touch. In decode keys are read by KV head: one of its query heads that looks things up makes what it chose be
+    read, so heads that share one should share a role where the choice is free. Without `keep` and `mass` these heads read the
+    whole context in decode, too.
 
     Args:
         retrieval: query heads of the layer that look things up; none: all are local.
@@ -48,8 +51,9 @@ class HeadSplit(Policy):
     """
 
     masks: ClassVar[frozenset[str]] = PageSparse.masks
-    phases: ClassVar[frozenset[str]] = frozenset({"decode", "draft"})
-    computes: ClassVar[frozenset[str]] = frozenset({"softcap", "sinks"})
+    phases: ClassVar[frozenset[str]] = frozenset({"prefill", "decode", "draft"})
+    computes: ClassVar[frozenset[str]] = frozenset({"softcap", "sinks"})  # in decode
+    by_rows: ClassVar[bool] = True
 
     retrieval: tuple[int, ...]
     keep: float = 1.0
@@ -72,29 +76,36 @@ class HeadSplit(Policy):
             raise ValueError(f"HeadSplit takes keep or mass, got {self.keep} and {self.mass}")
 
     def refuse(self, site: AttentionSite) -> str | None:
-        if site.q_len != 1:
-            return f"{site.q_len} query rows: roles of heads are for one"
         if self.retrieval and isinstance(site.heads, int) and max(self.retrieval) >= site.heads:
             return f"HeadSplit.retrieval names head {max(self.retrieval)} of {site.heads}"
+        if site.phase == "prefill" and (site.softcap or site.sinks):
+            return f"{'softcap' if site.softcap else 'attention sinks'}: roles of heads have none in prefill"
+        if site.phase == "prefill":
+            return None if site.mask.causal else "bidirectional: no causal mask"
+        if site.q_len != 1:
+            return f"{site.q_len} query rows: roles of heads are for one"
         return PageSparse(pages=1).refuse(site)
 
     def guaranteed(self, site: AttentionSite) -> Edges:
         return Edges.window(self.window)
 
     def reads_projected(self, site: AttentionSite) -> bool:
-        return self.mass is not None and bool(self.retrieval)
+        return self.mass is not None and bool(self.retrieval) and site.phase != "prefill"
 
     def states(self) -> tuple[KvState, ...]:
         if not self.retrieval:
             return ()
         return (ProjectedKeys(),) if self.mass is not None else PageSparse(pages=1).states() if self.keep < 1 else ()
 
-    def select(self, emit: Emit, site: AttentionSite, state: Any) -> Pages:
-        """Pages of each KV head: the first and last ones that its local heads may see, and what heads that look things up chose.
+    def select(self, emit: Emit, site: AttentionSite, state: Any) -> Pages | PageBitmap:
+        """In prefill key blocks. In decode pages of each KV head: the first and last ones that its local heads may see, and what
+        heads that look things up chose.
 
         Raises:
             ValueError: there is a `mass`, and no projected keys in `state`.
         """
+        if site.phase == "prefill":
+            return self._blocks(emit, site)
         if self.keep < 1 and self.retrieval:
             return self._by_means(emit, site, state)
         x, (_, _, start, lengths) = site.operands, where(emit, site)
@@ -106,6 +117,14 @@ class HeadSplit(Policy):
         if self.mass is None:
             recent = [ALL if len(local) < group else n for local, n in zip(heads, recent, strict=True)]
         return Pages(*emit(torch.ops.tsa.join_pages.default, *lists, start, lengths, capacity, owners, sinks, recent))
+
+    def _blocks(self, emit: Emit, site: AttentionSite) -> PageBitmap:
+        x, (start, lengths, _), options = site.operands, padding(emit, site), places(site)[2]
+        if site.past and not isinstance(site.q_len, int):  # the operator alone knows how many rows there are
+            options["min_queries"] = max(self.min_queries, VERIFY_ROWS)
+        local = [h not in self.retrieval for h in range(site.heads)]
+        rule = (local, self.window, self.sinks)
+        return PageBitmap(emit(torch.ops.tsa.role_key_blocks.default, x.q, x.k, start, lengths, *rule, **options))
 
     def _lists(self, emit: Emit, site: AttentionSite, state: Any, row: tuple[Any, Any], capacity: Any) -> tuple[Any, list[int]]:
         """The pages of each head that looks things up, indices and counts, and its KV head; no lists where none is needed."""
@@ -133,8 +152,12 @@ class HeadSplit(Policy):
         return Pages(*emit(torch.ops.tsa.select_pages.default, logits, parts, *pages, *rule))
 
     def attend(self, emit: Emit, site: AttentionSite, selection: Selection | None) -> Any:
-        assert isinstance(selection, Pages)
         x = site.operands
+        if isinstance(selection, PageBitmap):
+            (start, lengths, key_mask), (blocks, block, length) = padding(emit, site), places(site)
+            rest = (blocks, block, start, lengths, key_mask, site.scale, False)
+            return emit(torch.ops.tsa.key_block_attention.default, x.q, x.k, x.v, selection.bits, *rest, **length)[0]
+        assert isinstance(selection, Pages)
         windows = [0 if h in self.retrieval else self.window for h in range(site.heads)]
         read, masks = (x.q, x.k, x.v, *selection, *where(emit, site)), (None, x.sinks, site.softcap, site.mask.causal)
         return emit(torch.ops.tsa.page_attention.default, *read, x.key_mask, site.scale, *masks, windows, self.sinks)[0]

@@ -19,6 +19,7 @@ def indexer(
     texts: Annotated[int | None, typer.Option(help="texts, or pieces, at most", min=2)] = None,
     share: Annotated[float, typer.Option(help="of all query heads that look things up, in (0, 1]")] = 0.15,
     window: Annotated[int, typer.Option(help="last tokens that other heads read", min=1)] = 8192,
+    prefill: Annotated[bool, typer.Option("--prefill", help="the plan reads prompts by roles, too")] = False,
     mass: Annotated[float, typer.Option(help="of the projected softmax that steps read, in (0, 1)")] = 0.9,
     width: Annotated[int | None, typer.Option(help="numbers of a projection; default: an eighth of the head dim", min=1)] = None,
     epochs: Annotated[int, typer.Option(help="times that each text is read", min=1)] = 1,
@@ -43,7 +44,7 @@ def indexer(
     given = list(read_prompts(prompts, lambda: load_tokenizer(model), None))
     if cut is not None:
         given = pieces(given, numbers("--cut", cut, int))
-    request = Request(out, share, window, training, held_out, last, state)
+    request = Request(out, share, window, prefill, training, held_out, last, state)
     network = load_causal_lm(model, torch.bfloat16 if torch.cuda.is_available() else None)
     console = Console(soft_wrap=True)
     run(network, given[:texts], request, console)

@@ -34,7 +34,7 @@ TRAINED, FIRST = "trained", "first weights"
 class Request:
     """Args:
     out: the plan; its weights, the first weights and what is measured lie beside it.
-    share, window: of the roles.
+    share, window, prefill: of the roles.
     training: of the index.
     held_out: texts at the end that are measured, and not trained on.
     last: tokens at the end of each of them that are decoded; 0: none.
@@ -44,6 +44,7 @@ class Request:
     out: Path
     share: float
     window: int
+    prefill: bool
     training: Training
     held_out: int
     last: int
@@ -67,7 +68,7 @@ def run(model: Any, texts: Sequence[Sequence[int]], request: Request, console: C
     own, held = texts[: len(texts) - request.held_out], texts[len(texts) - request.held_out :]
     seconds: dict[str, float] = {}
     with _timed(seconds, "roles", console):
-        roles = head_roles(model, own[:2], request.share, policy=HeadSplit((), window=request.window))
+        roles = head_roles(model, own[:2], request.share, policy=HeadSplit((), window=request.window), prefill=request.prefill)
     first_out = request.out.with_suffix(".first.json")
     with _timed(seconds, "first weights", console):
         train_indexer(model, own, roles, first_out, dataclasses.replace(request.training, epochs=0))
