@@ -145,6 +145,15 @@ def attach_state(state: Tensor, k: Tensor) -> None:
         raise ValueError(f"tsa::attach_state: state must have the batch rows of k [B, Hk, L, D], got {shapes}")
 
 
+def attach_rows(mark: Tensor, lengths: Tensor, mask: Tensor, start: Tensor | None, k: Tensor) -> None:
+    wanted = (k.shape[0], 1, k.shape[2])
+    if k.dim() != 4 or mask.dim() != 4 or mask.dtype != torch.bool or (mask.shape[0], mask.shape[1], mask.shape[3]) != wanted:
+        raise ValueError(f"tsa::attach_rows: mask must be bool [B, 1, rows, L] of k [B, Hk, L, D], got {_told(mask)}")
+    for name, x in (("lengths", lengths), ("start", start)):
+        if x is not None and (x.dtype != torch.int32 or tuple(x.shape) != (k.shape[0],)):
+            raise ValueError(f"tsa::attach_rows: {name} must be int32 [{k.shape[0]}], got {_told(x)}")
+
+
 def _check_lists(name: str, indices: Tensor, counts: Tensor, q: Tensor, shapes: Sequence[tuple[int, int]]) -> None:
     """`shapes`: those that the lists' first two dimensions may have."""
     allowed = " or ".join(map(str, shapes))

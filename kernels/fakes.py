@@ -75,6 +75,10 @@ def attach_state(state: Tensor, k: Tensor) -> None:
     """It does nothing, on any device: it tells the passes, in a traced graph, that `state` is kept beside the buffer `k`."""
 
 
+def attach_rows(mark: Tensor, lengths: Tensor, mask: Tensor, start: Tensor | None, k: Tensor) -> None:
+    """It does nothing, on any device: it tells the passes, in a traced graph, what `mask` says of the buffer `k`."""
+
+
 def append_pages(*args: Any) -> None:
     """It writes in place."""
 

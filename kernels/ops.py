@@ -179,6 +179,13 @@ OPERATORS = (
         host="fakes:attach_state",
     ),
     Operator(
+        "attach_rows(Tensor(a!) mark, Tensor lengths, Tensor mask, Tensor? start, Tensor k) -> ()",
+        check=decode_checks.attach_rows,
+        fake=fakes.attach_rows,
+        reference="fakes:attach_rows",
+        host="fakes:attach_rows",
+    ),
+    Operator(
         "append_pages(Tensor(a!) sums, Tensor(b!) counts, Tensor k, Tensor? blocks, int block, Tensor? start, Tensor begin,"
         " Tensor end, Tensor? key_mask, int new) -> ()",
         check=page_checks.append_pages,

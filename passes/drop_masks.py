@@ -40,7 +40,8 @@ def drop_masks(context: Context) -> int:
 def _short_form(at: GraphSite, sizes: SizeProver) -> bool | None:
     """The `is_causal` that stands for the whole mask, or None if it takes more than that."""
     mask, site = at.mask, at.site
-    if mask.unproven is not None or mask.key_mask or mask.window is not None or mask.keys_used is not None:
+    says_more = mask.key_mask or mask.window is not None or mask.keys_used is not None or mask.rows is not None
+    if mask.unproven is not None or says_more:
         return None
     if not mask.causal or (isinstance(site.q_len, int) and site.q_len == 1):  # a last query sees all keys
         return False

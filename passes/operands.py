@@ -32,7 +32,8 @@ def operands_of(graph: fx.Graph, at: GraphSite) -> Operands:
         k, v = (graph.call_function(aten.slice.Tensor, (x, 2, 0, used)) for x in (k, v))
     key_mask = _key_mask(graph, at, used)
     keys = 0 if at.mask.data is None else _size(graph, match.k, layouts.k.index("l"))
-    return Operands(q, k, v, key_mask, _view(graph, key_mask), mask_tensor(graph, at, keys), _sinks(graph, at))
+    view = _view(graph, key_mask) if at.mask.rows is None else KvView(None, 1, *at.mask.rows)
+    return Operands(q, k, v, key_mask, view, mask_tensor(graph, at, keys), _sinks(graph, at))
 
 
 def _operand(graph: fx.Graph, dtype: torch.dtype, x: fx.Node, layout: str) -> fx.Node:

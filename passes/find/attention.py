@@ -16,6 +16,7 @@ from tsa_compile.passes.find.mask_data import masks_as_data
 from tsa_compile.passes.find.match import Match
 from tsa_compile.passes.find.missed import missed_attention
 from tsa_compile.passes.find.obstacles import obstacle_of
+from tsa_compile.passes.find.own_rows import mask_of_rows
 from tsa_compile.passes.find.repeat_kv import RepeatedHeads
 from tsa_compile.passes.find.score_steps import SINKS
 from tsa_compile.passes.find.sdpa import match_sdpa
@@ -80,7 +81,9 @@ class _Finder:
         batch, heads, q_len, head_dim = (match.size("q", dim) for dim in "bhld")
         lengths = match.size("k", "l")
         shape = batch, heads, q_len, lengths
-        mask = self._masks.prove(match.sources, shape, "h" in match.layouts.q)
+        mask = mask_of_rows(match, self._facts)
+        if mask is None:
+            mask = self._masks.prove(match.sources, shape, "h" in match.layouts.q)
         sinks = sinks_of(match, shape, self._masks, self._facts)
         if match.sinks is not None and sinks is None:
             obstacle = obstacle or f"{SINKS}, and they are not one number for each head"

@@ -43,6 +43,8 @@ class ProvenMask:
         key_mask: terms that hide keys from all queries and heads of a batch row alike; all must allow a key.
         keys_used: how many leading keys any query sees, where fewer than `Lk` (a mask aligned to the top left, such as
             `is_causal` with `Lq < Lk`); None: all.
+        rows: `start` (or None) and `lengths`, int32 `[B]`: each batch row's keys, of which the queries are the last; see
+            `tsa::attach_rows`. None: all.
         unproven: why the mask is none of this; the other fields then say nothing.
         data: all that masks the scores, for policies that take masks as they are. Of a mask that is unproven alone.
     """
@@ -51,6 +53,7 @@ class ProvenMask:
     window: int | None = None
     key_mask: tuple[KeyTerm, ...] = ()
     keys_used: Size | None = None
+    rows: tuple[fx.Node | None, fx.Node] | None = None
     unproven: str | None = None
     data: tuple[MaskSource, ...] | None = None
 

@@ -32,23 +32,28 @@ def pinned(layers: Sequence[PinnableRows], kwargs: Mapping[str, Any], new: int, 
 
     `steps`: of so many rows each, one behind the other, between which the place advances.
     """
-    mask = layers[0].own_mask(kwargs.get("attention_mask"), new)
+    padding, positions = layers[0].lease.padding, as_rows(kwargs.get("position_ids"))
+    mask = None if padding is not None else layers[0].own_mask(kwargs.get("attention_mask"), new)
     places = make_places(layers, mask, new * steps)
     for place in places.values():
         place.move(*layers[0].first_new_row(), mask, layers[0].rows_before(), steps)
+        if padding is not None:
+            place.show(new, padding.rows)
         if any(layer.states.placed for layer in layers):
-            place.stand(new, as_rows(kwargs.get("position_ids")))
+            place.stand(new, None if positions is None else positions[:, :new])  # of a loop, those of its first step
+    seen = _fixed_mask(places[device_of(layers[0])], layers[0], new)
     try:
         for layer in layers:
             layer.pin(places[device_of(layer)])
-        seen = _fixed_mask(places[device_of(layers[0])], layers[0], new)
-        yield {**kwargs, **({} if mask is None else {"attention_mask": seen})}
+        yield {**kwargs, **({} if mask is None and padding is None else {"attention_mask": seen})}
     finally:
         for layer in layers:
             layer.unpin()
 
 
 def _fixed_mask(place: Place, layer: PinnableRows, new: int) -> torch.Tensor:
+    if place.shown is not None:
+        return place.shown
     return place.mask if new == 1 or layer.lengths is None else place.visible_to(new)
 
 

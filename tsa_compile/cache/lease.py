@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from tsa_compile.cache.storage import Pool, Storage, capacity_for
+
+
+class Padding(NamedTuple):
+    """Which rows are padding: the first ones alone, `rows[b]` of batch row b, int32 `[B]`; None: there is none."""
+
+    rows: torch.Tensor | None
 
 
 class Lease:
@@ -23,6 +29,7 @@ class Lease:
         self.key_mask: torch.Tensor | None = None  # bool [B, rows] of the running call; each layer takes it with its rows
         self.positions: torch.Tensor | None = None  # int [B or 1, new] of the running call's rows, if it says them
         self.numbered = True  # if it does not: do rows stand where their numbers are?
+        self.padding: Padding | None = None  # of the running call, if its caller has told it
         self.layers = 0
         self._expected: tuple[int, int] | None = None
         self._users: dict[Storage, set[int]] = {}

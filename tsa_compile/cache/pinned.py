@@ -11,6 +11,7 @@ import torch
 from tsa_compile.cache.buffered import Buffers, Pair
 from tsa_compile.cache.place import Place
 from tsa_compile.cache.rows import Rows
+from tsa_compile.kernels import ops  # noqa: F401 - registers torch.ops.tsa
 
 
 class PinnableRows(Rows):
@@ -94,6 +95,8 @@ class PinnableRows(Rows):
         rows = place.rows if new == 1 else place.rows + torch.arange(new, device=keys.device)
         for buffer, written in ((self.buffers.keys, keys), (self.buffers.values, values)):
             buffer[place.batch, :, rows] = written.transpose(1, 2).to(buffer.dtype)
+        if place.shown is not None:
+            torch.ops.tsa.attach_rows.default(place.mark, place.lengths, place.shown, place.start, self.buffers.keys)
         if self.states.kinds:
             key_mask = place.key_mask if place.padded else None
             positions = place.positions[new] if self.states.placed else None

@@ -15,6 +15,9 @@ class Place:
         mask: `[B, capacity]`, 1: a row that is no padding; 0 behind the new rows. In the dtype of the call's own mask.
         key_mask: bool, the same, for the states of the layers.
         padded: did the call bring a mask?
+        shown: bool `[B, 1, new, capacity]`, what each new row sees, where the call is told what is padding (`show`); or None.
+            Then `lengths`, int32 `[B]`, are the rows behind the padding, the new ones included, and `start`, int32 `[B]`, is
+            where they begin; None: at the first.
         positions: int64 `[B, new]` by the number of new rows, where these stand; for states of the layers that ask for it.
     """
 
@@ -26,9 +29,13 @@ class Place:
             self.offset = torch.zeros((), dtype=torch.int64, device=device)
             self.mask = torch.zeros(batch, capacity, dtype=dtype, device=device)
             self.key_mask = torch.zeros(batch, capacity, dtype=torch.bool, device=device)
+            self.lengths, self._start = torch.zeros_like(self.at), torch.zeros_like(self.at)
+            self.mark = torch.zeros(1, dtype=torch.int8, device=device)  # of `tsa::attach_rows`
         self.visible: dict[int, torch.Tensor] = {}  # by the number of new rows
         self.positions: dict[int, torch.Tensor] = {}
         self.padded = False
+        self.shown: torch.Tensor | None = None
+        self.start: torch.Tensor | None = None
         self._known = 0  # columns of the mask that may not be 0
 
     def move(
@@ -49,7 +56,7 @@ class Place:
         else:
             self.at.copy_(lengths)
         self.rows.copy_(self.at[:, None])
-        self.padded = mask is not None
+        self.padded, self.shown = mask is not None, None
         if mask is None:
             return
         known = mask.shape[1]
@@ -58,6 +65,19 @@ class Place:
             self.mask[:, known : self._known] = 0
         self._known = known + steps - 1
         torch.ne(self.mask, 0, out=self.key_mask)
+
+    def show(self, new: int, padding: torch.Tensor | None) -> torch.Tensor:
+        """After a move without a mask: `shown` for `new` rows. `padding`: how many first rows are, int32 `[B]`; None: none is."""
+        self.padded, self.start = padding is not None, None if padding is None else self._start
+        torch.add(self.at, new, out=self.lengths)
+        if padding is None:
+            self.key_mask.fill_(True)
+        else:
+            self._start.copy_(padding)
+            self.lengths.sub_(self._start)
+            torch.ge(torch.arange(self.key_mask.shape[1], device=self.at.device), self._start[:, None], out=self.key_mask)
+        self.shown = self.visible_to(new)
+        return self.shown
 
     def stand(self, new: int, positions: torch.Tensor | None) -> None:
         """The `new` rows stand at `positions`, int `[B or 1, new]`; None: where the model puts them, which was told `offset`."""
@@ -69,9 +89,11 @@ class Place:
 
     def advance(self) -> None:
         """To the step behind one of one row, by operations of the device alone: in a recording, too."""
-        for place in (self.at, self.rows, self.offset, *self.positions.values()):
+        for place in (self.at, self.rows, self.offset, self.lengths, *self.positions.values()):
             place.add_(1)
-        if self.padded:
+        if self.shown is not None:
+            self.shown.view(self.mask.shape).scatter_(1, self.rows, True)
+        elif self.padded:
             self.mask.scatter_(1, self.rows, 1)
             self.key_mask.scatter_(1, self.rows, True)
 

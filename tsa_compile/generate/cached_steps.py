@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from tsa_compile.cache.lease import Padding
 from tsa_compile.cache.names import cache_name
 from tsa_compile.cache.pinned import PinnableRows
 from tsa_compile.generate.draft_loop import Drafted, DraftLoop
@@ -36,6 +38,7 @@ class CachedSteps:
         positions = given.get("position_ids")
         self._positions: Tensor | None = None if positions is None else positions[..., -1:]  # of the last token of the prompt
         self._prompt, self._new = cache.get_seq_length(), new
+        self._padding: Padding | None = None  # where it is known
         self.apart: list[int] | None = None  # tokens of each row, where they may differ
         self._ahead: Tensor | int = 0  # cached tokens behind the prompt; int64 [B, 1], where they may differ
 
@@ -54,6 +57,33 @@ class CachedSteps:
             return f"{type(self.model).__name__} does not say that it works with static caches"
         return "the model takes no position ids" if self._positions is None else None
 
+    def look_at_padding(self) -> None:
+        """Steps need no mask, from now on, where only a prompt's first tokens are padding: one look at the device."""
+        if self.why_together() is not None:
+            return
+        if self._mask is None:
+            self._padding = Padding(None)
+            return
+        real = self._mask.bool()
+        first = (~real).sum(1)
+        behind = torch.arange(real.shape[1], device=real.device) >= first[:, None]
+        at_left, any_padding = torch.stack([(behind == real).all(), first.any()]).tolist()
+        if at_left:
+            self._padding = Padding(first.to(torch.int32) if any_padding else None)
+            self._mask = self._mask if any_padding else None
+
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Inside, the layers know what is padding."""
+        lease = None if self._padding is None else self.cache.layers[0].lease
+        if lease is not None:
+            lease.padding = self._padding
+        try:
+            yield
+        finally:
+            if lease is not None:
+                lease.padding = None
+
     def part(self, batch: int) -> None:
         """From now on rows may differ."""
         self.apart = [self.length] * batch
@@ -62,13 +92,15 @@ class CachedSteps:
     def step(self, tokens: Tensor) -> Tensor:
         """Append `tokens` `[B, n]` to every row; the logits `[B, n, V]` behind each, float32."""
         n = tokens.shape[1]
-        logits: Tensor = self.session(**self._call(tokens, n)).logits
+        with self._telling():
+            logits: Tensor = self.session(**self._call(tokens, n)).logits
         self._advance(n)
         return logits[:, -n:].float()
 
     def loop(self, tokens: Tensor, loop: DraftLoop) -> Drafted | None:
         """All steps of `loop` behind `tokens` `[B, 1]`, as one call; None: they do not run on fixed buffers."""
-        drafted = self.session.loop(loop, **self._call(tokens, loop.steps))
+        with self._telling():
+            drafted = self.session.loop(loop, **self._call(tokens, loop.steps))
         if drafted is not None:
             self._advance(loop.steps)
         return drafted
@@ -78,7 +110,7 @@ class CachedSteps:
         kwargs = {"input_ids": tokens, "use_cache": True, "return_dict": True, self._name: self.cache}
         if self._positions is not None:
             kwargs["position_ids"] = self._next_positions(n)
-        if self._mask is not None or self.apart is not None:
+        if self._mask is not None or (self.apart is not None and self._padding is None):
             kwargs["attention_mask"] = self._mask_with(tokens.shape[1], tokens)
         return kwargs
 
@@ -108,6 +140,7 @@ class CachedSteps:
         assert self._mask is not None
         assert self._positions is not None
         self._mask[rows], self._positions[rows] = mask, positions[:, -1:]
+        self._padding = None
         longest = self._mask_with(0, self._mask)
         for layer in self.cache.layers:
             layer.key_mask = longest.bool()

@@ -69,6 +69,7 @@ class Rounds:
 
     def begin(self, logits: Tensor) -> None:
         """The first token, by `logits` `[B, 1, V]`."""
+        self.request.steps.look_at_padding()
         self._part()
         self._settle(logits, None)
 

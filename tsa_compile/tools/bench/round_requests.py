@@ -60,6 +60,7 @@ def request_over(model: Any, session: Session, cache: Any, new: int, processors:
     ids = torch.randint(model.config.get_text_config().vocab_size, (batch, length), device=model.device)
     given = {"position_ids": torch.arange(length, device=ids.device).expand(batch, -1)}
     steps = CachedSteps(model, session, cache, given, new)
+    steps.look_at_padding()
     return Request(TokenRows(ids, new, 0), steps, session.plan, processors, sampled)
 
 
