@@ -68,7 +68,7 @@ def test_tokens_are_those_of_one_process():
     """With padding, and by pages that the ranks choose together; those of `PageSparse`: `test_pages_are_those_of_one_process`."""
     want = generate(tiny("llama", 1), **LONG)
     dense = torch.stack(generate(tiny("llama", 1), **LOGITS).logits)
-    answers = run_ranks(2, routed_answers)
+    answers = run_ranks(2, routed_answers, limit=200)
     for rank, found in enumerate(answers):
         assert not isinstance(found, str), found
         exact, sparse, held, length, report, refused = found
