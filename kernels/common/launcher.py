@@ -21,7 +21,16 @@ CPU = -1  # `Tensor.get_device()` of a CPU tensor
 
 def launch(kernel: Any, grid: tuple[int, ...], tensors: tuple[Any, ...], numbers: tuple[Any, ...], **constants: Any) -> None:
     """`kernel[grid](*tensors, *numbers, **constants)`: the arguments of a `Launch`, for hosts that keep none."""
-    _launch_of(kernel, grid, *numbers, **constants)(*tensors)
+    key = (id(kernel), grid, numbers, *map(type, numbers), *constants.items())
+    found = _kept.get(key)
+    if found is None:
+        if len(_kept) >= KEPT:
+            _kept.clear()
+        found = _kept[key] = Launch(kernel, grid, numbers, **constants)  # it holds the kernel, so that its id stays its own
+    found(*tensors)
+
+
+_kept: dict[Any, Launch] = {}
 
 
 class Launch:
@@ -91,11 +100,6 @@ class Pieces:
         return made
 
 
-@functools.lru_cache(maxsize=KEPT, typed=True)
-def _launch_of(kernel: Any, grid: tuple[int, ...], *numbers: Any, **constants: Any) -> Launch:
-    return Launch(kernel, grid, numbers, **constants)
-
-
 def _known(x: Any) -> Any:
     """What Triton's choice depends on, of an argument that is no plain tensor."""
     return None if x is None else (x.dtype, x.data_ptr() & 15) if isinstance(x, Tensor) else x.known
@@ -104,7 +108,8 @@ def _known(x: Any) -> Any:
 def _is_heard() -> bool:
     """Does anyone, a profiler, want to be told of launches?"""
     hooks = _runtime()
-    return any(getattr(hook, "calls", hook) for hook in (hooks.launch_enter_hook, hooks.launch_exit_hook))
+    enter, leave = hooks.launch_enter_hook, hooks.launch_exit_hook
+    return bool(getattr(enter, "calls", enter)) or bool(getattr(leave, "calls", leave))
 
 
 @functools.cache

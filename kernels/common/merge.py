@@ -12,6 +12,7 @@ import torch
 
 from tsa_compile.kernels.common.launcher import launch
 from tsa_compile.kernels.common.results import empty_result
+from tsa_compile.kernels.common.sizes import cdiv, next_power_of_2
 from tsa_compile.kernels.types import Attended
 
 Tensor = torch.Tensor
@@ -34,8 +35,6 @@ def merge_reference(part: Attended, other: Attended) -> Attended:
 
 def merge(part: Attended, other: Attended) -> Attended:
     """`tsa::merge` by Triton: reads both parts once and writes the whole. Nothing waits for the device."""
-    import triton
-
     from tsa_compile.kernels.common.merge_device import merge_kernel
 
     (out, lse), (other_out, other_lse) = part, other
@@ -44,11 +43,11 @@ def merge(part: Attended, other: Attended) -> Attended:
     batch, heads, rows, dim = out.shape
     merged = empty_result(out, out)
     merged_lse = torch.empty(batch, heads, rows, dtype=torch.float32, device=out.device)
-    tiles = triton.cdiv(rows, BLOCK)
+    tiles = cdiv(rows, BLOCK)
     launch(
         merge_kernel, (tiles * heads * batch,), (out, lse, other_out, other_lse, merged, merged_lse),
         (*out.stride(), *lse.stride(), *other_out.stride(), *other_lse.stride(), *merged.stride()[:3], heads, rows, tiles),
-        D=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK=BLOCK,
+        D=dim, BLOCK_D=next_power_of_2(dim), BLOCK=BLOCK,
     )  # fmt: skip
     return Attended(merged, merged_lse)
 

@@ -10,6 +10,7 @@ import torch
 
 from tsa_compile.kernels.common.launcher import launch
 from tsa_compile.kernels.common.ranks import real_positions
+from tsa_compile.kernels.common.sizes import cdiv, next_power_of_2
 from tsa_compile.kernels.types import Attended, Operands
 
 Tensor = torch.Tensor
@@ -58,17 +59,15 @@ def attend_padding(x: Operands, result: Attended, scale: float) -> None:
     """
     if x.view.ranks is None or result.out.numel() == 0:
         return
-    import triton
-
     from tsa_compile.kernels.common.padding_device import padding_kernel
     from tsa_compile.kernels.common.tiles import LOG2_E, capability_of, precision, strip_config
 
     q, k, v, (out, lse), (order, ranks) = x.q, x.k, x.v, result, x.view.order
     (batch, heads, q_len, dim), (kv_heads, k_len), v_dim = q.shape, k.shape[1:3], v.shape[-1]
-    block_d, block_dv = (max(16, triton.next_power_of_2(d)) for d in (dim, v_dim))
+    block_d, block_dv = (max(16, next_power_of_2(d)) for d in (dim, v_dim))
     config = strip_config(max(block_d, block_dv), q.dtype, capability_of(q.device))
     launch(
-        padding_kernel, (triton.cdiv(q_len, config.block_m) * batch * heads,),
+        padding_kernel, (cdiv(q_len, config.block_m) * batch * heads,),
         (q, k, v, out, order, ranks, lse if lse.numel() else None),
         (*q.stride(), *k.stride(), *v.stride(), *out.stride()[:3], heads, kv_heads, q_len, k_len, scale * LOG2_E),
         D=dim, DV=v_dim, BLOCK_D=block_d, BLOCK_DV=block_dv,

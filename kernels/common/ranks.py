@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from tsa_compile.kernels.common.launcher import launch
+from tsa_compile.kernels.common.sizes import cdiv
 from tsa_compile.kernels.types import IDENTITY, KvView
 
 Tensor = torch.Tensor
@@ -16,14 +17,12 @@ def rank_order(key_mask: Tensor) -> tuple[Tensor, Tensor]:
     order: the real positions, ascending, then the padding, ascending. ranks: how many real positions there are up to and with
     this one, so the rank of a real position is `ranks - 1`, and `ranks[:, -1]` the number of real keys.
     """
-    import triton
-
     from tsa_compile.kernels.common.ranks_device import order_kernel
 
     ranks = key_mask.cumsum(1, dtype=torch.int32)
     order = torch.empty_like(ranks)
     if order.numel():
-        grid = (ranks.shape[0], triton.cdiv(ranks.shape[1], 1024))
+        grid = (ranks.shape[0], cdiv(ranks.shape[1], 1024))
         launch(order_kernel, grid, (ranks, order), (ranks.shape[1],), BLOCK=1024)
     return order, ranks
 

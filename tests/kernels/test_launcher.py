@@ -69,7 +69,7 @@ def gpu(monkeypatch):
     driver.set_active(gpu)
     yield gpu
     driver.set_active(None)  # the default
-    launcher._launch_of.cache_clear()
+    launcher._kept.clear()
 
 
 @pytest.fixture

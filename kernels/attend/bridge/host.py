@@ -6,6 +6,7 @@ import torch
 
 from tsa_compile.kernels.common.launcher import launch
 from tsa_compile.kernels.common.results import empty_result, no_lse
+from tsa_compile.kernels.common.sizes import cdiv, next_power_of_2
 from tsa_compile.kernels.common.tiles import LOG2_E, capability_of, precision, strip_config
 from tsa_compile.kernels.common.view import length_of
 from tsa_compile.kernels.types import KvView
@@ -27,8 +28,6 @@ def bridge_attention(
     """
     if scale <= 0:
         raise ValueError(f"tsa::bridge_attention on a GPU takes a positive scale, not {scale}")
-    import triton
-
     from tsa_compile.kernels.attend.bridge.device import bridge_attention_kernel
 
     out = empty_result(q, v)
@@ -36,7 +35,7 @@ def bridge_attention(
     if out.numel() == 0:
         return out, lse
     (batch, heads, q_len, dim), kv_heads, v_dim = q.shape, k.shape[1], v.shape[-1]
-    block_d, block_dv = (max(16, triton.next_power_of_2(d)) for d in (dim, v_dim))
+    block_d, block_dv = (max(16, next_power_of_2(d)) for d in (dim, v_dim))
     config = strip_config(max(block_d, block_dv), q.dtype, capability_of(q.device))
     k_len = length_of(k, KvView(blocks, block, None, None), k_len)
     padding = (q if x is None else x for x in (start, lengths, key_mask))
@@ -46,7 +45,7 @@ def bridge_attention(
         width, rows, sources, offset, scale * LOG2_E,
     )  # fmt: skip
     launch(
-        bridge_attention_kernel, (triton.cdiv(q_len, config.block_m) * batch * heads,), (q, k, v, out, lse, *padding, blocks),
+        bridge_attention_kernel, (cdiv(q_len, config.block_m) * batch * heads,), (q, k, v, out, lse, *padding, blocks),
         numbers, D=dim, DV=v_dim, BLOCK_D=block_d, BLOCK_DV=block_dv, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         START=start is not None, LENGTH=lengths is not None, MASK=key_mask is not None, LSE=need_lse,
         PRECISION=precision(q.dtype), **config.options,

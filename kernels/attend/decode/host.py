@@ -10,6 +10,7 @@ from tsa_compile.kernels.attend.decode.config import DecodeConfig, decode_config
 from tsa_compile.kernels.common import launcher
 from tsa_compile.kernels.common.launch import constant, multiprocessors, split_count
 from tsa_compile.kernels.common.results import score_dtype
+from tsa_compile.kernels.common.sizes import cdiv, next_power_of_2
 from tsa_compile.kernels.common.tiles import capability_of, precision
 from tsa_compile.kernels.common.view import capacity_of
 from tsa_compile.kernels.types import KvView
@@ -98,25 +99,23 @@ def launch(
         windows: int32 `[H]`, as `tsa::page_attention` has them, and its `first_keys`; None: heads see every key.
         config, splits: for measurements; None: as chosen for this GPU.
     """
-    import triton
-
     from tsa_compile.kernels.attend.decode.device import decode_kernel
     from tsa_compile.kernels.common.splits_device import merge_kernel
 
     (batch, heads, rows, dim), kv_heads, v_dim = q.shape, k.shape[1], v.shape[3]
     mask, sinks, softcap, window, causal = masks
     group = heads // kv_heads
-    block_d, block_dv = (max(16, triton.next_power_of_2(x)) for x in (dim, v_dim))
+    block_d, block_dv = (max(16, next_power_of_2(x)) for x in (dim, v_dim))
     given = mask is not None, pages is not None, dumped is not None
     config = config or decode_config(group * rows, block_d, block_dv, q.dtype, capability_of(q.device), *given)
-    tiles_m = triton.cdiv(group * rows, config.block_m)
+    tiles_m = cdiv(group * rows, config.block_m)
     programs = batch * kv_heads * tiles_m
     out = q.new_empty(batch, rows, heads, v_dim).transpose(1, 2)
     lse = q.new_empty(batch, heads, rows, dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
     processors = multiprocessors(q.device) if q.is_cuda else 4  # the interpreter
-    splits = splits or split_count(programs, max(1, triton.cdiv(longest, config.block_n)), config.resident * processors)
+    splits = splits or split_count(programs, max(1, cdiv(longest, config.block_n)), config.resident * processors)
     one = splits == 1
     part, part_lse = (lse, lse) if one else _parts(q, rows * heads * batch * splits, v_dim)
     bias = None if mask is None else mask.expand(batch, heads, rows, mask.shape[3])
@@ -136,7 +135,7 @@ def launch(
         decode_kernel, (programs, splits), tensors, numbers,
         D=dim, DV=v_dim, BLOCK_D=block_d, BLOCK_DV=block_dv, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         CAUSAL=causal, CAPPED=softcap > 0, ONE=one, PRECISION=precision(q.dtype), SWAP=config.swap,
-        BLOCK_E=max(16, triton.next_power_of_2(2 * group)),
+        BLOCK_E=max(16, next_power_of_2(2 * group)),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     if not one:

@@ -8,6 +8,7 @@ from tsa_compile.kernels.attend.decode.config import decode_config
 from tsa_compile.kernels.attend.decode.host import MERGED_AT_ONCE
 from tsa_compile.kernels.common.launch import multiprocessors, split_count
 from tsa_compile.kernels.common.launcher import launch
+from tsa_compile.kernels.common.sizes import cdiv, next_power_of_2
 from tsa_compile.kernels.common.tiles import capability_of, precision
 
 Tensor = torch.Tensor
@@ -18,8 +19,6 @@ def listed_attention(
     lengths: Tensor | None, key_mask: Tensor | None, scale: float, mask: Tensor | None = None, sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`tsa::listed_attention` by Triton: a launch that attends, and one that merges its parts. Nothing waits for the device."""
-    import triton
-
     from tsa_compile.kernels.attend.decode.listed_device import listed_kernel
     from tsa_compile.kernels.common.splits_device import merge_kernel
 
@@ -28,13 +27,13 @@ def listed_attention(
     lse = q.new_empty(batch, heads, 1, dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
-    group, (block_d, block_dv) = heads // kv_heads, (max(16, triton.next_power_of_2(x)) for x in (dim, v_dim))
+    group, (block_d, block_dv) = heads // kv_heads, (max(16, next_power_of_2(x)) for x in (dim, v_dim))
     capability = capability_of(q.device)
     config = decode_config(group, block_d, block_dv, q.dtype, capability, biased=mask is not None, pages=True)
-    tiles_m = triton.cdiv(group, config.block_m)
+    tiles_m = cdiv(group, config.block_m)
     programs = batch * kv_heads * tiles_m
     processors = multiprocessors(q.device) if q.is_cuda else 4  # the interpreter
-    splits = split_count(programs, max(1, triton.cdiv(k_len, config.block_n)), config.resident * processors)
+    splits = split_count(programs, max(1, cdiv(k_len, config.block_n)), config.resident * processors)
     one = splits == 1
     new = lambda *shape: q.new_empty(*shape, dtype=torch.float32)  # noqa: E731
     part, part_lse = (lse, lse) if one else (new(batch * heads * splits, v_dim), new(batch * heads * splits))

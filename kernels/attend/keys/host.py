@@ -6,6 +6,7 @@ import torch
 
 from tsa_compile.kernels.common.launcher import launch
 from tsa_compile.kernels.common.results import empty_result, no_lse
+from tsa_compile.kernels.common.sizes import cdiv, next_power_of_2
 from tsa_compile.kernels.common.tiles import LOG2_E, Config, capability_of, precision, prefill_config, small_shared
 from tsa_compile.kernels.types import Attended, Keys, Operands
 
@@ -30,8 +31,6 @@ def key_attention(x: Operands, kept: Keys, scale: float, need_lse: bool = False)
     q, k, v, (indices, counts) = x.q, x.k, x.v, kept
     if q.dtype == torch.float64 or scale <= 0:
         raise ValueError(f"tsa::key_attention on a GPU takes no float64 and a positive scale, got {q.dtype} and {scale}")
-    import triton
-
     from tsa_compile.kernels.attend.keys.device import key_attention_kernel, pack_keys_kernel
 
     (batch, heads, q_len, dim), kv_heads, v_dim, (lists, capacity) = q.shape, k.shape[1], v.shape[3], indices.shape[1:]
@@ -40,15 +39,15 @@ def key_attention(x: Operands, kept: Keys, scale: float, need_lse: bool = False)
     if out.numel() == 0:
         return Attended(out, no_lse(q) if lse is None else lse.fill_(-torch.inf))
     packed_k, packed_v = (x.new_empty(batch, lists, capacity, x.shape[3]) for x in (k, v))
-    block_d, block_dv = (max(16, triton.next_power_of_2(x)) for x in (dim, v_dim))
+    block_d, block_dv = (max(16, next_power_of_2(x)) for x in (dim, v_dim))
     shape = {"D": dim, "DV": v_dim, "BLOCK_D": block_d, "BLOCK_DV": block_dv}
     if capacity:
         launch(
-            pack_keys_kernel, (triton.cdiv(capacity, 64) * batch * lists,), (k, v, packed_k, packed_v, indices, counts),
+            pack_keys_kernel, (cdiv(capacity, 64) * batch * lists,), (k, v, packed_k, packed_v, indices, counts),
             (*k.stride(), *v.stride(), *indices.stride()[:2], kv_heads, lists, capacity), **shape, BLOCK=64,
         )  # fmt: skip
     config = key_config(max(block_d, block_dv), q.dtype, capability_of(q.device))
-    tiles = triton.cdiv(q_len, config.block_m)
+    tiles = cdiv(q_len, config.block_m)
     launch(
         key_attention_kernel, (batch * heads * tiles,), (q, packed_k, packed_v, out, counts, lse),
         (*q.stride(), *out.stride()[:3], heads, lists, q_len, capacity, tiles, scale * LOG2_E), **shape,

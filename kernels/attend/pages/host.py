@@ -10,6 +10,7 @@ from tsa_compile.kernels.attend.pages import hopper
 from tsa_compile.kernels.common.launcher import Launch
 from tsa_compile.kernels.common.results import empty_result, no_lse
 from tsa_compile.kernels.common.row_blocks import KEYS, ROWS, key_block_count, row_block_count, word_count
+from tsa_compile.kernels.common.sizes import next_power_of_2
 from tsa_compile.kernels.common.tiles import LOG2_E, Config, capability_of, precision, section_heads, small_shared
 from tsa_compile.kernels.common.view import length_of
 from tsa_compile.kernels.types import KvView
@@ -81,12 +82,10 @@ def _launch(
     key_mask: bool, lse: bool,
 ) -> Launch:  # fmt: skip
     """Of operands of these shapes and strides; lists: of the bitmap; m_sb, blocks_sb: rows of mask and table are so far apart."""
-    import triton
-
     from tsa_compile.kernels.attend.pages.device import key_block_attention_kernel
 
     (batch, heads, q_len, dim), kv_heads, v_dim = q, k[1], v[3]
-    block_d, block_dv = (max(16, triton.next_power_of_2(d)) for d in (dim, v_dim))
+    block_d, block_dv = (max(16, next_power_of_2(d)) for d in (dim, v_dim))
     config = tile_config(max(block_d, block_dv), dtype, capability_of(device))
     row_blocks = row_block_count(q_len, k_len)
     tiles = row_blocks * (ROWS // config.block_m)

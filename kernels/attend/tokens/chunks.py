@@ -8,6 +8,7 @@ import torch
 
 from tsa_compile.kernels.common.launch import tiles_in_yz
 from tsa_compile.kernels.common.launcher import launch
+from tsa_compile.kernels.common.sizes import cdiv, next_power_of_2
 
 Tensor = torch.Tensor
 CHUNK_BYTES = 1 << 30  # packed rows, and what else is kept by row, of the heads that run together
@@ -32,30 +33,26 @@ def pack(x: Tensor, packed_heads: int, indices: Tensor, counts: Tensor) -> Tenso
 
     x holds the last L of the Lk positions; a kept row before them is zero.
     """
-    import triton
-
     from tsa_compile.kernels.attend.tokens.pack_device import pack_kernel
 
     (batch, heads, length, dim), k_len = x.shape, indices.shape[2]
     skipped = k_len - length
     packed = x.new_empty(batch, packed_heads, k_len, dim)
     launch(
-        pack_kernel, (batch * packed_heads, *tiles_in_yz(triton.cdiv(k_len, 64))), (x, packed, indices, counts),
+        pack_kernel, (batch * packed_heads, *tiles_in_yz(cdiv(k_len, 64))), (x, packed, indices, counts),
         (*x.stride(), *indices.stride()[:2], heads, packed_heads, indices.shape[1], k_len, skipped),
-        D=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK=64, TAIL=TAIL,
+        D=dim, BLOCK_D=next_power_of_2(dim), BLOCK=64, TAIL=TAIL,
     )  # fmt: skip
     return packed
 
 
 def scatter(part: Tensor, out: Tensor, slots: Tensor) -> None:
     """Every row of out [B, H, Lq, Dv]: the packed row of its slot, or zero."""
-    import triton
-
     from tsa_compile.kernels.attend.tokens.pack_device import scatter_kernel
 
     batch, heads, q_len, v_dim = out.shape
     launch(
-        scatter_kernel, (batch * heads, *tiles_in_yz(triton.cdiv(q_len, 64))), (part, out, slots),
+        scatter_kernel, (batch * heads, *tiles_in_yz(cdiv(q_len, 64))), (part, out, slots),
         (*part.stride()[:3], *out.stride()[:3], *slots.stride()[:2], heads, slots.shape[1], q_len),
-        DV=v_dim, BLOCK_DV=triton.next_power_of_2(v_dim), BLOCK=64,
+        DV=v_dim, BLOCK_DV=next_power_of_2(v_dim), BLOCK=64,
     )  # fmt: skip

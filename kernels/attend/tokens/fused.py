@@ -8,6 +8,7 @@ from tsa_compile.kernels.attend.tokens import hopper
 from tsa_compile.kernels.attend.tokens.strip import add_strip, invert
 from tsa_compile.kernels.common.launcher import launch
 from tsa_compile.kernels.common.results import empty_result, no_lse
+from tsa_compile.kernels.common.sizes import cdiv, next_power_of_2
 from tsa_compile.kernels.common.tiles import LOG2_E, capability_of, precision, prefill_config, section_heads
 from tsa_compile.kernels.types import Attended, Operands, Strip, Tokens
 
@@ -45,14 +46,12 @@ def launch_prefill(
     """Attention among the kept tokens into `out`; `lse` None: the other rows are zeroed."""
     if hopper.takes(q, k, v):
         return hopper.launch(q, k, v, out, lse, indices, counts, scale)
-    import triton
-
     from tsa_compile.kernels.attend.tokens.device import sparse_prefill_kernel
 
     (batch, heads, q_len, dim), (kv_heads, k_len), v_dim = q.shape, k.shape[1:3], v.shape[-1]
-    block_d, block_dv = (max(16, triton.next_power_of_2(d)) for d in (dim, v_dim))
+    block_d, block_dv = (max(16, next_power_of_2(d)) for d in (dim, v_dim))
     config = prefill_config(max(block_d, block_dv), q.dtype, capability_of(q.device))
-    tiles = min(triton.cdiv(k_len, config.block_m), triton.cdiv(q_len, config.block_m) + 1)  # that hold a query
+    tiles = min(cdiv(k_len, config.block_m), cdiv(q_len, config.block_m) + 1)  # that hold a query
     section = section_heads(heads, kv_heads, k_len, (dim + v_dim) * q.element_size())
     numbers = (
         *q.stride(), *k.stride(), *v.stride(), *out.stride()[:3], *indices.stride()[:2],

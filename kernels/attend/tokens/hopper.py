@@ -9,6 +9,7 @@ import torch
 
 from tsa_compile.kernels.common import launcher
 from tsa_compile.kernels.common.launch import multiprocessors
+from tsa_compile.kernels.common.sizes import cdiv
 from tsa_compile.kernels.common.tiles import LOG2_E, capability_of, section_heads
 
 Tensor = torch.Tensor
@@ -42,12 +43,10 @@ def launch(
 ) -> None:  # fmt: skip
     """As `fused.launch_prefill`. `packed`: k and v are the kept rows of each list, [B, G, Lk, D], finite up to BLOCK rows behind
     the last."""
-    import triton
-
     from tsa_compile.kernels.attend.tokens.hopper_device import sparse_prefill_hopper_kernel
 
     (batch, heads, q_len, dim), (kv_heads, k_len) = q.shape, k.shape[1:3]
-    tiles = min(triton.cdiv(k_len, BLOCK), triton.cdiv(q_len, BLOCK) + 1)
+    tiles = min(cdiv(k_len, BLOCK), cdiv(q_len, BLOCK) + 1)
     section = section_heads(heads, kv_heads, k_len, 2 * dim * q.element_size())
     total = batch * heads * tiles
     programs = min(total, multiprocessors(q.device))

@@ -6,6 +6,7 @@ import torch
 
 from tsa_compile.kernels.common.launcher import launch
 from tsa_compile.kernels.common.pages import CHUNK, PAGE, pages_of
+from tsa_compile.kernels.common.sizes import cdiv, next_power_of_2
 from tsa_compile.kernels.common.tiles import precision
 
 Tensor = torch.Tensor
@@ -23,19 +24,17 @@ def page_scores(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """`tsa::page_scores` by Triton. Products run in the dtype of `sums`. Nothing waits for the device."""
-    import triton
-
     from tsa_compile.kernels.score.page_index.device import page_scores_kernel
 
     (batch, heads, rows, dim), kv_heads = q.shape, sums.shape[1]
     pages, group = pages_of(capacity), heads // kv_heads
-    chunks = triton.cdiv(pages, CHUNK)
+    chunks = cdiv(pages, CHUNK)
     logits = q.new_empty(batch, heads, rows, pages, dtype=torch.float32)
     parts = q.new_empty(batch, heads, rows, chunks, dtype=torch.float32)
     if logits.numel() == 0:
         return logits, parts
-    block_m = min(64, max(16, triton.next_power_of_2(group * rows)))
-    tiles_m, block_pages = triton.cdiv(group * rows, block_m), max(1, block // PAGE)
+    block_m = min(64, max(16, next_power_of_2(group * rows)))
+    tiles_m, block_pages = cdiv(group * rows, block_m), max(1, block // PAGE)
     numbers = (
         *q.stride(), *sums.stride()[:3], counts.stride(0), 0 if blocks is None else blocks.stride(0),
         block_pages, max(1, sums.shape[2] // block_pages), kv_heads, group, rows, tiles_m, capacity, pages, chunks, scale,
@@ -43,7 +42,7 @@ def page_scores(
     tensors = (q, sums, counts, logits, parts, blocks, start, lengths)
     launch(
         page_scores_kernel, (batch * kv_heads * tiles_m, chunks), tensors, numbers,
-        D=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_M=block_m, CHUNK=CHUNK,
+        D=dim, BLOCK_D=max(16, next_power_of_2(dim)), BLOCK_M=block_m, CHUNK=CHUNK,
         PRECISION=precision(sums.dtype), num_warps=4, num_stages=1,
     )  # fmt: skip
     return logits, parts

@@ -8,6 +8,7 @@ import torch
 
 from tsa_compile.kernels.common.launcher import Launch
 from tsa_compile.kernels.common.row_blocks import KEYS, key_block_count
+from tsa_compile.kernels.common.sizes import next_power_of_2
 from tsa_compile.kernels.common.view import length_of
 from tsa_compile.kernels.types import KvView
 
@@ -43,13 +44,11 @@ def _launch(
     start: bool, lengths: bool, key_mask: bool,
 ) -> Launch:  # fmt: skip
     """Of keys `[*, kv_heads, rows, dim]` of these strides; m_sb, blocks_sb: rows of mask and table are so far apart."""
-    import triton
-
     from tsa_compile.kernels.score.page_mass.device import key_block_means_kernel
 
     key_blocks = key_block_count(k_len)
     numbers = (*strides, m_sb, kv_heads, k_len, key_blocks, blocks_sb, block, max(1, rows // block))
     return Launch(
-        key_block_means_kernel, (key_blocks * batch * kv_heads,), numbers, D=dim, BLOCK_D=triton.next_power_of_2(dim), KEYS=KEYS,
+        key_block_means_kernel, (key_blocks * batch * kv_heads,), numbers, D=dim, BLOCK_D=next_power_of_2(dim), KEYS=KEYS,
         START=start, LENGTH=lengths, MASK=key_mask,
     )  # fmt: skip

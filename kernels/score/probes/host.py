@@ -6,6 +6,7 @@ import torch
 
 from tsa_compile.kernels.common.launcher import launch
 from tsa_compile.kernels.common.ranks import order_or_unread
+from tsa_compile.kernels.common.sizes import cdiv
 from tsa_compile.kernels.common.tiles import LOG2_E, capability_of, precision, small_shared
 from tsa_compile.kernels.score.probes.reference import probe_ranks
 from tsa_compile.kernels.types import KvView
@@ -25,16 +26,14 @@ def probing_queries(q: Tensor, k_len: int, view: KvView, probes: int) -> Tensor:
 
 def probe_means(q: Tensor, k: Tensor, view: KvView, scale: float) -> Tensor:
     """Mean attention of all probes `q` `[B, H, P, D]` (contiguous) to each key, float32 `[B, H, Lk]` by rank."""
-    import triton
-
     from tsa_compile.kernels.score.probes.device import probe_lse_kernel, probe_mean_kernel
 
     (batch, heads, probes, dim), (kv_heads, k_len) = q.shape, k.shape[1:3]
     (order, ranks), padded = order_or_unread(view, q.device), view.ranks is not None
     block_d, block_m, block_n, warps, stages = probe_config(dim, q.dtype, probes, capability_of(q.device))
-    splits = max(1, min(triton.cdiv(_PROGRAMS, batch * heads), triton.cdiv(k_len, _MIN_SPAN)))
-    span = triton.cdiv(triton.cdiv(k_len, splits), block_n) * block_n
-    splits = triton.cdiv(k_len, span)
+    splits = max(1, min(cdiv(_PROGRAMS, batch * heads), cdiv(k_len, _MIN_SPAN)))
+    span = cdiv(cdiv(k_len, splits), block_n) * block_n
+    splits = cdiv(k_len, span)
     part = torch.empty(2, batch, heads, splits, probes, dtype=torch.float32, device=q.device)
     mean = torch.empty(batch, heads, k_len, dtype=torch.float32, device=q.device)
     numbers = (*k.stride(), heads, kv_heads, k_len, probes, splits, span, scale * LOG2_E)
@@ -43,7 +42,7 @@ def probe_means(q: Tensor, k: Tensor, view: KvView, scale: float) -> Tensor:
         "PRECISION": precision(q.dtype), "num_warps": warps, "num_stages": stages,
     }  # fmt: skip
     grid, sums = (batch * heads, splits), (q, k, *part)
-    launch(probe_lse_kernel, (*grid, triton.cdiv(probes, block_m)), (*sums, order, ranks), numbers, **shape)
+    launch(probe_lse_kernel, (*grid, cdiv(probes, block_m)), (*sums, order, ranks), numbers, **shape)
     launch(probe_mean_kernel, grid, (*sums, mean, order, ranks), numbers, **shape)
     return mean
 

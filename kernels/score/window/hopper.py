@@ -8,6 +8,7 @@ import torch
 
 from tsa_compile.kernels.common import launcher
 from tsa_compile.kernels.common.launch import multiprocessors
+from tsa_compile.kernels.common.sizes import cdiv, next_power_of_2
 from tsa_compile.kernels.common.tiles import capability_of
 
 Tensor = torch.Tensor
@@ -54,8 +55,6 @@ def launch(
 
     through: int32 `[B * H]`, zero.
     """
-    import triton
-
     from tsa_compile.kernels.score.window.hopper_device import score_hopper_kernel
     from tsa_compile.kernels.score.window.hopper_ring_device import WARPS
 
@@ -63,8 +62,8 @@ def launch(
     together, stages = tiles(heads // kv_heads, dim, q.element_size())
     programs, processors = max(1, batch * heads // together), multiprocessors(q.device)
     most = max(1, min(processors // programs, MAX_SPLITS))
-    span = triton.cdiv(triton.cdiv(k_len, most), BLOCK) * BLOCK
-    splits = triton.cdiv(k_len, span)
+    span = cdiv(cdiv(k_len, most), BLOCK) * BLOCK
+    splits = cdiv(k_len, span)
     part = torch.empty(2, batch, heads, splits, window, dtype=torch.float32, device=q.device)
     tensors = (q, k, *part, through, mean, order, ranks)
     numbers = (*q.stride()[:3], *k.stride()[:3], heads, kv_heads, q_len, k_len, window, splits, span, scale_log2)
@@ -73,7 +72,7 @@ def launch(
     kernel = functools.partial(launcher.launch, score_hopper_kernel, grid, tensors, numbers, **shape)
     if _run_at_once(grid, processors) and q.device not in _REFUSED:
         try:
-            most = triton.next_power_of_2(most)
+            most = next_power_of_2(most)
             return kernel(SPLITS=most, LSE=True, MEAN=True, launch_cooperative_grid=True)
         except RuntimeError as error:
             if "cooperative" not in str(error):

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from tsa_compile.kernels.common.launcher import launch
+from tsa_compile.kernels.common.sizes import cdiv
 from tsa_compile.kernels.common.tiles import LOG2_E, capability_of, small_shared
 from tsa_compile.kernels.score.window import hopper
 
@@ -47,14 +48,12 @@ def window_scores(
         through = torch.zeros(batch * heads, dtype=torch.int32, device=q.device) if through is None else through
         hopper.launch(q, k, order, ranks, padded, scale * LOG2_E, window, mean, through)
         return mean
-    import triton
-
     from tsa_compile.kernels.score.window.device import score_lse_kernel, score_mean_kernel
 
     block_d, block_m, block_n, warps, stages = score_config(dim, q.dtype, window, capability_of(q.device))
-    splits = max(1, min(triton.cdiv(_PROGRAMS, batch * heads), triton.cdiv(k_len, _MIN_SPAN)))
-    span = triton.cdiv(triton.cdiv(k_len, splits), block_n) * block_n
-    splits = max(1, triton.cdiv(k_len, span))
+    splits = max(1, min(cdiv(_PROGRAMS, batch * heads), cdiv(k_len, _MIN_SPAN)))
+    span = cdiv(cdiv(k_len, splits), block_n) * block_n
+    splits = max(1, cdiv(k_len, span))
     part = torch.empty(2, batch, heads, splits, window, dtype=torch.float32, device=q.device)
     numbers = (*q.stride(), *k.stride(), heads, kv_heads, q_len, k_len, window, splits, span, scale * LOG2_E)
     shape = {
@@ -62,7 +61,7 @@ def window_scores(
         "PRECISION": "tf32x3" if q.dtype == torch.float32 else "ieee", "num_warps": warps, "num_stages": stages,
     }  # fmt: skip
     grid, sums = (batch * heads, splits), (q, k, *part)
-    launch(score_lse_kernel, (*grid, triton.cdiv(window, block_m)), (*sums, order, ranks), numbers, **shape)
+    launch(score_lse_kernel, (*grid, cdiv(window, block_m)), (*sums, order, ranks), numbers, **shape)
     launch(score_mean_kernel, grid, (*sums, mean, order, ranks), numbers, **shape)
     return mean
 

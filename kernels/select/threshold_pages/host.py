@@ -10,6 +10,7 @@ import torch
 
 from tsa_compile.kernels.common.launcher import Launch
 from tsa_compile.kernels.common.row_blocks import ROWS, finest_pool, key_block_count, row_block_count, word_count
+from tsa_compile.kernels.common.sizes import cdiv, next_power_of_2
 from tsa_compile.kernels.common.tiles import LOG2_E, precision
 
 Tensor = torch.Tensor
@@ -62,20 +63,18 @@ def _launch(
     sinks: int, last_dense: int, behind: int,
 ) -> Launch:  # fmt: skip
     """Of queries `[batch, heads, q_len, dim]` of these strides; rows of the mask are m_sb apart."""
-    import triton
-
     from tsa_compile.kernels.select.threshold_pages.device import select_key_blocks_kernel
 
     if pool < finest_pool(dim):
         raise ValueError(f"pool: {pool}; allowed on a GPU with head dim {dim}: from {finest_pool(dim)} on")
     row_blocks, (together, warps) = row_block_count(q_len, k_len), tile(pool, dim)
-    block_d, half = max(16, triton.next_power_of_2(dim)), dtype != torch.float32
+    block_d, half = max(16, next_power_of_2(dim)), dtype != torch.float32
     numbers = (
         *strides, m_sb, heads, kv_heads, q_len, k_len, row_blocks, key_block_count(k_len), word_count(k_len),
         scale * LOG2_E, log2(alpha[0]), window, sinks, last_dense, behind,
     )  # fmt: skip
     return Launch(
-        select_key_blocks_kernel, (triton.cdiv(row_blocks, together) * batch * heads,), numbers,
+        select_key_blocks_kernel, (cdiv(row_blocks, together) * batch * heads,), numbers,
         D=dim, BLOCK_D=block_d, POOL=pool, PER=ROWS // pool, ROW_BLOCKS=together, STEP=step(block_d, dtype),
         START=start, LENGTH=lengths, MASK=key_mask, BY_HEAD=len(set(alpha)) > 1,
         POOLING=precision(dtype), PRECISION="tf32" if half else "tf32x3", num_warps=warps, num_stages=2 if dim <= 128 else 1,

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from tsa_compile.kernels.common.launcher import launch
+from tsa_compile.kernels.common.sizes import cdiv
 from tsa_compile.kernels.types import KvView, TokenRule, Tokens
 
 Tensor = torch.Tensor
@@ -21,8 +22,6 @@ def select_from_means(
     mean: Tensor, q_len: int, view: KvView, rule: TokenRule, lists: int, zeroed: Zeroed | None = None
 ) -> Tokens:
     """Steps 3 (pooling) to 7 of the contract, from the mean attention float32 `[B, H, Lk]` by rank (`window_scores`)."""
-    import triton
-
     from tsa_compile.kernels.select.tokens import count_device, device
 
     batch, heads, k_len = mean.shape
@@ -32,17 +31,17 @@ def select_from_means(
     masses, candidates = (new(batch, k_len, dtype=torch.int64) for _ in range(2))  # each aligned: a kernel is compiled by that
     counts, indices, heavy_indices = new(batch), new(batch, lists, k_len), new(batch, lists, heavy)
     order, ranks = view.order if padded else (counts, counts)  # not read
-    chunks = triton.cdiv(k_len, CHUNK)
+    chunks = cdiv(k_len, CHUNK)
     mass_bins, cuts, _ = zeroed or zeros(batch, lists, 0, mean.device)
     coverage_bits = struct.unpack("<q", struct.pack("<d", coverage))[0]
     row = (q_len, k_len, window)
     launch(
-        count_device.pool_kernel, (triton.cdiv(k_len, POOL_BLOCK) * batch,),
+        count_device.pool_kernel, (cdiv(k_len, POOL_BLOCK) * batch,),
         (mean, scores, masses, mass_bins, ranks), (heads, *row, pool),
         HEADS=POOL_HEADS, BLOCK=POOL_BLOCK, PADDED=padded, num_warps=POOL_WARPS,
     )  # fmt: skip
     launch(
-        count_device.count_kernel, (triton.cdiv(k_len, COUNT_BLOCK) * batch,),
+        count_device.count_kernel, (cdiv(k_len, COUNT_BLOCK) * batch,),
         (masses, candidates, mass_bins, counts, ranks), (*row, min_tokens, coverage_bits),
         BLOCK=COUNT_BLOCK, PADDED=padded, num_warps=COUNT_WARPS,
     )  # fmt: skip

@@ -9,6 +9,7 @@ import torch
 from tsa_compile.kernels.common.launch import constant
 from tsa_compile.kernels.common.pages import PAGE
 from tsa_compile.kernels.common.shares import share_bits
+from tsa_compile.kernels.common.sizes import next_power_of_2
 from tsa_compile.kernels.select.top_pages.host import Rule, View
 
 Tensor = torch.Tensor
@@ -17,8 +18,6 @@ TILE = 16384  # logits at a time; on an H200 with 8 warps ahead of half and of d
 
 def launch_bins(logits: Tensor, parts: Tensor, counts: Tensor, view: View, rule: Rule, indices: Tensor, number: Tensor) -> None:
     """As `host.launch`."""
-    import triton
-
     from tsa_compile.kernels.select.top_pages.bins_device import top_pages_kernel
 
     (batch, heads, rows, pages), (_, kv_heads, most) = logits.shape, indices.shape
@@ -28,7 +27,7 @@ def launch_bins(logits: Tensor, parts: Tensor, counts: Tensor, view: View, rule:
     shares = [share_bits(x) for x in keep]
     of_heads = None if len(shares) == 1 else constant(tuple(shares), torch.int64, logits.device)
     mass_bits = struct.unpack("<q", struct.pack("<d", mass))[0]
-    in_tile = triton.next_power_of_2(queries)
+    in_tile = next_power_of_2(queries)
     block_pages = max(1, block // PAGE)
     top_pages_kernel[(batch * kv_heads,)](
         logits, parts, counts, *scratch, indices, number, blocks, start, lengths, of_heads,

@@ -13,6 +13,7 @@ from tsa_compile.kernels.common import launcher
 from tsa_compile.kernels.common.launch import constant
 from tsa_compile.kernels.common.pages import PAGE
 from tsa_compile.kernels.common.shares import share_bits
+from tsa_compile.kernels.common.sizes import cdiv, next_power_of_2
 from tsa_compile.kernels.common.tiles import capability_of
 from tsa_compile.kernels.select.top_pages.budget import list_capacity
 
@@ -79,13 +80,11 @@ def launch_shares(
     logits: Tensor, parts: Tensor, counts: Tensor, scores: Tensor, view: View, rule: Rule, kv_heads: int, config: ListConfig
 ) -> None:
     """The first launch, to `scores` int32 `[B * Hk, 16 * groups]`; at least one page."""
-    import triton
-
     from tsa_compile.kernels.select.top_pages.shares_device import page_shares_kernel
 
     (_, heads, rows, pages), (blocks, block, start, lengths, capacity), (sinks, recent) = logits.shape, view, rule[3:]
     queries, block_pages = heads // kv_heads * rows, max(1, block // PAGE)
-    in_tile = triton.next_power_of_2(queries)
+    in_tile = next_power_of_2(queries)
     at_once = 4096 // in_tile
     tile, chunks = min(config.tile, max(32, at_once)), min(128, max(16, at_once))
     numbers = (
@@ -94,7 +93,7 @@ def launch_shares(
     )  # fmt: skip
     tensors = (logits, parts, counts, scores, blocks, start, lengths)
     launcher.launch(
-        page_shares_kernel, (len(scores), triton.cdiv(pages, tile)), tensors, numbers,
+        page_shares_kernel, (len(scores), cdiv(pages, tile)), tensors, numbers,
         QUERIES=in_tile, CHUNKS=chunks, TILE=tile, EARLY=config.early, num_warps=config.share_warps,
     )  # fmt: skip
 

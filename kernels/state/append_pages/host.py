@@ -6,6 +6,7 @@ import torch
 
 from tsa_compile.kernels.common.launcher import launch
 from tsa_compile.kernels.common.pages import PAGE
+from tsa_compile.kernels.common.sizes import cdiv, next_power_of_2
 from tsa_compile.kernels.state.append_pages.reference import build
 from tsa_compile.kernels.types import KvView
 
@@ -26,8 +27,6 @@ def append_pages(
     new: int,
 ) -> None:
     """`tsa::append_pages` by Triton. Nothing waits for the device; no number of rows compiles anything."""
-    import triton
-
     from tsa_compile.kernels.state.append_pages.device import append_pages_kernel
 
     batch, kv_heads, dim = begin.shape[0], k.shape[1], k.shape[3]
@@ -39,9 +38,9 @@ def append_pages(
         max(1, block // PAGE), max(1, k.shape[2] // block), kv_heads,
     )  # fmt: skip
     launch(
-        append_pages_kernel, (batch * kv_heads, triton.cdiv(new // PAGE + 1, PAGES_AT_ONCE)),
+        append_pages_kernel, (batch * kv_heads, cdiv(new // PAGE + 1, PAGES_AT_ONCE)),
         (sums, counts, k, blocks, start, begin, end, key_mask), numbers,
-        D=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)), PAGES=PAGES_AT_ONCE, num_warps=4,
+        D=dim, BLOCK_D=max(16, next_power_of_2(dim)), PAGES=PAGES_AT_ONCE, num_warps=4,
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from tsa_compile.kernels.common.shares import share_bits
+from tsa_compile.kernels.common.sizes import cdiv, next_power_of_2
 
 Tensor = torch.Tensor
 BINS = 256  # as the kernels have them
@@ -15,21 +16,17 @@ FEW_LISTS = 8  # fewer lists are cut into smaller chunks, so that there are prog
 
 def crop_list(since: Tensor, begin: Tensor, counts: Tensor, indices: Tensor, k: Tensor, at: Tensor) -> None:
     """`tsa::crop_list`, in one launch."""
-    import triton
-
     from tsa_compile.kernels.state.listed_keys.device import crop_kernel
 
     if len(since):
         lists = counts.shape[1]
-        crop_kernel[(len(since),)](since, begin, counts, at, lists, BLOCK=triton.next_power_of_2(lists), num_warps=1)
+        crop_kernel[(len(since),)](since, begin, counts, at, lists, BLOCK=next_power_of_2(lists), num_warps=1)
 
 
 def list_keys(
     since: Tensor, counts: Tensor, indices: Tensor, scores: Tensor, lse: Tensor, begin: Tensor, keys: int, share: float
 ) -> None:
     """Nothing waits for the device; no length compiles anything. Scratch: two float32 a key and list."""
-    import triton
-
     from tsa_compile.kernels.state.listed_keys.device import cut_kernel, weigh_kernel, write_kernel
 
     (batch, heads, _, length), rows, lists, most = scores.shape, lse.shape[2], counts.shape[1], indices.shape[2]
@@ -40,9 +37,9 @@ def list_keys(
         counts.zero_()
         since.copy_(begin)
         return
-    in_tile = max(2, triton.next_power_of_2(2 * group))
+    in_tile = max(2, next_power_of_2(2 * group))
     chunk = 2048 if number < FEW_LISTS else 4096
-    chunks = triton.cdiv(length, chunk)
+    chunks = cdiv(length, chunk)
     rank, gathered = torch.empty(2, number, length, dtype=torch.float32, device=scores.device)
     bins = torch.empty(number, chunks, BINS, dtype=torch.int32, device=scores.device)
     cuts = torch.empty(number, 4, dtype=torch.int32, device=scores.device)
