@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from tsa_compile.kernels.attend.pages.host import attend
 from tsa_compile.kernels.attend.pages.reference import key_block_attention_reference
+from tsa_compile.kernels.common.row_blocks import FLAGS
 from tsa_compile.kernels.common.view import length_of
 from tsa_compile.kernels.score.page_mass.host import key_block_means
 from tsa_compile.kernels.score.page_mass.reference import key_block_means_reference
@@ -29,12 +30,12 @@ def block_sparse_attention(
         return _dense(x, scale)
     (blocks, block, start, lengths, _), mask = x.view, x.key_mask
     k_len = length_of(x.k, x.view, k_len)
-    queue = x.q.new_empty(1, dtype=torch.int32)
+    flags = x.q.new_empty(FLAGS + x.q.shape[0], dtype=torch.int32)
     means, counts = key_block_means(x.k, start, lengths, mask, blocks, block, k_len)
     bits = select_key_blocks(
-        x.q, means, counts, start, lengths, mask, k_len, scale, alpha, pool, window, sinks, last_dense, share, lookahead, queue
+        x.q, means, counts, start, lengths, mask, k_len, scale, alpha, pool, window, sinks, last_dense, share, lookahead, flags
     )
-    return attend(x.q, x.k, x.v, None, bits, x.view, mask, k_len, scale, queue)
+    return attend(x.q, x.k, x.v, None, bits, x.view, mask, k_len, scale, flags)
 
 
 def block_sparse_attention_reference(x: Operands, k_len: int | None, scale: float, alpha: Sequence[float], *rule: Any) -> Tensor:

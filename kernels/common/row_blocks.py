@@ -13,6 +13,7 @@ Tensor = torch.Tensor
 ROWS = 128  # query rows of a row block
 KEYS = 64  # keys of a key block
 WORD = 64  # key blocks of one int64 of a bitmap
+FLAGS = 4  # int32 before those of the rows of the batch, in what the choice of key blocks tells the attention that follows
 
 
 def finest_pool(head_dim: int) -> int:

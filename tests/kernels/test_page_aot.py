@@ -28,7 +28,7 @@ from tsa_compile.kernels.select.threshold_pages.host import step, tile
 
 TYPES = {"means": "*fp32", "counts": "*i32", "key_mask": "*i1",
          "lse": "*fp32", "bits": "*i64", "starts": "*i32", "lengths": "*i32", "alphas": "*fp32",
-         "scratch": "*i32", "blocks": "*i32", "queue": "*i32", "scale_log2": "fp32", "alpha_log2": "fp32"}
+         "scratch": "*i32", "blocks": "*i32", "queue": "*i32", "flags": "*i32", "scale_log2": "fp32", "alpha_log2": "fp32"}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 capability = int(sys.argv[1])
@@ -80,7 +80,7 @@ if capability == 90 and sys.argv[2] not in DTYPES:
     def compile_hopper(dtype, dim, all_forms, table):
         hopper, stages, columns = kernel_of(dim)
         types = TYPES | {"q": pieces(dtype, 128, dim), "k": pieces(dtype, 64, columns), "v": pieces(dtype, 64, columns),
-                         "out": "*" + dtype, "holes": "*i1", "table": "*i32"}
+                         "out": "*" + dtype, "holes": "*i32", "table": "*i32"}
         constants = dict(D=dim, **stages, TABLE=table, **dict.fromkeys(("START", "LENGTH", "MASK", "LSE"), all_forms))
         names = [p.name for p in hopper.params]
         signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from tests.kernels.page_cases import SHAPES, dense_attention, make_case, moved, visible_keys
-from tsa_compile.kernels.common.row_blocks import KEYS, keys_of_blocks, row_block_count, valid_keys, valid_range
+from tsa_compile.kernels.attend.pages.reference import key_block_attention_reference
+from tsa_compile.kernels.common.row_blocks import FLAGS, KEYS, keys_of_blocks, row_block_count, valid_keys, valid_range
+from tsa_compile.kernels.common.view import padding_range
 from tsa_compile.kernels.score.page_mass.reference import key_block_means_reference
 from tsa_compile.kernels.select.threshold_pages.reference import (
     block_masses,
@@ -17,8 +19,11 @@ from tsa_compile.kernels.select.threshold_pages.reference import (
     select_key_blocks_reference,
     unpack_bits,
 )
+from tsa_compile.kernels.types import KvView, Operands
 
 pytest.importorskip("triton")
+from tsa_compile.kernels import compose_blocks
+from tsa_compile.kernels.attend.pages import hopper
 from tsa_compile.kernels.attend.pages import host as attend
 from tsa_compile.kernels.score.page_mass import host as page_mass
 from tsa_compile.kernels.select.threshold_pages import host as threshold
@@ -76,10 +81,33 @@ def test_choice(shape, pool):
 def test_choice_by_other_pools(pool):
     case = moved(make_case(q_len=390, k_len=520, heads=2, kv_heads=1, batch=2, padding="left"), torch.float32, DEVICE)
     means = page_mass.key_block_means(case.k, *case.padding)
-    queue = torch.full((1,), 7, dtype=torch.int32, device=DEVICE)
-    got = threshold.select_key_blocks(case.q, *means, *case.padding, 520, case.scale, [0.2], pool, 1, 0, 0, queue=queue)
+    got = threshold.select_key_blocks(case.q, *means, *case.padding, 520, case.scale, [0.2], pool, 1, 0, 0)
     check_choice(case, got, 0.2, pool, 1, 0, 0, slack=1.001)
-    assert queue.item() == 0
+
+
+@pytest.mark.parametrize("shape", ["chunk", "holes"])
+def test_the_three_operations_in_one_call(shape):
+    case = moved(make_case(**SHAPES[shape]), torch.float32, DEVICE)
+    k_len, rule = case.k.shape[2], (128, 70, 3, 40, "head", True)
+    x = Operands(case.q, case.k, case.v, case.key_mask, KvView(None, 1, case.start, case.lengths))
+    got = compose_blocks.block_sparse_attention(x, None, case.scale, [0.3], *rule)
+    means = page_mass.key_block_means(case.k, *case.padding)
+    bits = threshold.select_key_blocks(case.q, *means, *case.padding, k_len, case.scale, [0.3], *rule)
+    want = key_block_attention_reference(case.q, case.k, case.v, bits, None, 1, *case.padding, case.scale, False)[0]
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_the_choice_tells_the_attention_where_the_mask_has_holes():
+    case = make_case(**SHAPES["holes"])
+    assert case.key_mask is not None
+    case.key_mask[1] = torch.arange(400) > 70  # none between the first and the last
+    start, lengths = padding_range(case.key_mask)
+    case = moved(case._replace(start=start, lengths=lengths), torch.float32, DEVICE)
+    flags = torch.full((FLAGS + 2,), 7, dtype=torch.int32, device=DEVICE)
+    means = page_mass.key_block_means(case.k, *case.padding)
+    threshold.select_key_blocks(case.q, *means, *case.padding, 400, case.scale, [0.3], 128, 70, 3, 40, flags=flags)
+    assert flags.tolist() == [0, 7, 7, 7, 1, 0]
+    assert hopper._holes(case.start, case.lengths, case.key_mask).tolist() == [True, False]
 
 
 def test_more_than_one_word_of_a_bitmap():

@@ -9,7 +9,7 @@ import torch
 
 from tsa_compile.kernels.common.launch import multiprocessors
 from tsa_compile.kernels.common.launcher import Launch, Pieces
-from tsa_compile.kernels.common.row_blocks import KEYS, ROWS, row_block_count, valid_range, word_count
+from tsa_compile.kernels.common.row_blocks import FLAGS, KEYS, ROWS, row_block_count, valid_range, word_count
 from tsa_compile.kernels.common.tiles import LOG2_E, capability_of, section_heads
 from tsa_compile.kernels.types import KvView
 
@@ -33,7 +33,7 @@ class _Plan(NamedTuple):
 
 def launch(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, bits: Tensor, view: KvView, key_mask: Tensor | None,
-    k_len: int, scale: float, queue: Tensor | None = None,
+    k_len: int, scale: float, flags: Tensor | None = None,
 ) -> bool:  # fmt: skip
     """As `host.launch`; False, and nothing else, if the kernel does not take the call.
 
@@ -49,12 +49,14 @@ def launch(
     plan = _plan(q.device, q.dtype, q.shape, k.shape, v.shape, *strides, bits.shape[1], k_len, scale, block, *apart, *given)
     if plan is None:
         return False
-    holes = None if key_mask is None else _holes(start, lengths, key_mask)
-    if queue is None:
-        queue = torch.zeros(1, dtype=torch.int32, device=q.device)
+    if flags is None:
+        flags = torch.zeros(FLAGS + q.shape[0], dtype=torch.int32, device=q.device)
+        if key_mask is not None:
+            flags[FLAGS:] = _holes(start, lengths, key_mask)
+    holes = None if key_mask is None else flags[FLAGS:]
     plan.launch(
         plan.q.of(q), plan.k.of(k), plan.v.of(v), out, out if lse is None else lse, bits,
-        *[bits if x is None else x for x in (start, lengths, key_mask, holes, table)], queue,
+        *[bits if x is None else x for x in (start, lengths, key_mask, holes, table)], flags,
     )  # fmt: skip
     return True
 

@@ -51,9 +51,9 @@ def key_block_attention_hopper_kernel(
 ):  # fmt: skip
     """`key_block_attention_kernel` (device.py) by one program a multiprocessor.
 
-    q, k, v: descriptors of [B, heads, length, D] by pieces [1, 1, BLOCK, D] of q, and [1, 1, 64, 64] of k and v. holes: bool [B],
-    true where the mask hides keys between the first and the last. table: int32 [B, P], rows table_sb apart; TABLE: position j is
-    row j % block of entry table[b, j // block] of k and v. queue: an int32 counter of tiles, zero.
+    q, k, v: descriptors of [B, heads, length, D] by pieces [1, 1, BLOCK, D] of q, and [1, 1, 64, 64] of k and v. holes: int32
+    [B], 1 where the mask hides keys between the first and the last. table: int32 [B, P], rows table_sb apart; TABLE: position j
+    is row j % block of entry table[b, j // block] of k and v. queue: an int32 counter of tiles, zero.
     """
     dtype: gl.constexpr = out.dtype.element_ty
     tile_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)

@@ -39,18 +39,18 @@ def key_block_attention(
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, lse: Tensor | None, bits: Tensor, view: KvView, key_mask: Tensor | None, k_len: int,
-    scale: float, queue: Tensor | None = None,
+    scale: float, flags: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """As `key_block_attention`: out, and the log-sum-exp into `lse` if it is wanted; on Hopper by its own kernel where it can.
 
     Args:
-        queue: int32 `[1]`, zero; None: made here, if it is needed.
+        flags: int32 `[FLAGS + B]` by the launch that chose the key blocks; None: made here, if they are needed.
     """
     if scale <= 0:
         raise ValueError(f"tsa::key_block_attention on a GPU takes a positive scale, not {scale}")
     out = empty_result(q, v)
     operands = (q, k, v, out, lse, bits, view, key_mask, k_len, scale)
-    if out.numel() > 0 and not hopper.launch(*operands, queue):
+    if out.numel() > 0 and not hopper.launch(*operands, flags):
         launch_any(*operands)
     return out
 

@@ -28,6 +28,7 @@ LENGTHS = (
 ROWS = tl.constexpr(128)  # as in common/row_blocks.py
 KEYS = tl.constexpr(64)
 WORD = tl.constexpr(64)
+FLAGS = tl.constexpr(4)
 
 
 @triton.jit
@@ -108,9 +109,19 @@ def forced_blocks(c, counts, key_blocks, begin, own, first, end, window, sinks, 
     return visible, forced
 
 
+@triton.jit
+def count_keys(counts, key_blocks):
+    """All keys of a batch row."""
+    number = tl.zeros([WORD], tl.int32)
+    for start in tl.range(0, key_blocks, WORD):
+        c = start + tl.arange(0, WORD)
+        number += tl.load(counts + c, mask=c < key_blocks, other=0)
+    return tl.sum(number, 0)
+
+
 @triton.jit(do_not_specialize=LENGTHS)
 def select_key_blocks_kernel(
-    q, means, counts, bits, starts, lengths, key_mask, alphas, queue, q_sb, q_sh, q_sl, q_sd, m_sb,
+    q, means, counts, bits, starts, lengths, key_mask, alphas, flags, q_sb, q_sh, q_sl, q_sd, m_sb,
     heads, kv_heads, q_len, k_len, row_blocks, key_blocks, words, scale_log2, alpha_log2, window, sinks, last_dense, behind,
     D: tl.constexpr, BLOCK_D: tl.constexpr, POOL: tl.constexpr, PER: tl.constexpr, ROW_BLOCKS: tl.constexpr, STEP: tl.constexpr,
     START: tl.constexpr, LENGTH: tl.constexpr, MASK: tl.constexpr, BY_HEAD: tl.constexpr, POOLING: tl.constexpr,
@@ -118,14 +129,13 @@ def select_key_blocks_kernel(
 ):  # fmt: skip
     """ROW_BLOCKS row blocks of one head, to bits [B, H, row blocks, words]. BY_HEAD: alphas [H] in place of alpha_log2.
 
-    queue: int32 [1], set to zero for the launch that takes its tiles from it; or None.
+    flags: int32 [FLAGS + B] for the attention that follows, or None. The first is set to zero, its queue of tiles; with MASK,
+    those from FLAGS on to whether the mask hides a key between a row's first and last.
     behind: how many rows before its own a row block's scoring rows begin. If any, the call's first row block reads everything.
 
     PER: score rows of a row block. STEP: queries that are summed at a time. POOLING, PRECISION: how queries are summed, and how
     float32 means are multiplied.
     """
-    if queue is not None:
-        tl.store(queue, 0, mask=tl.program_id(0) == 0)
     tile, head = tile_and_row(tl.cdiv(row_blocks, ROW_BLOCKS))
     head = head.to(tl.int64)
     b, h = head // heads, head % heads
@@ -143,6 +153,12 @@ def select_key_blocks_kernel(
     mean_q *= (scale_log2 / tl.maximum(weight, 1.0))[:, None]
     means += (b * kv_heads + h * kv_heads // heads) * key_blocks * D
     counts += b * key_blocks
+    if flags is not None:
+        tl.store(flags, 0, mask=tl.program_id(0) == 0)
+        if MASK:
+            tells = (h == 0) & (tile == 0)  # one program for a row of the batch
+            number = count_keys(counts, tl.where(tells, key_blocks, 0))
+            tl.store(flags + FLAGS + b, (number < end - first).to(tl.int32), mask=tells)
     n_scored = tl.minimum(first_position + (ROW_BLOCKS - 1) * ROWS, last_own) // KEYS  # of the last row block
     steps = tl.cdiv(n_scored, WORD)
     shift = tl.where(weight > 0, 0.0, float("inf"))

@@ -32,12 +32,12 @@ def select_key_blocks(
     last_dense: int,
     share: str = "head",
     lookahead: bool = True,
-    queue: Tensor | None = None,
+    flags: Tensor | None = None,
 ) -> Tensor:
     """`tsa::select_key_blocks` by Triton: int64 `[B, H or Hk, row blocks, words]`. Nothing waits for the device.
 
     Args:
-        queue: int32 `[1]`, which the launch sets to zero for the attention that follows.
+        flags: int32 `[FLAGS + B]`, written for the attention that follows (`attend.pages.host.attend`).
 
     Raises:
         ValueError: too many score rows for the head dim: `pool` is below `finest_pool`.
@@ -52,7 +52,7 @@ def select_key_blocks(
     if bits.numel() > 0:
         launch = _launch(batch, heads, kv_heads, q_len, dim, q.stride(), q.dtype, k_len, m_sb, *given, *rule)
         by_head = logs_on(alphas, q.device) if len(set(alphas)) > 1 else q
-        launch(q, means, counts, bits, *[q if x is None else x for x in (start, lengths, key_mask)], by_head, queue)
+        launch(q, means, counts, bits, *[q if x is None else x for x in (start, lengths, key_mask)], by_head, flags)
     return bits if share == "head" else union_by_group(bits, kv_heads)
 
 
