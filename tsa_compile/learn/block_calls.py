@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -106,5 +105,6 @@ class _Handled(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         named = kwargs or {}
-        own = {_select: functools.partial(self._calls.select, args, named), _attend: lambda: self._calls.attend(*args, **named)}
-        return own[func]() if func in own else func(*args, **named)
+        if func is _select:
+            return self._calls.select(args, named)
+        return (self._calls.attend if func is _attend else func)(*args, **named)

@@ -46,6 +46,7 @@ def search(run: BlockRun, tables: Tables, goal: Target, method: str, base: ByLay
     share = goal.bound if goal.quantity == "pairs" else run.sample(base, advance).pairs
     alphas, sample = _within(run, tables.one, share, advance)
     found: dict[str, tuple[Form, ByLayer, BlockSample]] = {ONE: (tables.one, alphas, sample)}
+    form: Form
     for name, weight in _ways(run, tables, method, alphas, sample, start):
         form = functools.partial(tables.fit, weight=weight)
         found[name] = form, *_within(run, form, share, advance)

@@ -14,6 +14,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -70,7 +71,7 @@ class RowsJob:
         found = self._measured.get(f"{known}: forced", lambda: self._forced(plan, share))
         forced = Plan.from_dict(found["plan"])
         for text, ids in self._texts.items():
-            row = self._measured.get(f"{known}: {text}", lambda ids=ids: self._meter.measure(ids, forced))  # type: ignore[misc]
+            row = self._measured.get(f"{known}: {text}", partial(self._meter.measure, ids, forced))
             yield {"plan": name, "text": text, "factor": found["factor"], **row}
 
     def _forced(self, plan: Plan, share: float) -> dict[str, Any]:
