@@ -73,7 +73,9 @@ def _of_heads(emit: Emit, selection: Any, heads: tuple[int, ...] | None, anchor:
     """
     if heads is None or heads == tuple(range(anchor.kv_heads)):
         return selection
-    return type(selection)(*(x if tensor(x).dim() < 2 else _rows_of_heads(emit, x, heads, anchor.kv_heads) for x in selection))
+    return type(selection)(
+        *(x if tensor(x).dim() < 2 else _rows_of_heads(emit, x, heads, int(anchor.kv_heads)) for x in selection)
+    )
 
 
 def _rows_of_heads(emit: Emit, x: fx.Node, heads: tuple[int, ...], kv_heads: int) -> Any:
