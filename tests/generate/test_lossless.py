@@ -13,7 +13,7 @@ import tsa_compile as tsa
 from tsa_compile.session import attached
 
 pytest.importorskip("transformers")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200)]
 
 PROMPTS, ROWS, NEW = 100, 4, 32
 DRAFTS = {
