@@ -158,4 +158,4 @@ RULES: Mapping[str, Callable[[Given], Read]] = {
     "append_basis": _appended,
     "complete_pages": _completed,
 }
-READ_NO_CACHE = ("select_pages", "join_pages", "attach_state", "padding_range", "key_view")
+READ_NO_CACHE = ("select_pages", "join_pages", "attach_state", "attach_rows", "padding_range", "key_view")
