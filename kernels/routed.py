@@ -55,8 +55,8 @@ def routed_attention(
             raise ValueError("tsa::routed_attention: a corpus that requests share is read whole, by queries that did not travel")
         own = _attend(q, k, v, None, None, start, lengths, key_mask, scale)
         everyone = q.shape[0] * rank_and_size(group)[1]
-        shared = (x.expand(everyone, -1, -1, -1) for x in corpus)
-        part = routed_attention(q, *shared, None, None, None, None, None, scale, True, group)
+        keys, values = (x.expand(everyone, -1, -1, -1) for x in corpus)
+        part = routed_attention(q, keys, values, None, None, None, None, None, scale, True, group)
         return tuple(torch.ops.tsa.merge(*own, *part))
     facts = {"batch rows": q.shape[0], "heads": q.shape[1], "query rows": q.shape[2], "head dim": q.shape[3]}
     facts |= {"KV heads": k.shape[1], "value head dim": v.shape[3], "bytes of a number": q.element_size(), "travel": travel}

@@ -79,7 +79,7 @@ def _of_heads(emit: Emit, selection: Any, heads: tuple[int, ...] | None, anchor:
 
 
 def _rows_of_heads(emit: Emit, x: fx.Node, heads: tuple[int, ...], kv_heads: int) -> Any:
-    group = tensor(x).shape[1] // kv_heads
+    group = int(tensor(x).shape[1]) // kv_heads
     heads = tuple(h * group + i for h in heads for i in range(group))
     return emit(torch.ops.aten.cat.default, [emit(torch.ops.aten.slice.Tensor, x, 1, h, h + 1) for h in heads], 1)
 

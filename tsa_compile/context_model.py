@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -31,7 +31,7 @@ def check_model(model: nn.Module, given: Mapping[str, Any]) -> None:
         raise ValueError("ContextParallel: output_attentions is asked for, and no rank has the weights of all rows")
     others = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     rotary = sorted(set(_rope_types(getattr(config, "rope_parameters", None))) & set(_BY_LENGTH))
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    decoder: nn.Module = cast(Any, model).get_decoder() if hasattr(model, "get_decoder") else model
     mixing = sorted({type(m).__name__ for m in decoder.modules() if isinstance(m, _MIXES_TOKENS)})
     reasons = [
         f"layers of {sorted(others)}" if others else "",
@@ -94,7 +94,7 @@ def check_cache(cache: Any, reasons: Mapping[int, str]) -> None:
 
 
 def _text_config(model: nn.Module) -> Any:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
 
 

@@ -102,7 +102,7 @@ class HostPages:
         """Keys and values of all pages as rows `[B, Hk, pages * 16, D]` on a device."""
         found = []
         for n, page in enumerate(self._page):
-            parts = [s[1 + n][:, : max(0, self.pages - s.first)].to(device) for s in self.segments]
+            parts = [s[1:][n][:, : max(0, self.pages - s.first)].to(device) for s in self.segments]
             parts = parts or [page.new_empty(self.batch, 0, *page.shape[2:], device=device)]
             pages = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
             found.append(pages.transpose(1, 2).flatten(2, 3))

@@ -121,7 +121,8 @@ def share_prefix(cache: Any, batch: int, pool: Pool | None = None) -> Any:
     rows = layers[0].settled().keys.shape[0]
     if rows != 1:
         raise ValueError(f"share_prefix takes a cache of one batch row, not of {rows}")
-    shared, lease = DynamicCache(), Lease(Pool() if pool is None else pool)
+    shared: Any = DynamicCache()
+    lease = Lease(Pool() if pool is None else pool)
     shared.layers = [layer_types().shared(layer, lease=lease) for layer in layers]
     for layer, prefix in zip(shared.layers, layers, strict=True):
         prefix.settle()

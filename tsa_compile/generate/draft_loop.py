@@ -57,25 +57,17 @@ class DraftLoop:
         rules = tuple((type(p).__name__, *sorted(vars(p).items())) for p in self.processors or ())
         return self.steps, self.sampled, rules
 
-    def __call__(
-        self,
-        call: Callable[..., Any],
-        advance: Callable[[], None],
-        *,
-        input_ids: Tensor,
-        position_ids: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Drafted:
+    def __call__(self, call: Callable[..., Any], advance: Callable[[], None], **kwargs: Any) -> Drafted:
         """Only operations of the device.
 
         Args:
             call: the model.
             advance: moves the cache's place by one row, between two calls.
-            input_ids: int64 `[B, 1]`, the last token of each row.
-            position_ids: int64 `[..., B, steps]`, of the calls.
-            kwargs: of each call.
+            kwargs: of each call, but for input_ids: int64 `[B, 1]`, the last token of each row; and position_ids, if there are any:
+                int64 `[..., B, steps]`, of all calls.
         """
-        token, tokens, chances = input_ids, list[Tensor](), list[Tensor]()
+        token, position_ids = kwargs.pop("input_ids"), kwargs.pop("position_ids", None)
+        tokens, chances = list[Tensor](), list[Tensor]()
         for i in range(self.steps):
             if i:
                 advance()

@@ -48,8 +48,8 @@ def search(run: BlockRun, tables: Tables, goal: Target, method: str, base: ByLay
     found: dict[str, tuple[Form, ByLayer, BlockSample]] = {ONE: (tables.one, alphas, sample)}
     form: Form
     for name, weight in _ways(run, tables, method, alphas, sample, start):
-        form = functools.partial(tables.fit, weight=weight)
-        found[name] = form, *_within(run, form, share, advance)
+        weighed = functools.partial(tables.fit, weight=weight)
+        found[name] = weighed, *_within(run, weighed, share, advance)
     best = min(found, key=lambda name: found[name][2].loss)
     form, alphas, sample = found[best]
     if goal.quantity == "kl":

@@ -31,12 +31,16 @@ class Policy:
     name: ClassVar[str]
     masks: ClassVar[frozenset[str]] = frozenset({"causal"})  # the kinds (`MaskFacts.kind`) that it takes
     phases: ClassVar[frozenset[str]] = frozenset({"prefill"})  # those of `site.PHASES` that it is for
-    computes: ClassVar[frozenset[str]] = frozenset()  # what else its operators do to scores: "softcap", "sinks"
     min_queries: int = 128  # prefill: so few query rows over a cache are left to the model
     reads_blocks: ClassVar[bool] = False  # do the operators take keys that lie in blocks anywhere (`KvView.blocks`)?
     needs_session: ClassVar[bool] = False  # does it need what `tsa.transform` does around calls, such as the cache that it keeps?
     by_rows: ClassVar[bool] = False  # do the operators see to `min_queries` where only they know the number of rows?
     by_length: ClassVar[bool] = False  # do they take `site.dense_below`?
+
+    @property
+    def computes(self) -> frozenset[str]:
+        """What else its operators do to scores: "softcap", "sinks"."""
+        return frozenset()
 
     @property
     def shareable(self) -> bool:

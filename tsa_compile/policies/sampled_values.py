@@ -103,8 +103,8 @@ class SampledValues(Policy):
         x, view = site.operands, where(emit, site)
         if selection.teams is not None:
             draws = max(1, self.samples * self.representatives // PAGE)
-            cache = (x.q, x.k, x.v, selection.teams, *view, x.key_mask, site.scale)
-            return emit(torch.ops.tsa.team_attention.default, *cache, selection.seed, draws, self.recent, x.sinks)[0]
+            read = (x.q, x.k, x.v, selection.teams, *view, x.key_mask, site.scale)
+            return emit(torch.ops.tsa.team_attention.default, *read, selection.seed, draws, self.recent, x.sinks)[0]
         cache, masks = (x.q, x.k, x.v, *view, x.key_mask, site.scale), (x.mask, x.sinks, site.softcap)
         rule = (selection.seed, self.samples, self.form)
         return emit(torch.ops.tsa.sampled_value_attention.default, *cache, *rule, *masks)[0]

@@ -53,7 +53,8 @@ class Request:
 
 def pieces(texts: Iterable[Sequence[int]], lengths: Sequence[int]) -> list[list[int]]:
     """The texts joined, and cut into pieces of these lengths in turn; the rest is left out."""
-    joined, found = [i for text in texts for i in text], []
+    joined = [i for text in texts for i in text]
+    found: list[list[int]] = []
     while len(joined) >= lengths[len(found) % len(lengths)]:
         length = lengths[len(found) % len(lengths)]
         found.append(joined[:length])

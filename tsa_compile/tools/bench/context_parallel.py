@@ -71,7 +71,8 @@ def bench_context(model: Any, length: int, keep: float, repeats: int = 3, cached
     alpha = torch.zeros(1, dtype=torch.float64, device=model.device)
     if keep < 1 and dist.get_rank() == 0:
         alpha += alpha_that_reads(model, length, keep)
-    policy = BlockSparse(float(gather(alpha, default_group())[0]))
+    shared = float(gather(alpha, default_group())[0])
+    policy = BlockSparse(shared)
     api.transform(model, Plan(prefill=policy))
     prompt = _prompt(model, length, cached)
     alone = _measured(prompt, model, repeats) if dist.get_rank() == 0 else _Measured(0.0, 0.0, 0, torch.zeros(1))
@@ -84,7 +85,7 @@ def bench_context(model: Any, length: int, keep: float, repeats: int = 3, cached
     numbers = gather(torch.tensor(own, dtype=torch.float64, device=model.device), default_group()).tolist()
     slowest = max(of_rank[4] for of_rank in numbers)
     one, kept, memory, differ = numbers[0][:4]
-    head = (length, model.config.num_hidden_layers, dist.get_world_size(), float(policy.alpha), cached)
+    head = (length, model.config.num_hidden_layers, dist.get_world_size(), shared, cached)
     return ContextRow(*head, one, slowest, kept, spread.kept, int(memory), spread.memory, differ)
 
 

@@ -167,9 +167,9 @@ def bench_resident(model: Any, case: ResidentCase, on_device: bool = True) -> Re
             layer.resident = fetching
         step = _stepper(model, cache, case)
         _ms(step, model, 3)
-        brought = fetching.counts.to_device
+        before = fetching.counts.to_device
         each = _ms(step, model, case.interval)
-        brought = (fetching.counts.to_device - brought) / case.interval
+        brought = (fetching.counts.to_device - before) / case.interval
         del cache, step
     dense = None
     if on_device:
@@ -185,7 +185,8 @@ def filled(model: Any, case: ResidentCase, policy: tsa.Resident) -> Any:
     """A cache in host memory, its rows random; each layer's are written at once."""
     from transformers import DynamicCache
 
-    cache, config = DynamicCache(config=model.config), model.config
+    config = model.config
+    cache: Any = DynamicCache(config=config)
     take_over(cache, session_of(model).steps.pool, keeping=policy.keeping())
     shape = (case.batch, config.num_key_value_heads, case.length, config.head_dim)
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -30,8 +31,8 @@ def select_variants(case: DecodeCase) -> dict[str, Select]:
 
     def lists(x: Buffers, scores: Lists) -> Lists:
         most = list_capacity(scores[0].shape[3], *rule[:3], SINKS + RECENT)
-        new = {"dtype": torch.int32, "device": x.k.device}
-        return torch.empty(case.batch, case.kv_heads, most, **new), torch.empty(case.batch, case.kv_heads, **new)
+        new = functools.partial(torch.empty, dtype=torch.int32, device=x.k.device)
+        return new(case.batch, case.kv_heads, most), new(case.batch, case.kv_heads)
 
     def one_launch(x: Buffers, scores: Lists) -> Lists:
         made = lists(x, scores)
