@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from tsa_compile.cache import storage
 from tsa_compile.cache.kv_state import PAGE, Field, KvState
 from tsa_compile.cache.lease import Lease
-from tsa_compile.cache.page_sums import PageSums
+from tsa_compile.cache.page_sums import PageBases, PageSums, ValueSums
 from tsa_compile.cache.rows import Rows
 from tsa_compile.cache.storage import Pool
+from tsa_compile.kernels.common.page_basis import HIDDEN, unpack
 
-HEADS, DIM, V_DIM = 2, 3, 5
+HEADS, DIM, V_DIM = 2, 4, 5
 
 
 class Selection(KvState):
@@ -45,7 +46,7 @@ class Model:
 
     def __init__(self, batch: int, masked: bool) -> None:
         self.pool = Pool()
-        self.rows = Rows(Lease(self.pool), (PageSums(), Selection()))
+        self.rows = Rows(Lease(self.pool), (PageSums(), PageBases(), ValueSums(), Selection()))
         self.batch, self.masked = batch, masked
         self.keys: list[torch.Tensor] = [torch.zeros(HEADS, 0, DIM)] * batch
         self.values: list[torch.Tensor] = [torch.zeros(HEADS, 0, V_DIM)] * batch
@@ -107,9 +108,27 @@ class Model:
             assert torch.equal(self.rows.keys[n, :, : keys.shape[1]], keys)
             assert torch.equal(self.rows.values[n, :, : values.shape[1]], values)
             assert int(self.rows.row_lengths()[n]) == keys.shape[1]
-        sums = self.rows.state("page_sums")["sums"]
-        for n, want in enumerate(page_sums(self.keys, self.mask if self.masked else None)):
-            torch.testing.assert_close(sums[n, :, : want.shape[1]], want)
+        mask = self.mask if self.masked else None
+        for name, rows in (("page_sums", self.keys), ("value_sums", self.values)):
+            sums = self.rows.state(name)["sums"]
+            for n, want in enumerate(page_sums(rows, mask)):
+                torch.testing.assert_close(sums[n, :, : want.shape[1]], want)
+        self.check_bases(mask)
+
+    def check_bases(self, mask: torch.Tensor | None) -> None:
+        """Eight directions are more than keys of four numbers have: what is left over is rounding."""
+        kept = self.rows.state("page_bases")
+        means = self.rows.state("page_sums")
+        for n, keys in enumerate(self.keys):
+            pages = keys.shape[1] // PAGE
+            real = kept["coords"][n, :, :pages, 0] != HIDDEN
+            want = torch.ones(keys.shape[1], dtype=torch.bool) if mask is None else mask[n, : keys.shape[1]]
+            assert torch.equal(real, want[: pages * PAGE].unflatten(0, (pages, PAGE)).expand_as(real))
+            numbers, coords = unpack(kept["basis"][n, :, :pages], torch.float32), kept["coords"][n, :, :pages].float()
+            rest = torch.einsum("hprd,hpri,hpr->hpid", numbers, coords, kept["scales"][n, :, :pages].float())
+            mean = means["sums"][n, :, :pages] / means["counts"][n, :, :pages, None].clamp_min(1)
+            near = (rest + mean[:, :, None] - keys[:, : pages * PAGE].unflatten(1, (pages, PAGE)))[real]
+            assert near.abs().max() < 0.05 if near.numel() else True
 
 
 STEPS = st.lists(
