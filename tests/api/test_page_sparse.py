@@ -152,3 +152,16 @@ def test_other_indexes_are_refused_where_means_alone_are_known():
         assert from_dict(policy.to_dict()) == policy
         with pytest.raises(ValueError, match=r"Routed.inner ranks pages by mean keys, without completion, got PageSparse"):
             tsa.Routed(policy)
+
+
+def test_the_basis_ranks_twice_what_is_read():
+    site = spiked(length=1024)
+    called = []
+
+    def emit(operator, *args):
+        called.append((operator, args))
+        return operator(*args)
+
+    tsa.PageSparse((0.05, 0.3), "basis", refine=0.1).select(emit, site, None)
+    firsts = [args[9] for operator, args in called if operator is torch.ops.tsa.select_pages.default]
+    assert firsts == [[0.1, 0.6], [0.05, 0.3]]

@@ -28,6 +28,7 @@ from tsa_compile.policies.schedules import SCHEDULES
 
 BUDGETS = ("keep", "pages", "mass", "schedule")
 KINDS = ("mean", "basis")
+AHEAD = 2.0  # times as many pages as are read are ranked by their bases, at least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +39,8 @@ class PageSparse(Policy):
         keep: share of the row's pages, in (0, 1], rounded up, sinks and recent pages included; 1.0 is exact. A list: by KV head.
         kind: the index that ranks pages: "mean", the mean key of a page; "basis", its keys by their mean and eight directions in
             4 bits, which takes 41 bytes more for each key and KV head of dim 128.
-        refine: share of the pages, in (0, 1], that the basis ranks, the best by their means; the others keep what these say.
+        refine: share of the pages, in (0, 1], that the basis ranks, the best by their means, and at least twice as many as `keep`
+            reads; the others keep what their means say.
         completion: whether pages that are not read enter the softmax by their mean key and value.
         pages: number of pages, sinks and recent ones included.
         mass: share of the estimated attention, in (0, 1), that the read pages hold (top-p).
@@ -158,7 +160,8 @@ class PageSparse(Policy):
         x, (counts, *rest) = site.operands, pages
         lists = (None, None)
         if self.refine < 1:
-            rule = (site.kv_heads, [float(self.refine)], [0], 0.0, 0, 1)
+            ranked = [max(float(self.refine), min(1.0, AHEAD * keep)) for keep in self.budget[0]]
+            rule = (site.kv_heads, ranked, [0], 0.0, 0, 1)
             lists = emit(torch.ops.tsa.select_pages.default, logits, parts, *pages, *rule)
         if isinstance(state, Mapping) and "basis" in state:
             basis = tuple(state[name] for name in PageBasis._fields)

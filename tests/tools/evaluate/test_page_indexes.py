@@ -58,7 +58,7 @@ def test_a_first_stage_refines_the_best_pages_alone():
     k = one.k[:1]
     exact, means = ({n: x[0] for n, x in build(Index(kind), k, None, None).items()} for kind in ("exact", "mean"))
     q = one.q[:2]
-    found = masses(index, exact, means, q, one.scale, PAGES)
+    found = masses(index, exact, means, q, one.scale, PAGES, index.first)
     own = log_masses(Index("exact"), exact, q, one.scale)
     coarse = log_masses(Index("mean"), means, q, one.scale)
     passed = top(shares(coarse, PAGES), PAGES, 0.5)

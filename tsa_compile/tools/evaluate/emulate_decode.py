@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from tsa_compile.policies.page_sparse import AHEAD
 from tsa_compile.tools.evaluate.emulate_model import Emulator, Layer, dense
 from tsa_compile.tools.evaluate.emulate_outcome import Choice, Seen, exact_output, mean_masses, outcome
 from tsa_compile.tools.evaluate.emulate_pages import PAGE, Index, Stored, build, rotate
@@ -64,20 +65,22 @@ class DecodeText:
         if lists is not None and lists.shape[0] == heads:
             return Choice(lists, pages)
         of_head = budget[layer.index] if isinstance(budget, dict) else torch.full((heads,), budget, device=layer.k.device)
-        mass = [self.masses(layer, rule.index, g, pages) for g in range(heads)]
+        read = [0.0] * heads if rule.by_mass else of_head.tolist()
+        mass = [self.masses(layer, rule.index, g, pages, read[g]) for g in range(heads)]
         chosen = torch.stack([choose(rule, shares(m, pages), pages, of_head[g]) for g, m in enumerate(mass)])
         if not rule.completion:
             return Choice(chosen, pages)
         rest = mass if rule.completion == "index" else [mean_masses(layer, g) for g in range(heads)]
         return Choice(chosen, pages, torch.stack(rest))
 
-    def masses(self, layer: Layer, index: Index, group: int, pages: Pages) -> Tensor:
-        """Estimated log masses [G, n, P] of one KV head's pages."""
+    def masses(self, layer: Layer, index: Index, group: int, pages: Pages, keep: float = 0.0) -> Tensor:
+        """Estimated log masses [G, n, P] of one KV head's pages, of which the share `keep` is read."""
         stored = self._index(layer, index)
         means = self._index(layer, Index("mean")) if index.first < 1.0 else None
         q = layer.q[group * layer.group : (group + 1) * layer.group]
         one = {name: x[group] for name, x in stored.items()}
-        return masses(index, one, means and {n: x[group] for n, x in means.items()}, q, layer.scale, pages)
+        first = max(index.first, min(1.0, AHEAD * keep))
+        return masses(index, one, means and {n: x[group] for n, x in means.items()}, q, layer.scale, pages, first)
 
     def forget(self) -> None:
         """Free the indexes."""

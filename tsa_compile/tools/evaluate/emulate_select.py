@@ -70,18 +70,19 @@ class Pages:
         return Pages(page <= own, page < own, forced, own[:, 0] + 1)
 
 
-def masses(index: Index, stored: Stored, means: Stored | None, q: Tensor, scale: float, pages: Pages) -> Tensor:
+def masses(index: Index, stored: Stored, means: Stored | None, q: Tensor, scale: float, pages: Pages, first: float) -> Tensor:
     """Estimated log mass of each page for each query row: [G, n, P].
 
     Args:
         stored, means: of one KV head; `means` is the index of the first stage, or None.
         q: [G, n, D].
+        first: share of the pages that passes the first stage.
     """
     mass = log_masses(index, stored, q, scale)
     if means is None:
         return mass
-    first = log_masses(Index("mean"), means, q, scale)
-    return torch.where(top(shares(first, pages), pages, index.first), mass, first)
+    coarse = log_masses(Index("mean"), means, q, scale)
+    return torch.where(top(shares(coarse, pages), pages, first), mass, coarse)
 
 
 def shares(mass: Tensor, pages: Pages) -> Tensor:
