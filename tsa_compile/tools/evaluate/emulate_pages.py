@@ -35,8 +35,8 @@ class Index:
             "kept_basis": what `tsa::append_basis` keeps, of rank 8 in 4 bits, beside means in bfloat16.
         parts: means of so many equal parts of a page ("mean").
         rank: of the basis. bits: of its vectors, 0: as they are; coordinates and mean then have 8.
-        first: share of the pages that this kind ranks, the best by their means, and at least twice as many as are read; others keep
-            the masses that their means give. 1: it ranks all of them.
+        first: share of the pages that this kind ranks, the best by their means, and at least twice as many as are read; others
+            keep the masses that their means give. 1: it ranks all of them.
     """
 
     kind: str = "mean"
