@@ -63,7 +63,7 @@ class DraftLoop:
         Args:
             call: the model.
             advance: moves the cache's place by one row, between two calls.
-            kwargs: of each call, but for input_ids: int64 `[B, 1]`, the last token of each row; and position_ids, if there are any:
+            kwargs: of each call, but for input_ids: int64 `[B, 1]`, the last token of each row; and position_ids, if there are:
                 int64 `[..., B, steps]`, of all calls.
         """
         token, position_ids = kwargs.pop("input_ids"), kwargs.pop("position_ids", None)
