@@ -30,20 +30,21 @@ def sampled_value_attention_reference(
 ) -> tuple[Tensor, Tensor]:
     """`tsa::sampled_value_attention` on any device. Masses come from float32 logits; sums are those of the inputs' dtype."""
     view = KvView(blocks, block, start, lengths)
-    exact, lse, scores = torch.ops.tsa.decode_attention(
-        q, k, v, blocks, block, start, lengths, key_mask, scale, mask, sinks, softcap, scores=True
-    )
+    dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
+    wide = (x.to(dtype) for x in (q, k, v))  # of half inputs the scores would be half, too
+    bias = mask if mask is None or mask.dtype == torch.bool else mask.to(dtype)
+    every = (blocks, block, start, lengths, key_mask, scale, bias, sinks, softcap)
+    exact, lse, scores = torch.ops.tsa.decode_attention(*wide, *every, scores=True)
     first, end = key_range(k, view)
     logits = scores[:, :, 0]  # [B, H, capacity]
     weights = value_weights(logits, first, end, seed, samples, form)
     weights = weights * torch.exp(torch.logsumexp(logits, -1) - lse[:, :, 0]).nan_to_num(0.0)[..., None]  # without the sinks
     values = rows_in_order(v, view)
     drawn = (weights > 0).unflatten(1, (k.shape[1], -1)).any(2)  # [B, Hk, capacity]; no other row of V is read
-    dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
     values = values.to(dtype).masked_fill(~drawn[..., None], 0)
     sums = weights.to(dtype).unflatten(1, (k.shape[1], -1)) @ values
     few = (end - first <= samples)[:, None, None, None]
-    return torch.where(few, exact, sums.flatten(1, 2)[:, :, None].to(q.dtype)), lse
+    return torch.where(few, exact.to(q.dtype), sums.flatten(1, 2)[:, :, None].to(q.dtype)), lse
 
 
 def value_weights(logits: Tensor, first: Tensor, end: Tensor, seed: Tensor, samples: int, form: str) -> Tensor:

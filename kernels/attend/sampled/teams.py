@@ -36,7 +36,8 @@ def team_attention_reference(
 ) -> tuple[Tensor, Tensor]:
     """`tsa::team_attention` on any device. Teams are chosen by float32 logits; sums are those of the inputs' dtype."""
     view, kv_heads = KvView(blocks, block, start, lengths), k.shape[1]
-    logits = torch.ops.tsa.decode_attention(q, k, v, blocks, block, start, lengths, key_mask, scale, scores=True)[2][:, :, 0]
+    wide = (x if x.dtype == torch.float64 else x.float() for x in (q, k, v))  # of half inputs the scores would be half, too
+    logits = torch.ops.tsa.decode_attention(*wide, blocks, block, start, lengths, key_mask, scale, scores=True)[2][:, :, 0]
     pages = pages_of(logits.shape[2])
     bits = rows_in_order(teams[..., None], page_view(view))[:, :, :pages, 0]
     bits = torch.nn.functional.pad(bits, (0, pages - bits.shape[2])).repeat_interleave(q.shape[1] // kv_heads, 1)
