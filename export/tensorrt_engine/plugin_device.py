@@ -67,7 +67,7 @@ def strip_plugin_kernel(
     """out [B, H, Lq, Dv]: every row's strip, merged with `part` where the row is kept."""
     q_sh, k_sh, v_sh, o_sh = wide(q_len) * D, wide(k_len) * D, wide(k_len) * DV, wide(q_len) * DV
     strip_kernel(
-        q, k, v, out, part, part_lse, slots, heavy_indices, slots, slots,
+        q, k, v, out, part, part_lse, slots, heavy_indices, slots, slots, None,
         heads * q_sh, q_sh, D, 1, kv_heads * k_sh, k_sh, D, 1, kv_heads * v_sh, v_sh, DV, 1, heads * o_sh, o_sh, DV,
         heads * o_sh, o_sh, DV, wide(q_len) * heads, wide(q_len), wide(k_len) * heads, wide(k_len),
         wide(heavy) * heads, wide(heavy), heads, kv_heads, heads, q_len, k_len, heavy, WINDOW, SINKS, SCALE_LOG2,

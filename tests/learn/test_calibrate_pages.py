@@ -46,8 +46,8 @@ def test_a_candidate_is_what_its_plan_would_be(model, meter, texts):
     plan = tsa.Plan(prefill=tsa.Dense(), decode=tsa.PageSparse(0.3, "basis", completion=True), rules=rules)
     kl = TextDecoder(model, plan, LAST).compared(ids, plan, lambda p, q: torch.nn.functional.kl_div(
         q.log_softmax(-1), p.log_softmax(-1), reduction="sum", log_target=True))  # fmt: skip
-    assert sample.kl == pytest.approx(sum(kl) / LAST, rel=1e-3, abs=1e-7)
-    assert sample.worst == pytest.approx(max(kl), rel=1e-3, abs=1e-7)
+    assert sample.kl == pytest.approx(sum(kl) / LAST, rel=1e-3, abs=1e-6)
+    assert sample.worst == pytest.approx(max(kl), rel=1e-3, abs=1e-6)
     wanted = [-(-17 * keep // 1) / 17 for layer in keeps.values() for keep in layer]  # of 17 pages, rounded up
     assert sample.pages == pytest.approx(sum(wanted) / len(wanted), abs=1e-3)
     exact = meter.sample(ids, {})

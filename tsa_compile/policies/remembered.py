@@ -68,13 +68,16 @@ class Remembered(Policy):
     queries: int | None = None
     share: str = "kv_head"
 
+    @property
+    def computes(self) -> frozenset[str]:
+        return frozenset({"sinks"} if self.source == "verify" else ())
+
     def __post_init__(self) -> None:
         if self.source not in DEFAULTS:
             raise ValueError(f"Remembered.source must be one of {tuple(DEFAULTS)}, got {self.source!r}")
         own: dict[str, Any] = {n: x for n, x in DEFAULTS[self.source].items() if getattr(self, n) is None}
         if self.source == "verify":
             own |= {"masks": frozenset({"causal", "bidirectional", "data"}), "phases": frozenset({"verify", "draft"})}
-            own["computes"] = frozenset({"sinks"})
         for name, value in own.items():
             object.__setattr__(self, name, value)
         check_int(self, "keys", 1)
