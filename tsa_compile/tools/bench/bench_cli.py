@@ -160,13 +160,14 @@ def bench_prefill(
         raise ValueError("--coverage is of TokenSparse and --keep of BlockSparse: give one")
     policy = None if coverage is None else TokenSparse(coverage=coverage)
     gpu, versions = _gpu()
-    rows = prefill.bench_prefill(prefill.build_llama(layers), numbers("--lengths", lengths, int), policy, repeats, compiler, keep)
+    head = dict(environment=versions, ceilings=gpu, layers=layers, compiler=compiler, keep=keep, policy=as_plan(policy).to_dict())
+    rows, model = list[prefill.PrefillRow](), prefill.build_llama(layers)
+    for row in prefill.bench_prefill(model, numbers("--lengths", lengths, int), policy, repeats, compiler, keep):
+        rows.append(row)
+        console.print(row, markup=False, highlight=False)
+        if json:
+            output.write_json(json, rows, **head)
     console.print(output.prefill_table(rows))
-    if json:
-        head = dict(
-            environment=versions, ceilings=gpu, layers=layers, compiler=compiler, keep=keep, policy=as_plan(policy).to_dict()
-        )
-        output.write_json(json, rows, **head)
 
 
 @bench.command("export")

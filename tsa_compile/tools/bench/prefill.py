@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import functools
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -69,7 +69,7 @@ def build_llama(layers: int) -> Any:
 
 def bench_prefill(
     model: Any, lengths: list[int], policy: Policy | None, repeats: int = 3, compiler: str = "inductor", keep: float | None = None
-) -> list[PrefillRow]:
+) -> Iterator[PrefillRow]:
     """Prefill of each length in turns, so that a warmer GPU slows both alike: dense (SDPA), and `transform(model, policy)`.
 
     policy: None for the default plan, which runs dense where its policy does not pay.
@@ -85,13 +85,11 @@ def bench_prefill(
             layer.compile(dynamic=True)
     policies = {n: policy if keep is None else BlockSparse(alpha_that_reads(model, n, keep)) for n in lengths}
     api.transform(model, policy, compiler=compiler)
-    rows = []
     for length, chosen in policies.items():
         if keep is not None:
             session_of(model).plan = as_plan(chosen)
-        rows.append(_row(dense, model, length, chosen or default_policy(), repeats))
+        yield _row(dense, model, length, chosen or default_policy(), repeats)
     api.restore(model)
-    return rows
 
 
 def with_same_weights(model: Any) -> Any:
