@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -36,6 +37,16 @@ def empty_index(k: Tensor) -> tuple[Tensor, Tensor]:
     dtype = k.dtype if k.dtype in (torch.bfloat16, torch.float64) else torch.float32
     shape = (k.shape[0], k.shape[1], pages_of(k.shape[2]))
     return k.new_empty(*shape, k.shape[3], dtype=dtype), k.new_empty(shape[0], 1, shape[2], dtype=torch.int32)
+
+
+def append_numbers(
+    k: Tensor, index_strides: Iterable[int], blocks: Tensor | None, block: int, key_mask: Tensor | None
+) -> tuple[int, ...]:
+    """The numbers that the kernels of `state/append_*` take: strides of k `[N, Hk, L, D]`, of the index, of the table of blocks
+    and of the mask; pages of a block; blocks in a row of k; KV heads."""
+    mask_strides = (0, 0) if key_mask is None else key_mask.stride()
+    of_blocks = (max(1, block // PAGE), max(1, k.shape[2] // block))
+    return *k.stride(), *index_strides, 0 if blocks is None else blocks.stride(0), *mask_strides, *of_blocks, k.shape[1]
 
 
 def listed_pages(indices: Tensor, counts: Tensor, pages: int) -> Tensor:

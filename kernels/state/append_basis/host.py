@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from tsa_compile.kernels.common.page_basis import RANK
-from tsa_compile.kernels.common.pages import PAGE
+from tsa_compile.kernels.common.pages import PAGE, append_numbers
 from tsa_compile.kernels.state.append_basis.reference import STEPS, build
 from tsa_compile.kernels.types import KvView
 
@@ -34,11 +34,9 @@ def append_basis(
     if basis.numel() == 0 or batch == 0:
         return
     strides = [n for x in (basis, coords, scales) for n in x.stride()[:2]]
-    mask_strides = (0, 0) if key_mask is None else key_mask.stride()
     append_basis_kernel[(batch * kv_heads, new // PAGE + 1)](
         basis, coords, scales, k, blocks, start, begin, end, key_mask,
-        *k.stride(), *strides, 0 if blocks is None else blocks.stride(0), *mask_strides,
-        max(1, block // PAGE), max(1, k.shape[2] // block), kv_heads,
+        *append_numbers(k, strides, blocks, block, key_mask),
         D=dim, HALF=max(16, triton.next_power_of_2(dim // 2)), RANK=RANK, STEPS=STEPS, ROUND=k.dtype == torch.bfloat16,
         num_warps=1,
     )  # fmt: skip

@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import torch
 
+from tsa_compile.kernels.common.filled_pages import entries, every_row, filled_pages, real_rows
 from tsa_compile.kernels.common.page_basis import HIDDEN, MOST, RANK, TOP, PageBasis, empty_basis, pack
 from tsa_compile.kernels.common.pages import PAGE
-from tsa_compile.kernels.common.view import rows_in_order
+from tsa_compile.kernels.common.view import capacity_of
 from tsa_compile.kernels.types import KvView
 
 Tensor = torch.Tensor
@@ -29,26 +30,15 @@ def append_basis_reference(
     new: int,
 ) -> None:
     """`tsa::append_basis` on any device; it looks which pages are full, so it synchronises with the device."""
-    pages = rows_in_order(k, KvView(blocks, block, None, None)).shape[2] // PAGE
-    page = torch.arange(pages, device=k.device)
-    b, p = ((page >= begin[:, None] // PAGE) & (page < end[:, None] // PAGE)).nonzero(as_tuple=True)
-    owner, at = b, p
-    if blocks is not None:
-        per_row, block_pages = k.shape[2] // block, block // PAGE
-        entry = blocks.long()[b, p // block_pages]
-        owner, at = entry // per_row, entry % per_row * block_pages + p % block_pages
-    j = p[:, None] * PAGE + torch.arange(PAGE, device=k.device)  # [n, 16]
-    real = torch.ones_like(j, dtype=torch.bool)
-    if start is not None:
-        real &= j >= start[b, None]
-    if key_mask is not None:
-        known = key_mask[b[:, None], j.clamp(max=max(0, key_mask.shape[1] - 1))]
-        real &= known | (j >= key_mask.shape[1])
-    inside = at[:, None] * PAGE + torch.arange(PAGE, device=k.device)
+    view = KvView(blocks, block, None, None)
+    pages = capacity_of(k, view) // PAGE
+    b, page, owner, place = entries(filled_pages(begin, end, pages), view, k.shape[2] // PAGE)
+    real = real_rows(end, start, key_mask, pages)[b, page]  # [n, 16]
+    inside = place[:, None] * PAGE + torch.arange(PAGE, device=k.device)
     rows = k[owner[:, None], :, inside].transpose(1, 2)  # [n, Hk, 16, D]
     found = low_rank(rows, real[:, None].expand(rows.shape[:3]))
     for to, x in zip((basis, coords, scales), found, strict=True):
-        to[owner, :, at] = x
+        to[owner, :, place] = x
 
 
 def low_rank(rows: Tensor, real: Tensor) -> PageBasis:
@@ -116,11 +106,6 @@ def page_basis_reference(
 def build(append: Callable[..., None], k: Tensor, view: KvView, key_mask: Tensor | None) -> PageBasis:
     """Of all pages that are full, by an `append_basis` from nothing."""
     found = empty_basis(k)
-    batch = k.shape[0] if view.blocks is None else view.blocks.shape[0]
-    capacity = k.shape[2] if view.blocks is None else view.blocks.shape[1] * view.block
-    begin = torch.zeros(batch, dtype=torch.int32, device=k.device)
-    end = torch.full_like(begin, capacity)
-    if view.lengths is not None:
-        end = (view.lengths if view.start is None else view.start + view.lengths).clamp(max=capacity)
+    begin, end, capacity = every_row(k, view)
     append(*found, k, view.blocks, view.block, view.start, begin, end, key_mask, capacity)
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from tsa_compile.kernels.common.launcher import launch
-from tsa_compile.kernels.common.pages import PAGE
+from tsa_compile.kernels.common.pages import PAGE, append_numbers
 from tsa_compile.kernels.common.sizes import cdiv, next_power_of_2
 from tsa_compile.kernels.state.append_pages.reference import build
 from tsa_compile.kernels.types import KvView
@@ -32,11 +32,7 @@ def append_pages(
     batch, kv_heads, dim = begin.shape[0], k.shape[1], k.shape[3]
     if sums.numel() == 0 or batch == 0:
         return
-    mask_strides = (0, 0) if key_mask is None else key_mask.stride()
-    numbers = (
-        *k.stride(), *sums.stride()[:3], counts.stride(0), 0 if blocks is None else blocks.stride(0), *mask_strides,
-        max(1, block // PAGE), max(1, k.shape[2] // block), kv_heads,
-    )  # fmt: skip
+    numbers = append_numbers(k, (*sums.stride()[:3], counts.stride(0)), blocks, block, key_mask)
     launch(
         append_pages_kernel, (batch * kv_heads, cdiv(new // PAGE + 1, PAGES_AT_ONCE)),
         (sums, counts, k, blocks, start, begin, end, key_mask), numbers,

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
+from tsa_compile.kernels.common.filled_pages import filled_pages, real_rows, write
 from tsa_compile.kernels.common.pages import PAGE
 from tsa_compile.kernels.common.rotation import before_rotation
+from tsa_compile.kernels.types import IDENTITY
 
 Tensor = torch.Tensor
 
@@ -43,17 +45,6 @@ def append_projected_reference(
     before = before_rotation(rows, own[:, None], frequencies, interleaved, factor)
     kept = index[:, :, low:high]
     kept.copy_(torch.where(fresh[:, None, :, None], (before @ key.to(before.dtype).mT).to(index.dtype), kept))
-    _count(counts, begin, end, key_mask)
-
-
-def _count(counts: Tensor, begin: Tensor, end: Tensor, key_mask: Tensor | None) -> None:
-    """How many rows of each page that is full now are no padding; of the others as before."""
-    rows = int(end.max()) // PAGE * PAGE
-    j = torch.arange(rows, device=end.device)
-    real = j < end[:, None]
-    if key_mask is not None:
-        real = real & key_mask[:, :rows]
-    number = real.unflatten(1, (-1, PAGE)).sum(2, dtype=torch.int32) if rows else real.int()
-    page = torch.arange(rows // PAGE, device=end.device)
-    full = (page >= begin[:, None] // PAGE) & (page < end[:, None] // PAGE)
-    counts[:, 0, : rows // PAGE] = torch.where(full, number, counts[:, 0, : rows // PAGE])
+    pages = high // PAGE  # that are full
+    number = real_rows(end, None, key_mask, pages).sum(2, dtype=torch.int32)[:, None]
+    write(counts, number, filled_pages(begin, end, pages), IDENTITY)

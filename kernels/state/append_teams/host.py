@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tsa_compile.kernels.common.pages import PAGE
+from tsa_compile.kernels.common.pages import PAGE, append_numbers
 from tsa_compile.kernels.state.append_teams.reference import build
 from tsa_compile.kernels.types import KvView
 
@@ -32,11 +32,9 @@ def append_teams(
     batch, kv_heads, dim = begin.shape[0], k.shape[1], k.shape[3]
     if teams.numel() == 0 or batch == 0:
         return
-    mask_strides = (0, 0) if key_mask is None else key_mask.stride()
     append_teams_kernel[(batch * kv_heads, triton.cdiv(new // PAGE + 1, PAGES_AT_ONCE))](
         teams, k, blocks, start, begin, end, key_mask,
-        *k.stride(), *teams.stride()[:2], 0 if blocks is None else blocks.stride(0), *mask_strides,
-        max(1, block // PAGE), max(1, k.shape[2] // block), kv_heads,
+        *append_numbers(k, teams.stride()[:2], blocks, block, key_mask),
         D=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)), PAGES=PAGES_AT_ONCE, COUNT=count, num_warps=1,
     )  # fmt: skip
 
