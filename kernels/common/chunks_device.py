@@ -6,7 +6,7 @@ The places that a chunk writes to follow from the bins of the chunks before it. 
 import triton
 import triton.language as tl
 
-from tsa_compile.kernels.common.bins_device import BINS, load_bits, score_bin
+from tsa_compile.kernels.common.bins_device import BINS, from_top, kth_of_bin, load_bits, score_bin
 from tsa_compile.kernels.common.ranks_device import positions_of
 
 CHUNKS = tl.constexpr(16)  # whose bins are read at a time
@@ -59,6 +59,24 @@ def gather_bin(scores, first, end, at, to, BLOCK: tl.constexpr):
         tl.store(to + found + tl.cumsum(inside, 0) - 1, bits.to(tl.float32, bitcast=True), mask=inside > 0)
         if start + BLOCK < end:
             found += tl.sum(inside)
+
+
+@triton.jit
+def find_cut(
+    scores, bins, gathered, cuts, chunk, chunks, count, n, k, end, CHUNK: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """A chunk's part of finding the cut of a list, the k-th largest of `n` scores, whose bins are `count`. Of the scores 0..end-1
+    those in the cut's bin go to `gathered`, in their order; the last program of the list writes the bin, the cut, and how many
+    equal it are among the k largest, to cuts [4], whose last entry, zero before, counts the programs that are through."""
+    at, need, _ = from_top(count, n, k)
+    first = chunk * CHUNK
+    gather_bin(scores, first, tl.minimum(first + CHUNK, end), at, gathered + found_before(bins, chunk, at), BLOCK)
+    tl.debug_barrier()  # all of this program's stores come before its sign that it is through
+    if tl.atomic_add(cuts + 3, 1, sem="acq_rel") + 1 == chunks:
+        cut, need = kth_of_bin(gathered, found_before(bins, chunks, at), at, need)
+        tl.store(cuts, at)
+        tl.store(cuts + 1, cut)
+        tl.store(cuts + 2, need)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from tsa_compile.kernels.common.bins_device import BINS, from_top, kth_of_bin
-from tsa_compile.kernels.common.chunks_device import bin_scores, compact, count_before, count_bins, found_before, gather_bin
+from tsa_compile.kernels.common.chunks_device import bin_scores, compact, count_before, count_bins, find_cut, gather_bin
 from tsa_compile.kernels.common.ranks_device import positions_of, row_extent
 
 LENGTHS = ("heads", "q_len", "k_len", "window", "heavy")
@@ -98,8 +98,7 @@ def cut_kernel(
     scores, bins, gathered, cuts, counts, ranks, heads, q_len, k_len, window, heavy,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Grid as in `place`. Of each list: the bin of its cut, the cut, how many equal it are chosen, and how many
-    programs are through, to cuts [B * H, 2, 4], zero before. `gathered` [kinds, B * H, Lk]: that bin's scores, in their order."""
+    """Grid as in `place`: `find_cut` of each list, to cuts [B * H, 2, 4], zero before, and gathered [kinds, B * H, Lk]."""
     chunk, which, head_index, chunks, total = place(k_len, heavy, CHUNK)
     b = head_index // heads
     length, _ = row_extent(ranks, b, q_len, k_len, window, PADDED)
@@ -111,15 +110,7 @@ def cut_kernel(
     bins += head_index * chunks * BINS
     gathered += (which * total + head_index) * k_len
     cuts += (head_index * 2 + which) * 4
-    at, need, _ = from_top(count_bins(bins, chunks), n, k)
-    first = chunk * CHUNK
-    gather_bin(scores, first, tl.minimum(first + CHUNK, n), at, gathered + found_before(bins, chunk, at), BLOCK)
-    tl.debug_barrier()  # all of this program's stores come before its sign that it is through
-    if tl.atomic_add(cuts + 3, 1, sem="acq_rel") + 1 == chunks:
-        cut, need = kth_of_bin(gathered, found_before(bins, chunks, at), at, need)
-        tl.store(cuts, at)
-        tl.store(cuts + 1, cut)
-        tl.store(cuts + 2, need)
+    find_cut(scores, bins, gathered, cuts, chunk, chunks, count_bins(bins, chunks), n, k, n, CHUNK, BLOCK)
 
 
 @triton.jit(do_not_specialize=LENGTHS)

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from tsa_compile.kernels.common.bins_device import BINS, from_top, kth_of_bin, score_bin
 from tsa_compile.kernels.common.pages_device import PAGE, place_of_page
+from tsa_compile.kernels.select.top_pages.shares_device import log_sums
 
 ONE = tl.constexpr(1073741824)  # a share of 1, in the units of the budget
 PAGES_OF_ENTRY = tl.constexpr(125)
@@ -20,22 +21,6 @@ LENGTHS = (
     "kv_heads", "queries", "capacity", "pages", "chunks", "most", "share", "entries", "mass_bits", "sinks", "recent",
     "counts_sb", "blocks_sb", "block_pages", "per_row",
 )  # fmt: skip
-
-
-@triton.jit
-def log_sums(parts, queries, chunks, used, QUERIES: tl.constexpr):
-    """The log-sum-exp over the first `used` of a query row's chunks, [QUERIES]; 0 where there is none."""
-    query = tl.arange(0, QUERIES)
-    best, total = tl.full([QUERIES], float("-inf"), tl.float32), tl.zeros([QUERIES], tl.float32)
-    for first in tl.range(0, used, 64):
-        c = first + tl.arange(0, 64)
-        ok = (query < queries)[:, None] & (c < used)[None, :]
-        part = tl.load(parts + query[:, None] * chunks + c[None, :], mask=ok, other=float("-inf"))
-        new = tl.maximum(best, tl.max(part, 1))
-        safe = tl.where(new == float("-inf"), 0.0, new)
-        total = total * tl.exp(best - safe) + tl.sum(tl.exp(part - safe[:, None]), 1)
-        best = new
-    return tl.where(total > 0, best + tl.log(tl.where(total > 0, total, 1.0)), 0.0)
 
 
 @triton.jit
@@ -147,7 +132,7 @@ def top_pages_kernel(
     scores += list_index * pages
     gathered += list_index * pages
     indices += list_index * most
-    lse = log_sums(parts + list_index * queries * chunks, queries, chunks, tl.cdiv(whole, 64), QUERIES)
+    lse = log_sums(parts + list_index * queries * chunks, queries, chunks, tl.cdiv(whole, 64), QUERIES, 64)
 
     bins, real_seen, always_seen = tl.zeros([BINS], tl.int32), tl.zeros([], tl.int32), tl.zeros([], tl.int32)
     total_mass, always_mass = tl.zeros([], tl.int64), tl.zeros([], tl.int64)

@@ -7,8 +7,8 @@ chunk of them: the first launch weighs and bins, the second finds the cut, the t
 import triton
 import triton.language as tl
 
-from tsa_compile.kernels.common.bins_device import BINS, from_top, kth_of_bin, score_bin
-from tsa_compile.kernels.common.chunks_device import compact, count_before, count_bins, found_before, gather_bin
+from tsa_compile.kernels.common.bins_device import BINS, score_bin
+from tsa_compile.kernels.common.chunks_device import compact, count_before, count_bins, find_cut
 
 ONE = tl.constexpr(1073741824)  # a share of 1, in the units of the budget
 NONE = tl.constexpr(-1.0)  # of a key that is none
@@ -76,8 +76,7 @@ def weigh_kernel(
 def cut_kernel(
     rank, bins, gathered, cuts, length, keys, share, most, CHUNK: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Grid as of `weigh_kernel`. Of each list: the bin of its cut, the cut, how many equal it are listed, and how many programs
-    are through, to cuts. `gathered` float32 [B, G, length], scratch: that bin's weights, in their order."""
+    """Grid as of `weigh_kernel`: `find_cut` of each list, to cuts, and gathered float32 [B, G, length], scratch."""
     chunk, number, chunks = chunk_of(length, CHUNK)
     rank += number * length
     bins += number * chunks * BINS
@@ -88,15 +87,7 @@ def cut_kernel(
     k = wanted(total, keys, share, most)
     if (k <= 0) | (k >= total):
         return
-    at, need, _ = from_top(count, total, k)
-    first = chunk * CHUNK
-    gather_bin(rank, first, tl.minimum(first + CHUNK, length), at, gathered + found_before(bins, chunk, at), BLOCK)
-    tl.debug_barrier()  # all of this program's stores come before its sign that it is through
-    if tl.atomic_add(cuts + 3, 1, sem="acq_rel") + 1 == chunks:
-        cut, need = kth_of_bin(gathered, found_before(bins, chunks, at), at, need)
-        tl.store(cuts, at)
-        tl.store(cuts + 1, cut)
-        tl.store(cuts + 2, need)
+    find_cut(rank, bins, gathered, cuts, chunk, chunks, count, total, k, length, CHUNK, BLOCK)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
