@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 
 from tsa_compile.kernels.common.launch import multiprocessors, split_count
+from tsa_compile.kernels.common.launcher import launch
 from tsa_compile.kernels.common.pages import CHUNK, PAGE
 from tsa_compile.kernels.common.results import empty_result
+from tsa_compile.kernels.common.sizes import cdiv, next_power_of_2
 from tsa_compile.kernels.common.tiles import precision
 
 Tensor = torch.Tensor
@@ -30,8 +32,6 @@ def complete_pages(
     capacity: int,
 ) -> tuple[Tensor, Tensor]:
     """`tsa::complete_pages` by Triton. Nothing waits for the device; no length compiles anything."""
-    import triton
-
     from tsa_compile.kernels.attend.completion.device import complete_pages_kernel
     from tsa_compile.kernels.common.splits_device import merge_kernel
 
@@ -40,21 +40,25 @@ def complete_pages(
     done, done_lse = empty_result(out, out), torch.empty_like(lse, memory_format=torch.contiguous_format)
     if out.numel() == 0:
         return done, done_lse
-    tiles_m, block_pages, block_dv = triton.cdiv(group * rows, BLOCK_M), max(1, block // PAGE), triton.next_power_of_2(dim)
+    tiles_m, block_pages, block_dv = cdiv(group * rows, BLOCK_M), max(1, block // PAGE), next_power_of_2(dim)
     programs = batch * kv_heads * tiles_m
     slots = RESIDENT * (multiprocessors(out.device) if out.is_cuda else 1)  # 1: the interpreter
-    splits = split_count(programs, max(1, triton.cdiv(pages, CHUNK)), slots)
+    splits = split_count(programs, max(1, cdiv(pages, CHUNK)), slots)
     part = out.new_empty(batch * heads * rows * (splits + 1), dim, dtype=torch.float32)
     part_lse = part.new_empty(part.shape[0])
-    complete_pages_kernel[(programs, splits)](
-        out, lse, logits, sums, counts, part, part_lse, indices, list_counts, blocks, start, lengths,
+    tensors = (out, lse, logits, sums, counts, part, part_lse, indices, list_counts, blocks, start, lengths)
+    numbers = (
         *out.stride()[:3], *lse.stride()[:2], *sums.stride()[:3], counts.stride(0), 0 if blocks is None else blocks.stride(0),
         block_pages, max(1, sums.shape[2] // block_pages), kv_heads, group, rows, tiles_m, capacity, pages,
         indices.shape[2], splits,
+    )  # fmt: skip
+    launch(
+        complete_pages_kernel, (programs, splits), tensors, numbers,
         DV=dim, BLOCK_DV=max(16, block_dv), BLOCK_M=BLOCK_M, CHUNK=CHUNK, PRECISION=precision(sums.dtype), num_warps=4,
     )  # fmt: skip
-    merge_kernel[(batch * heads * rows,)](
-        part, part_lse, done, done_lse, None, *done.stride()[:3], heads, rows, splits + 1,
+    launch(
+        merge_kernel, (batch * heads * rows,), (part, part_lse, done, done_lse, None),
+        (*done.stride()[:3], heads, rows, splits + 1),
         DV=dim, BLOCK_DV=max(16, block_dv), BLOCK_S=MERGED_AT_ONCE, num_warps=4 if block_dv <= 128 else 8,
     )  # fmt: skip
     return done, done_lse

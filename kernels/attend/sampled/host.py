@@ -9,7 +9,9 @@ import torch
 
 from tsa_compile.kernels.attend.sampled.draw import TILE, spare_bits
 from tsa_compile.kernels.common.launch import multiprocessors, split_count
+from tsa_compile.kernels.common.launcher import launch
 from tsa_compile.kernels.common.results import empty_result
+from tsa_compile.kernels.common.sizes import next_power_of_2
 from tsa_compile.kernels.common.tiles import capability_of, precision, small_shared
 from tsa_compile.kernels.common.view import capacity_of
 from tsa_compile.kernels.types import KvView
@@ -107,8 +109,6 @@ def sampled_value_attention(
 
 
 def _proportional(x: Step, out: Tensor, lse: Tensor) -> None:
-    import triton
-
     from tsa_compile.kernels.attend.sampled import device
 
     (batch, heads), tiles, (start, lengths) = x.q.shape[:2], x.tiles, x.view[2:4]
@@ -120,27 +120,32 @@ def _proportional(x: Step, out: Tensor, lse: Tensor) -> None:
     block_m, tiles_m = heads_at_once(x.group, max(tiled["BLOCK_D"], tiled["BLOCK_DV"]) * x.q.element_size())
     programs = x.lists * tiles_m
     splits = x.splits(programs, tiles)
-    device.mass_kernel[(programs, splits)](
-        x.q, x.k, masses, totals, exponents, x.view.blocks, start, lengths, x.key_mask, x.bias,
-        *_strides_of_scores(x), x.k.shape[1], x.group, capacity_of(x.k, x.view), x.view.block, x.per_row, splits, tiles,
-        tiles_m, x.scale, x.softcap, D=tiled["D"], BLOCK_D=tiled["BLOCK_D"], BLOCK_M=block_m, CAPPED=x.softcap > 0,
+    launch(
+        device.mass_kernel, (programs, splits),
+        (x.q, x.k, masses, totals, exponents, x.view.blocks, start, lengths, x.key_mask, x.bias),
+        (*_strides_of_scores(x), x.k.shape[1], x.group, capacity_of(x.k, x.view), x.view.block, x.per_row, splits, tiles,
+         tiles_m, x.scale, x.softcap), D=tiled["D"], BLOCK_D=tiled["BLOCK_D"], BLOCK_M=block_m, CAPPED=x.softcap > 0,
         PRECISION=precision(x.q.dtype), num_warps=4, num_stages=stages(x, tiled["BLOCK_D"]),
     )  # fmt: skip
-    together = triton.next_power_of_2(x.group)
+    together = next_power_of_2(x.group)
     numbers = (x.seed_stride, x.k.shape[1], x.group, capacity_of(x.k, x.view), tiles, x.samples, slots)
-    device.tile_samples_kernel[(x.lists,)](
-        totals, exponents, counts, first_slots, worth, lse, indices, start, lengths, x.sinks, x.seed, *numbers, spare_bits(tiles),
+    launch(
+        device.tile_samples_kernel, (x.lists,),
+        (totals, exponents, counts, first_slots, worth, lse, indices, start, lengths, x.sinks, x.seed),
+        (*numbers, spare_bits(tiles)),
         BLOCK_M=together, BLOCK_T=max(64, 2048 // together), num_warps=8,
     )  # fmt: skip
-    device.draw_kernel[(tiles, x.lists)](
-        masses, totals, exponents, counts, first_slots, worth, indices, weights, start, lengths, x.seed, *numbers,
+    launch(
+        device.draw_kernel, (tiles, x.lists),
+        (masses, totals, exponents, counts, first_slots, worth, indices, weights, start, lengths, x.seed), numbers,
         BLOCK_M=together, num_warps=1 if together <= 8 else 4,
     )  # fmt: skip
     splits = x.splits(programs, -(-slots // TILE))
     part = out if splits == 1 else x.new(batch, heads, splits, x.v.shape[3], dtype=torch.float32)
-    device.value_kernel[(programs, splits)](
-        x.v, out, part, indices, weights, x.view.blocks, *x.v.stride(), *out.stride()[:2], x.table_stride,
-        x.k.shape[1], x.group, x.view.block, x.per_row, slots, splits, tiles_m,
+    launch(
+        device.value_kernel, (programs, splits), (x.v, out, part, indices, weights, x.view.blocks),
+        (*x.v.stride(), *out.stride()[:2], x.table_stride,
+         x.k.shape[1], x.group, x.view.block, x.per_row, slots, splits, tiles_m),
         DV=tiled["DV"], BLOCK_DV=tiled["BLOCK_DV"], BLOCK_M=block_m, ONE=splits == 1, PRECISION=precision(x.v.dtype),
         num_warps=4, num_stages=stages(x, tiled["BLOCK_DV"]),
     )  # fmt: skip
@@ -157,15 +162,17 @@ def _equal_tiles(x: Step, out: Tensor, lse: Tensor) -> None:
     programs = x.lists * tiles_m
     splits = x.splits(programs, x.tiles)
     part, part_lse = (x.new(batch, heads, splits, *shape, dtype=torch.float32) for shape in ((x.v.shape[3],), ()))
-    flash_kernel[(programs, splits)](
-        x.q, x.k, x.v, part, part_lse, x.view.blocks, x.view.start, x.view.lengths, x.key_mask, x.bias, x.seed,
-        *_strides_of_scores(x)[:7], *x.v.stride(), *_strides_of_scores(x)[7:], x.seed_stride, x.k.shape[1], x.group,
-        capacity_of(x.k, x.view), x.view.block, x.per_row, splits, tiles_m, x.samples, x.scale, x.softcap,
+    of_scores = _strides_of_scores(x)
+    launch(
+        flash_kernel, (programs, splits),
+        (x.q, x.k, x.v, part, part_lse, x.view.blocks, x.view.start, x.view.lengths, x.key_mask, x.bias, x.seed),
+        (*of_scores[:7], *x.v.stride(), *of_scores[7:], x.seed_stride, x.k.shape[1], x.group,
+         capacity_of(x.k, x.view), x.view.block, x.per_row, splits, tiles_m, x.samples, x.scale, x.softcap),
         **tiled, BLOCK_M=block_m, CAPPED=x.softcap > 0, PRECISION=precision(x.q.dtype),
         num_warps=4, num_stages=stages(x, tiled["BLOCK_D"] + tiled["BLOCK_DV"]),
     )  # fmt: skip
-    merge_kernel[(batch * heads,)](
-        part, part_lse, out, lse, x.sinks, *out.stride()[:3], heads, 1, splits,
+    launch(
+        merge_kernel, (batch * heads,), (part, part_lse, out, lse, x.sinks), (*out.stride()[:3], heads, 1, splits),
         DV=tiled["DV"], BLOCK_DV=tiled["BLOCK_DV"], BLOCK_S=MERGED_AT_ONCE, num_warps=4 if tiled["BLOCK_DV"] <= 128 else 8,
     )  # fmt: skip
 

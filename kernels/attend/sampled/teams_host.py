@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from tsa_compile.kernels.attend.sampled.host import MERGED_AT_ONCE, Step, heads_at_once, stages
+from tsa_compile.kernels.common.launcher import launch
 from tsa_compile.kernels.common.pages import PAGE, pages_of
 from tsa_compile.kernels.common.results import empty_result
 from tsa_compile.kernels.common.teams import SLOTS
@@ -54,21 +55,22 @@ def team_attention(
     )  # fmt: skip
     splits = x.splits(programs, x.tiles)
     keys = {name: shape[name] for name in ("D", "BLOCK_D")}
-    device.team_scores_kernel[(programs, splits)](
-        q, k, teams, phis, ranks, blocks, start, lengths, key_mask, seed, *of_keys, *of_index, x.seed_stride,
-        *numbers, splits, tiles_m, scale, **keys, **tiled, num_stages=stages(x, shape["BLOCK_D"]),
+    launch(
+        device.team_scores_kernel, (programs, splits), (q, k, teams, phis, ranks, blocks, start, lengths, key_mask, seed),
+        (*of_keys, *of_index, x.seed_stride, *numbers, splits, tiles_m, scale),
+        **keys, **tiled, num_stages=stages(x, shape["BLOCK_D"]),
     )  # fmt: skip
-    device.team_cut_kernel[(batch * heads,)](
-        ranks, cuts, start, lengths, heads, capacity_of(k, x.view), slots, recent, draws, num_warps=8
-    )
+    of_cut = (heads, capacity_of(k, x.view), slots, recent, draws)
+    launch(device.team_cut_kernel, (batch * heads,), (ranks, cuts, start, lengths), of_cut, num_warps=8)
     part, part_lse = (x.new(batch, heads, splits, *rest, dtype=torch.float32) for rest in ((v.shape[3],), ()))
-    device.team_attention_kernel[(programs, splits)](
-        q, k, v, teams, phis, ranks, cuts, part, part_lse, blocks, start, lengths, key_mask,
-        *of_keys, *v.stride(), *of_index, *numbers, splits, tiles_m, scale,
+    launch(
+        device.team_attention_kernel, (programs, splits),
+        (q, k, v, teams, phis, ranks, cuts, part, part_lse, blocks, start, lengths, key_mask),
+        (*of_keys, *v.stride(), *of_index, *numbers, splits, tiles_m, scale),
         **shape, **tiled, num_stages=stages(x, shape["BLOCK_D"] + shape["BLOCK_DV"]),
     )  # fmt: skip
-    merge_kernel[(batch * heads,)](
-        part, part_lse, out, lse, sinks, *out.stride()[:3], heads, 1, splits, DV=shape["DV"], BLOCK_DV=shape["BLOCK_DV"],
-        BLOCK_S=MERGED_AT_ONCE, num_warps=4 if shape["BLOCK_DV"] <= 128 else 8,
+    launch(
+        merge_kernel, (batch * heads,), (part, part_lse, out, lse, sinks), (*out.stride()[:3], heads, 1, splits),
+        DV=shape["DV"], BLOCK_DV=shape["BLOCK_DV"], BLOCK_S=MERGED_AT_ONCE, num_warps=4 if shape["BLOCK_DV"] <= 128 else 8,
     )  # fmt: skip
     return out, lse

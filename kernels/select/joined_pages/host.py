@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from tsa_compile.kernels.common.launch import constant
+from tsa_compile.kernels.common.launcher import launch
 from tsa_compile.kernels.common.pages import pages_of
 
 Tensor = torch.Tensor
@@ -31,9 +32,9 @@ def join_pages(
     if counts.numel() == 0:
         return out, counts
     flags = torch.zeros(batch, kv_heads, pages, dtype=torch.int8, device=device)
-    join_pages_kernel[(batch * kv_heads,)](
-        indices, list_counts, flags, out, counts, start, lengths,
-        *(constant(tuple(x), torch.int32, device) for x in (owners, sinks, recent)),
-        *indices.stride()[:2], lists, kv_heads, capacity, pages, BLOCK=1024, num_warps=8,
+    rule = [constant(tuple(x), torch.int32, device) for x in (owners, sinks, recent)]
+    launch(
+        join_pages_kernel, (batch * kv_heads,), (indices, list_counts, flags, out, counts, start, lengths, *rule),
+        (*indices.stride()[:2], lists, kv_heads, capacity, pages), BLOCK=1024, num_warps=8,
     )  # fmt: skip
     return out, counts

@@ -7,6 +7,7 @@ import struct
 import torch
 
 from tsa_compile.kernels.common.launch import constant
+from tsa_compile.kernels.common.launcher import launch
 from tsa_compile.kernels.common.pages import PAGE
 from tsa_compile.kernels.common.shares import share_bits
 from tsa_compile.kernels.common.sizes import next_power_of_2
@@ -29,10 +30,13 @@ def launch_bins(logits: Tensor, parts: Tensor, counts: Tensor, view: View, rule:
     mass_bits = struct.unpack("<q", struct.pack("<d", mass))[0]
     in_tile = next_power_of_2(queries)
     block_pages = max(1, block // PAGE)
-    top_pages_kernel[(batch * kv_heads,)](
-        logits, parts, counts, *scratch, indices, number, blocks, start, lengths, of_heads,
-        constant(tuple(table), torch.int32, logits.device),
+    budget = constant(tuple(table), torch.int32, logits.device)
+    numbers = (
         counts.stride(0), 0 if blocks is None else blocks.stride(0), block_pages, max(1, counts.shape[2] // block_pages),
         kv_heads, queries, capacity, pages, parts.shape[3], most, shares[0], len(table), mass_bits, sinks, recent,
+    )  # fmt: skip
+    launch(
+        top_pages_kernel, (batch * kv_heads,),
+        (logits, parts, counts, *scratch, indices, number, blocks, start, lengths, of_heads, budget), numbers,
         QUERIES=in_tile, BLOCK=max(256, min(4096, TILE // in_tile)), MASS=mass > 0, num_warps=8,
     )  # fmt: skip

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from tsa_compile.kernels.common.launcher import launch
 from tsa_compile.kernels.common.page_basis import RANK
 from tsa_compile.kernels.common.pages import PAGE, append_numbers
+from tsa_compile.kernels.common.sizes import next_power_of_2
 from tsa_compile.kernels.state.append_basis.reference import STEPS, build
 from tsa_compile.kernels.types import KvView
 
@@ -26,18 +28,16 @@ def append_basis(
     new: int,
 ) -> None:
     """`tsa::append_basis` by Triton. Nothing waits for the device; no number of rows compiles anything."""
-    import triton
-
     from tsa_compile.kernels.state.append_basis.device import append_basis_kernel
 
     batch, kv_heads, dim = begin.shape[0], k.shape[1], k.shape[3]
     if basis.numel() == 0 or batch == 0:
         return
     strides = [n for x in (basis, coords, scales) for n in x.stride()[:2]]
-    append_basis_kernel[(batch * kv_heads, new // PAGE + 1)](
-        basis, coords, scales, k, blocks, start, begin, end, key_mask,
-        *append_numbers(k, strides, blocks, block, key_mask),
-        D=dim, HALF=max(16, triton.next_power_of_2(dim // 2)), RANK=RANK, STEPS=STEPS, ROUND=k.dtype == torch.bfloat16,
+    launch(
+        append_basis_kernel, (batch * kv_heads, new // PAGE + 1),
+        (basis, coords, scales, k, blocks, start, begin, end, key_mask), append_numbers(k, strides, blocks, block, key_mask),
+        D=dim, HALF=max(16, next_power_of_2(dim // 2)), RANK=RANK, STEPS=STEPS, ROUND=k.dtype == torch.bfloat16,
         num_warps=1,
     )  # fmt: skip
 

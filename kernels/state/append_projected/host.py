@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from tsa_compile.kernels.common.launch import constant
+from tsa_compile.kernels.common.launcher import launch
+from tsa_compile.kernels.common.sizes import cdiv, next_power_of_2
 from tsa_compile.kernels.common.tiles import precision
 
 Tensor = torch.Tensor
@@ -30,21 +32,22 @@ def append_projected(
     factor: float,
 ) -> None:
     """`tsa::append_projected` by Triton. Nothing waits for the device; no number of rows compiles anything."""
-    import triton
-
     from tsa_compile.kernels.state.append_projected.device import append_projected_kernel
 
     batch, lists, _, width = index.shape
     if index.numel() == 0:
         return
     dim, rows = k.shape[3], rows_at_once(k)
-    append_projected_kernel[(batch * lists, triton.cdiv(new, rows) + 1)](
-        index, positions, counts, key, frequencies, k, placed, begin, end, key_mask,
-        constant(tuple(heads), torch.int32, k.device),
+    of_lists = constant(tuple(heads), torch.int32, k.device)
+    numbers = (
         *k.stride(), *index.stride()[:2], positions.stride(0), counts.stride(0),
         0 if placed.shape[0] == 1 else placed.stride(0),
         *((0, 0) if key_mask is None else key_mask.stride()), lists, factor,
-        D=dim, R=width, BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_R=max(16, triton.next_power_of_2(width)),
+    )  # fmt: skip
+    launch(
+        append_projected_kernel, (batch * lists, cdiv(new, rows) + 1),
+        (index, positions, counts, key, frequencies, k, placed, begin, end, key_mask, of_lists), numbers,
+        D=dim, R=width, BLOCK_D=max(16, next_power_of_2(dim)), BLOCK_R=max(16, next_power_of_2(width)),
         PAIRS=frequencies.shape[0], INTERLEAVED=interleaved, ROWS=rows, PRECISION=precision(k.dtype), num_warps=4,
     )  # fmt: skip
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from tsa_compile.kernels.common.launcher import launch
 from tsa_compile.kernels.common.pages import PAGE, append_numbers
+from tsa_compile.kernels.common.sizes import cdiv, next_power_of_2
 from tsa_compile.kernels.state.append_teams.reference import build
 from tsa_compile.kernels.types import KvView
 
@@ -25,17 +27,15 @@ def append_teams(
     count: int,
 ) -> None:
     """`tsa::append_teams` by Triton. Nothing waits for the device; no number of rows compiles anything."""
-    import triton
-
     from tsa_compile.kernels.state.append_teams.device import append_teams_kernel
 
     batch, kv_heads, dim = begin.shape[0], k.shape[1], k.shape[3]
     if teams.numel() == 0 or batch == 0:
         return
-    append_teams_kernel[(batch * kv_heads, triton.cdiv(new // PAGE + 1, PAGES_AT_ONCE))](
-        teams, k, blocks, start, begin, end, key_mask,
-        *append_numbers(k, teams.stride()[:2], blocks, block, key_mask),
-        D=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)), PAGES=PAGES_AT_ONCE, COUNT=count, num_warps=1,
+    launch(
+        append_teams_kernel, (batch * kv_heads, cdiv(new // PAGE + 1, PAGES_AT_ONCE)),
+        (teams, k, blocks, start, begin, end, key_mask), append_numbers(k, teams.stride()[:2], blocks, block, key_mask),
+        D=dim, BLOCK_D=max(16, next_power_of_2(dim)), PAGES=PAGES_AT_ONCE, COUNT=count, num_warps=1,
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from tsa_compile.kernels.common.launcher import launch
 from tsa_compile.kernels.common.shares import share_bits
 from tsa_compile.kernels.common.sizes import cdiv, next_power_of_2
 
@@ -20,7 +21,8 @@ def crop_list(since: Tensor, begin: Tensor, counts: Tensor, indices: Tensor, k: 
 
     if len(since):
         lists = counts.shape[1]
-        crop_kernel[(len(since),)](since, begin, counts, at, lists, BLOCK=next_power_of_2(lists), num_warps=1)
+        tensors, block = (since, begin, counts, at), next_power_of_2(lists)
+        launch(crop_kernel, (len(since),), tensors, (lists,), BLOCK=block, num_warps=1)
 
 
 def list_keys(
@@ -44,11 +46,11 @@ def list_keys(
     bins = torch.empty(number, chunks, BINS, dtype=torch.int32, device=scores.device)
     cuts = torch.empty(number, 4, dtype=torch.int32, device=scores.device)
     grid, budget = (chunks * number,), (keys, share_bits(share), most)
-    weigh_kernel[grid](
-        scores.contiguous(), lse.contiguous(), begin, rank, bins, cuts, length, rows, group, lists,
+    launch(
+        weigh_kernel, grid, (scores.contiguous(), lse.contiguous(), begin, rank, bins, cuts), (length, rows, group, lists),
         ROWS=in_tile, CHUNK=chunk, BLOCK=max(64, min(chunk, TILE // in_tile)), num_warps=8,
     )  # fmt: skip
-    cut_kernel[grid](rank, bins, gathered, cuts, length, *budget, CHUNK=chunk, BLOCK=BLOCK, num_warps=8)
-    write_kernel[grid](
-        rank, bins, gathered, cuts, begin, since, counts, indices, length, lists, *budget, CHUNK=chunk, BLOCK=BLOCK, num_warps=8
-    )
+    sizes = {"CHUNK": chunk, "BLOCK": BLOCK}
+    launch(cut_kernel, grid, (rank, bins, gathered, cuts), (length, *budget), **sizes, num_warps=8)
+    tensors = (rank, bins, gathered, cuts, begin, since, counts, indices)
+    launch(write_kernel, grid, tensors, (length, lists, *budget), **sizes, num_warps=8)

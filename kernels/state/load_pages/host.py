@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from tsa_compile.kernels.common.launcher import launch
+from tsa_compile.kernels.common.sizes import next_power_of_2
+
 Tensor = torch.Tensor
 
 
@@ -13,8 +16,6 @@ def load_pages(pool: Tensor, store: Tensor, moves: Tensor) -> None:
     Raises:
         ValueError: the store is in host memory that is not pinned.
     """
-    import triton
-
     from tsa_compile.kernels.state.load_pages.device import load_pages_kernel
 
     if pool.is_cuda and not store.is_cuda and not store.is_pinned():
@@ -22,6 +23,6 @@ def load_pages(pool: Tensor, store: Tensor, moves: Tensor) -> None:
     number, kv_heads, dim = moves.shape[0], pool.shape[1], pool.shape[3]
     if number == 0 or dim == 0:
         return
-    load_pages_kernel[(number, kv_heads)](
-        pool, store, moves, *pool.stride(), *store.stride()[:3], D=dim, BLOCK_D=triton.next_power_of_2(dim), num_warps=4
-    )
+    numbers = (*pool.stride(), *store.stride()[:3])
+    sizes = {"D": dim, "BLOCK_D": next_power_of_2(dim)}
+    launch(load_pages_kernel, (number, kv_heads), (pool, store, moves), numbers, **sizes, num_warps=4)
