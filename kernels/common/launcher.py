@@ -60,7 +60,7 @@ class Launch:
         found = self._found.get(key)
         if found is None or _is_heard():
             return self._launch_by_triton(key, tensors)
-        run, function, metadata, rest = found
+        run, function, metadata, rest, _ = found
         stream = _driver().active.get_current_stream(device)
         run(*self._programs, stream, function, metadata, None, None, None, *tensors, *rest)
 
@@ -70,7 +70,8 @@ class Launch:
         if key[0] == CPU or compiled is None or torch.version.hip is not None:
             return
         rest = (self._constants.get(p.name, p.default) for p in self._kernel.params[len(args) :])
-        self._found[key] = (compiled.run, compiled.function, compiled.packed_metadata, (*self._numbers, *rest))
+        # `compiled` itself, too: newer Tritons unload what nobody holds (triton-lang/triton, pull request 9444)
+        self._found[key] = (compiled.run, compiled.function, compiled.packed_metadata, (*self._numbers, *rest), compiled)
 
 
 class Pieces:

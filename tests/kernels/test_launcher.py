@@ -1,7 +1,9 @@
 """A remembered launch runs the kernel that Triton would choose, with the same arguments. Compiler and driver are stand-ins."""
 
+import gc
 import itertools
 import types
+import weakref
 
 import pytest
 import torch
@@ -48,8 +50,11 @@ class Gpu:
                 if hook is not None:
                     hook(launch_metadata)
 
-        made = types.SimpleNamespace(run=run, function=shown, packed_metadata=None, launch_metadata=lambda *_: "told")
-        return made
+        return Compiled(run=run, function=shown, packed_metadata=None, launch_metadata=lambda *_: "told")
+
+
+class Compiled(types.SimpleNamespace):
+    """What the compiler makes; weak references to it are possible."""
 
 
 class OnGpu(torch.Tensor):
@@ -129,6 +134,29 @@ def test_new_lengths_compile_nothing(gpu, jit):
         launch(jit, (n,), (WIDE, None, WIDE), (n, 128, 0.5), BLOCK=16)
     assert len(gpu.compiled) == 1
     assert [grid for _, grid, *_ in gpu.launched] == [(n, 1, 1) for n in (2, 3, 777, 4096, 100_000)]
+
+
+def test_kernels_that_come_and_go(gpu, monkeypatch):
+    """Neither a new kernel at the address of one that is gone, nor a table that was emptied, leads to another kernel."""
+    monkeypatch.setattr(launcher, "KEPT", 3)
+    for _ in range(10):
+        launch(JITFunction(kernel), (1,), (WIDE, None, WIDE), (7, 16, 0.5), BLOCK=16)
+        gc.collect()
+    assert len(gpu.compiled) == 10
+
+
+def test_what_runs_is_held(gpu, jit):
+    """Triton may let go of a kernel, and newer ones then unload its module."""
+    once = Launch(jit, (1,), (7, 16, 0.5), BLOCK=16)
+    once(WIDE, None, WIDE)
+    (found,) = once._found.values()
+    held = weakref.ref(found[-1])
+    del found
+    jit.device_caches.clear()
+    gc.collect()
+    assert held() is not None
+    once(WIDE, None, WIDE)
+    assert len(gpu.compiled) == 1
 
 
 def test_options_are_part_of_the_kernel(gpu, jit):
