@@ -125,8 +125,8 @@ def session_of(model: Any) -> Session:
 def _row(dense: Any, sparse: Any, length: int, policy: Policy, repeats: int) -> PrefillRow:
     works = [functools.partial(_prefill, model, length) for model in (dense, sparse)]
     dense_memory, sparse_memory = map(_peak, works)
-    calls = max(repeats, 8192 // length)  # a short prompt's calls vary more
-    dense_ms, sparse_ms = in_turns(works, calls, 2, warmup=1)
+    calls = max(repeats, 32768 // length)  # a short prompt's calls vary more
+    dense_ms, sparse_ms = in_turns(works, calls, warmup=1)
     with record_kept(sparse) as kept:
         _prefill(sparse, length)
     shares, report = kept.shares(), api.report(sparse)

@@ -14,21 +14,22 @@ GRAPHED_BELOW = 16384  # tokens: of shorter prompts, launches would hide what th
 
 def median_ms(work: Callable[[], Any], repeats: int = 9, warmup: int = 2) -> float:
     """Median time of `work()` in milliseconds, launches included."""
-    for _ in range(warmup):
+    return in_turns((work,), repeats, warmup)[0]
+
+
+def in_turns(works: Sequence[Callable[[], Any]], repeats: int = 9, warmup: int = 2) -> list[float]:
+    """`median_ms` of each; all take their turn, call by call and every second time in reverse, as a warm GPU slows down."""
+    for work in [*works] * warmup:
         work()
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-    for start, end in events:
-        start.record()
-        work()
-        end.record()
+    pairs = [[[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)] for _ in works]
+    for turn in range(repeats):
+        timed = list(zip(works, pairs, strict=True))
+        for work, events in timed if turn % 2 == 0 else reversed(timed):
+            events[turn][0].record()
+            work()
+            events[turn][1].record()
     torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in events)
-
-
-def in_turns(works: Sequence[Callable[[], Any]], repeats: int = 9, rounds: int = 3, warmup: int = 2) -> list[float]:
-    """Median of each one's `median_ms` over rounds in which all take their turn, so that a warmer GPU slows them alike."""
-    times = [[median_ms(work, repeats, warmup) for work in works] for _ in range(rounds)]
-    return [statistics.median(of_one) for of_one in zip(*times, strict=True)]
+    return [statistics.median(start.elapsed_time(end) for start, end in events) for events in pairs]
 
 
 def graph_ms(work: Callable[[], Any], repeats: int = 9) -> float:
