@@ -72,7 +72,7 @@ def test_speculative(monkeypatch, capsys, tmp_path):
     (tmp_path / "text.txt").write_text("many words " * 20)
     out = run("speculative.py", monkeypatch, capsys, str(tmp_path), str(tmp_path / "text.txt"))
     assert "the model's own tokens: True" in out
-    assert "32 tokens; 5.00 tokens a verify" in out  # a text as short is read as a whole
+    assert "32 tokens; 6.20 tokens a verify" in out  # a text as short is read as a whole
     assert "1 of 1 attentions of draft steps by their policy" in out
 
 

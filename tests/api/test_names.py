@@ -64,8 +64,8 @@ NAMES = {
         "model, prompts, target='kl<=0.01', *, policy=None, coverages=None, alphas=None, keeps=None, method='loss', last=128, "
         "state=None, progress=True"
     ),
-    "generate": "model, *args, draft=None, gamma=6, costs=None, **kwargs",
-    "speculative": "draft, gamma=6, *, costs=None, streamer=None",  # for `generate(custom_generate=...)` of transformers
+    "generate": "model, *args, draft=None, gamma=None, costs=None, **kwargs",
+    "speculative": "draft, gamma=None, *, costs=None, streamer=None",  # for `generate(custom_generate=...)` of transformers
     "reach": "model, plan, length, *args, phase='prefill', **kwargs",
     "Cache": "model, batch, max_length, pool=None",  # for transformers' `generate()`: room from the start
     "Report": "...",

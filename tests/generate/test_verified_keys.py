@@ -9,6 +9,7 @@ import tsa_compile as tsa
 from tests.cache.models import cache_name, tiny, token_ids
 from tests.generate.test_speculative import BATCH, LEFT, both
 from tsa_compile.cache import storage
+from tsa_compile.generate.named_drafts import as_draft
 from tsa_compile.generate.speculative_plan import plan_of
 from tsa_compile.policies.base import from_dict
 from tsa_compile.session import attached
@@ -67,7 +68,7 @@ def test_what_a_verify_step_lists_and_a_draft_reads(models, draft):
     """The lists are those of the untouched model's attention weights; a draft step is that model with the other keys hidden."""
     plain, ours = models
     session = attached(ours)
-    plan = plan_of(session, draft)
+    plan = plan_of(session, as_draft(draft))
     ids, cache = BATCH["ids"], transformers.DynamicCache(config=ours.config)
     more, call = token_ids(6, 3, seed=5), {cache_name(ours): cache}
     positions = (LEFT.cumsum(1) - 1).clamp_min(0)

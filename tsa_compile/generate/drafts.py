@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -14,7 +13,8 @@ from tsa_compile.generate.sampling import sample
 from tsa_compile.generate.token_rows import TokenRows, scores_behind
 from tsa_compile.plan import Plan
 from tsa_compile.policies.base import Policy
-from tsa_compile.policies.page_sparse import PageSparse
+from tsa_compile.reuse import Reuse
+from tsa_compile.rules import Rule
 
 Tensor = torch.Tensor
 
@@ -75,9 +75,18 @@ class PolicyDraft:
     """The model itself, one token at a time, under a policy for drafts. (Vegas, arXiv 2602.07223; MagicDec, 2408.11049.)
 
     All its steps are one call, and one recording, where they run on fixed buffers and no logits processor looks at the tokens.
+
+    Args:
+        policy: of all attentions but those that a rule names.
+        rules: exceptions, of phase "draft"; the first that matches decides.
+        reuse: attentions that take another one's selection, of phase "draft".
+        weights: the file of learned indexes that the policies need; None: they need none.
     """
 
     policy: Policy
+    rules: tuple[Rule, ...] = ()
+    reuse: tuple[Reuse, ...] = ()
+    weights: str | None = None
 
     def propose(self, request: Request, n: int) -> Proposed:
         with request.steps.session.backend.under(request.plan, drafting=True):
@@ -149,32 +158,3 @@ class PromptLookup:
             if len(same):
                 return ids[int(same[-1]) + size :]
         return None
-
-
-def sinks_and_window(tokens: int = 1024) -> PageSparse:
-    """The first page of 16 tokens and the last `tokens`, whatever the query: the draft of MagicDec and StreamingLLM."""
-    recent = -(-tokens // 16)
-    return PageSparse(pages=1 + recent, sinks=1, recent=recent)
-
-
-NAMED: Mapping[str, Callable[[], Draft]] = {"lookup": PromptLookup, "window": lambda: PolicyDraft(sinks_and_window())}
-
-
-def as_draft(draft: Policy | Draft | str) -> Draft:
-    """The draft that users mean: a policy for drafts, a draft, or its name.
-
-    Raises:
-        ValueError: no such name, or a policy that is not for drafts.
-        TypeError: anything else.
-    """
-    if isinstance(draft, str):
-        if draft not in NAMED:
-            raise ValueError(f"draft must be a policy for drafts or one of {sorted(NAMED)}, got {draft!r}")
-        return NAMED[draft]()
-    if isinstance(draft, Policy):
-        if "draft" not in draft.phases:
-            raise ValueError(f"draft: {draft.name} is for {' and '.join(sorted(draft.phases))}, not for draft")
-        return PolicyDraft(draft)
-    if not hasattr(draft, "propose"):
-        raise TypeError(f"draft must be a policy for drafts or one of {sorted(NAMED)}, got {type(draft).__name__}")
-    return draft

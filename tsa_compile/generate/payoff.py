@@ -66,7 +66,7 @@ class Payoff:
         """Why speculation does not pay; None: it does, or it is too early to say."""
         if not self.costs:
             return None
-        cost = min(self.costs, key=lambda c: (abs(math.log(c.batch / batch)), abs(math.log(c.length / length))))
+        cost = min(self.costs, key=lambda line: distance(line, batch, length))
         needed = self._needed = self.gamma * cost.draft + cost.verify
         if needed >= self.gamma + 1:
             return f"a round costs {needed:.2f} exact steps and gives at most {self.gamma + 1} tokens, by {cost}"
@@ -79,6 +79,11 @@ class Payoff:
         if len(self._given) == self._given.maxlen and given < needed:
             return f"a round gives {given:.2f} tokens and costs {needed:.2f} exact steps, by {cost}"
         return None
+
+
+def distance(line: Any, batch: int, length: int) -> tuple[float, float]:
+    """How far what was measured at `line.batch` and `line.length` is from a request: by the batch, then by the length."""
+    return abs(math.log(line.batch / batch)), abs(math.log(line.length / length))
 
 
 def as_costs(costs: Any) -> tuple[Cost, ...]:

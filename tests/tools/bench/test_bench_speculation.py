@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 import tsa_compile as tsa
 from tests.cache.models import tiny
+from tsa_compile.policies.base import from_dict
 from tsa_compile.session import attached
-from tsa_compile.tools.bench import acceptance, forced_rounds
+from tsa_compile.tools.bench import acceptance, forced_rounds, output, round_cli
 
 pytest.importorskip("transformers")
 
@@ -52,9 +55,36 @@ def test_rounds_at_an_acceptance_that_is_given(batch, draft):
     assert "of the bound" in forced_rounds.told(row)
 
 
-@pytest.mark.parametrize("given", [1.5, 4.0, 6.9])
+def test_what_is_timed_is_kept_by_the_models_own_acceptance(tmp_path):
+    """Tokens of a round by acceptance by place, in the mean over texts; then the row of the table that drafts are chosen by."""
+    rows = [
+        acceptance.Acceptance("pages", text, length, 0.07, 3, 9, 2.0, places, None)
+        for length, text, places in ((300, "prose", (1.0, 0.5, 0.0)), (300, "code", (0.5,)), (3000, "code", (1.0, 1.0, 1.0)))
+    ]
+    output.write_json(str(tmp_path / "a.json"), rows)
+    assert acceptance.read(str(tmp_path / "a.json")) == [dataclasses.replace(r, acceptance=[*r.acceptance]) for r in rows]
+    for length, gamma, tokens in ((400, 3, 2.0), (400, 1, 1.75), (2000, 3, 4.0)):
+        assert acceptance.tokens_a_round(rows, "pages", length, gamma, 0.07) == tokens
+    for name, gamma in (("window", 3), ("pages", 4)):
+        with pytest.raises(ValueError, match=rf"no acceptance of {name}, share 0\.07, gamma {gamma} or more"):
+            acceptance.tokens_a_round(rows, name, 400, gamma, 0.07)
+    case = forced_rounds.RoundCase(2, 300, 3, 2.0)
+    took = dict(draft_ms=1.0, verify_ms=2.0, round_ms=6.0, exact=forced_rounds.ExactTimes(3.0, 4.0), case=case, draft="pages")
+    others = {f.name: 0 for f in dataclasses.fields(forced_rounds.RoundRow)}
+    made = tsa.PageSparse(pages=4)
+    timing = forced_rounds.timing_of(forced_rounds.RoundRow(**{**others, **took}), tiny("llama", layers=1), made, "eager")
+    assert timing.tokens_per_second == pytest.approx(2 * 2.0 / 6e-3)
+    assert (timing.device, timing.gamma, timing.exact_ms, from_dict(dict(timing.policy))) == ("cpu", 3, 4.0, made)
+
+
+def test_rounds_of_lookup_are_refused():
+    with pytest.raises(ValueError, match="got 'lookup': rounds are timed behind random tokens"):
+        round_cli.bench_round("smollm2", drafts="verify,lookup", gamma="6", cases="1x64", acceptance=None)
+
+
+@pytest.mark.parametrize("given", [1.0, 1.5, 4.0, 6.9, 7.0])
 def test_the_coin_gives_so_many_tokens(given):
     bias = forced_rounds.RoundCase(1, 100, 6, given).bias
     assert abs(sum(bias**n for n in range(7)) - given) < 1e-9
     with pytest.raises(ValueError, match="given must be tokens of a round"):
-        forced_rounds.RoundCase(1, 100, 6, 7.0)
+        forced_rounds.RoundCase(1, 100, 6, 7.1)

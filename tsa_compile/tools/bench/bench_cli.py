@@ -12,6 +12,7 @@ from rich.console import Console
 from tsa_compile.tools.bench.diffusion_cli import bench_diffusion
 from tsa_compile.tools.bench.distributed_cli import bench_context_parallel
 from tsa_compile.tools.bench.host_cli import bench_host
+from tsa_compile.tools.bench.lossless_cli import bench_lossless
 from tsa_compile.tools.bench.resident_cli import bench_resident
 from tsa_compile.tools.bench.rollout_cli import bench_rollout
 from tsa_compile.tools.bench.round_cli import bench_round
@@ -27,6 +28,7 @@ bench.command("diffusion")(bench_diffusion)
 bench.command("rollout")(bench_rollout)
 bench.command("host")(bench_host)
 bench.command("round")(bench_round)
+bench.command("lossless")(bench_lossless)
 bench.command("context-parallel")(bench_context_parallel)
 bench.command("resident")(bench_resident)
 

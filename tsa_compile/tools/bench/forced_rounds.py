@@ -11,14 +11,18 @@ from typing import Any
 
 import torch
 
+from tsa_compile.generate import draft_table
 from tsa_compile.generate.accept import Accepted, leading
-from tsa_compile.generate.drafts import Draft, Request, as_draft
+from tsa_compile.generate.draft_table import DraftTiming
+from tsa_compile.generate.drafts import Draft, Request
+from tsa_compile.generate.named_drafts import as_draft
 from tsa_compile.generate.payoff import Cost
 from tsa_compile.generate.rounds import Rounds
 from tsa_compile.generate.settle import Ends
 from tsa_compile.generate.speculative_plan import speculating
 from tsa_compile.generate.token_rows import TokenRows
 from tsa_compile.plan import Plan
+from tsa_compile.policies.base import Policy
 from tsa_compile.policies.dense import Dense
 from tsa_compile.policies.exact import Exact
 from tsa_compile.speculation import Speculation
@@ -43,8 +47,8 @@ class RoundCase:
     gated: int = 256
 
     def __post_init__(self) -> None:
-        if not 1 < self.given < self.gamma + 1:
-            raise ValueError(f"given must be tokens of a round, above 1 and below gamma + 1 = {self.gamma + 1}, got {self.given}")
+        if not 1 <= self.given <= self.gamma + 1:
+            raise ValueError(f"given must be tokens of a round, from 1 to gamma + 1 = {self.gamma + 1}, got {self.given}")
 
     @property
     def room(self) -> int:
@@ -138,7 +142,7 @@ def measure_rounds(
 ) -> RoundRow:
     """Steps alone, rounds at the given acceptance, and the gate where it should be off. The model is as it was afterwards."""
     made = as_draft(draft)
-    plan = speculating(Plan(prefill=Dense(), decode=Exact()), made.policy)
+    plan = speculating(Plan(prefill=Dense(), decode=Exact()), made)
     with transformed(model, plan, compiler) as session:
         cache = filled_cache(model, session.plan, case.batch, case.length, case.room)
         request = request_over(model, session, cache, case.room, processors, sampled)
@@ -197,6 +201,13 @@ def _gated(request: Request, draft: Draft, case: RoundCase, cost: Cost) -> tuple
     while not all(request.rows.done):
         rounds.go_on()
     return now(device) - start, "; ".join(rounds.seen.notes)
+
+
+def timing_of(row: RoundRow, model: Any, policy: Policy, compiler: str) -> DraftTiming:
+    """The row for `draft="measured"`; by the tokens a round that were asked for, not those that the coin came to."""
+    case, where = row.case, (draft_table.device_of(model), draft_table.shape_of(model), compiler)
+    took = (row.draft_ms, row.verify_ms, row.round_ms, row.exact.token)
+    return DraftTiming(*where, case.batch, case.length, row.draft, policy.to_dict(), case.gamma, case.given, *took)
 
 
 def told(row: RoundRow) -> str:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from tsa_compile.tools.bench.forced_rounds import RoundCase
 
 
 def bench_round(
@@ -16,7 +20,11 @@ def bench_round(
     cases: Annotated[str, typer.Option(help="batch x length, comma separated")] = "1x131072,4x131072,8x65536",
     drafts: Annotated[str, typer.Option(help="of verify, layer, pages and window, comma separated")] = "verify",
     given: Annotated[float, typer.Option(help="tokens a round, as measured on real models, which the coin gives")] = 6.0,
-    gamma: Annotated[int, typer.Option(help="tokens of a draft", min=1, max=15)] = 6,
+    acceptance: Annotated[
+        str | None,
+        typer.Option(help="in its place: --json of `bench acceptance` on MODEL; draft='measured' goes by what is timed then"),
+    ] = None,
+    gamma: Annotated[str, typer.Option(help="tokens of a draft, comma separated")] = "6",
     share: Annotated[float, typer.Option(help="of the keys, that drafts read; at least 256 keys")] = 0.07,
     sampled: Annotated[bool, typer.Option(help="temperature 0.6, top-p 0.95, top-k 20; or greedy")] = False,
     layers: Annotated[int, typer.Option(help="of llama-8b", min=1)] = 32,
@@ -26,25 +34,48 @@ def bench_round(
     json: Annotated[str | None, typer.Option("--json", help="write the results to this file, after each of them")] = None,
 ) -> None:
     """Rounds of speculation beside exact decoding, in one run: c, v, t, their bound t / (gamma c + v), tokens a second."""
-    from tsa_compile.tools.bench import acceptance, forced_rounds, output
+    from tsa_compile.generate import draft_table
+    from tsa_compile.tools.bench import acceptance as accepted
+    from tsa_compile.tools.bench import forced_rounds, output
 
-    console, start = Console(soft_wrap=True), time.monotonic()
-    loaded, rows = _load(model, layers), list[forced_rounds.RoundRow]()
+    console, start, exact = Console(soft_wrap=True), time.monotonic(), dict[str, Any]()
+    planned = _planned(cases, drafts, gamma, rounds, given, acceptance, share)
+    loaded, timed = _load(model, layers), list[forced_rounds.RoundRow]()
     head = dict(environment=_environment(), model=model, layers=layers, dtype=str(loaded.dtype), compiler=compiler)
-    for batch, _, length in (size.partition("x") for size in cases.split(",")):
-        case = forced_rounds.RoundCase(int(batch), int(length), gamma, given, rounds)
-        exact = None
-        for name in drafts.split(","):
-            if time.monotonic() - start > 60 * minutes:
-                console.print(f"not begun after {minutes} minutes: {name} at {batch} x {length}", markup=False)
-                continue
-            exact = exact or forced_rounds.measure_exact(loaded, case, compiler)
-            draft = acceptance.DRAFTS[name](share, case.length)
-            how: dict[str, Any] = dict(compiler=compiler, processors=_warpers() if sampled else (), sampled=sampled)
-            rows.append(forced_rounds.measure_rounds(loaded, case, name, draft, exact, **how))
-            console.print(forced_rounds.told(rows[-1]), markup=False, highlight=False)
-            if json:
-                output.write_json(json, rows, **head, share=share, sampled=sampled, seconds=round(time.monotonic() - start))
+    for case, name in planned:
+        size = f"{case.batch} x {case.length}"
+        if time.monotonic() - start > 60 * minutes:
+            console.print(f"not begun after {minutes} minutes: {name}, gamma {case.gamma} at {size}", markup=False)
+            continue
+        exact[size] = exact.get(size) or forced_rounds.measure_exact(loaded, case, compiler)
+        draft = accepted.DRAFTS[name](share, case.length, accepted.LEAST)
+        how: dict[str, Any] = dict(compiler=compiler, processors=_warpers() if sampled else (), sampled=sampled)
+        timed.append(forced_rounds.measure_rounds(loaded, case, name, draft, exact[size], **how))
+        console.print(forced_rounds.told(timed[-1]), markup=False, highlight=False)
+        if acceptance is not None:
+            draft_table.write([forced_rounds.timing_of(timed[-1], loaded, draft, compiler)], draft_table.table_file())
+            console.print(f"  kept in {draft_table.table_file()}", markup=False)
+        if json:
+            output.write_json(json, timed, **head, share=share, sampled=sampled, seconds=round(time.monotonic() - start))
+
+
+def _planned(
+    cases: str, drafts: str, gamma: str, rounds: int, given: float, acceptance: str | None, share: float
+) -> list[tuple[RoundCase, str]]:
+    """What is to be timed: each case and draft; an error in the options shows before anything is."""
+    from tsa_compile.tools.bench.acceptance import DRAFTS, read, tokens_a_round
+    from tsa_compile.tools.bench.forced_rounds import RoundCase
+    from tsa_compile.tools.option_values import numbers
+
+    names, known = drafts.split(","), [name for name in DRAFTS if name != "lookup"]
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"--drafts must be of {known}, got {unknown[0]!r}: rounds are timed behind random tokens")
+    found, rows = list[tuple[RoundCase, str]](), None if acceptance is None else read(acceptance)
+    for batch, length in (map(int, size.split("x")) for size in cases.split(",")):
+        for tokens, name in itertools.product(numbers("--gamma", gamma, int), names):
+            t = given if rows is None else tokens_a_round(rows, name, length, tokens, share)
+            found.append((RoundCase(batch, length, tokens, t, rounds), name))
+    return found
 
 
 def _load(model: str, layers: int) -> Any:
