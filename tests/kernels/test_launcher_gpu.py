@@ -132,6 +132,9 @@ def test_threads_share_what_is_remembered():
     for call in calls[0]:
         by_triton(call)  # compiled once: Triton's compiler is not asked by several threads
     streams = [torch.cuda.Stream() for _ in calls]
+    for own in calls:
+        for call in own:
+            call.out.fill_(torch.nan)
     launcher._kept.clear()
     torch.cuda.synchronize()
 
@@ -150,6 +153,8 @@ def test_threads_share_what_is_remembered():
 def test_devices_in_turns(monkeypatch):
     calls = {device: [Call(device, **changed) for changed in CHANGED[:8]] for device in (0, 1)}
     run = by_one_for_each()
+    for device in calls:
+        torch.cuda.synchronize(device)  # what they read was made on other streams
     for turn in range(3):
         for device, own in calls.items():
             with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
