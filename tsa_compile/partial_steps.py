@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from tsa_compile.cache.entry import Prepared
 
@@ -15,8 +16,8 @@ if TYPE_CHECKING:
     from tsa_compile.plan import Plan
 
 
-def keeping_of(plan: Plan) -> Any:
-    """How the layers of a cache keep their rows under `plan`; None: in their buffers.
+def keeping_of(plan: Plan, model: nn.Module | None = None) -> Any:
+    """How the layers of a cache of `model` keep their rows under `plan`; None: in their buffers.
 
     Raises:
         ValueError: the decode policies of its layers differ in that.
@@ -26,11 +27,11 @@ def keeping_of(plan: Plan) -> Any:
     kept = [policy for policy in named if policy is not None and policy.needs_session]
     if not kept:
         return None
-    if len(kept) < len(named) or len({policy.keeping() for policy in kept}) > 1:
+    if len(kept) < len(named) or len({policy.keeping(model) for policy in kept}) > 1:
         raise ValueError(
             f"{kept[0].name} keeps the cache of all layers in its way: let every decode policy of the plan be the same"
         )
-    return kept[0].keeping()
+    return kept[0].keeping(model)
 
 
 def begins(prepared: Prepared) -> bool:

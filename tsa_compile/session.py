@@ -16,7 +16,7 @@ from tsa_compile import first_call
 from tsa_compile.backend import Backend
 from tsa_compile.context_calls import ContextCalls
 from tsa_compile.dynamo import called, isolated, lengths_vary, room, settings, skips, traced_by_others
-from tsa_compile.head_weights import attach_indexes, check_indexes, load_indexes
+from tsa_compile.index_weights import attach_indexes, check_indexes, load_indexes
 from tsa_compile.interface.front import front_of
 from tsa_compile.model_state import ModelState
 from tsa_compile.plan import Plan

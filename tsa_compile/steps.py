@@ -127,7 +127,7 @@ class Steps:
     def of_plan(self, plan: Plan) -> tuple[Callable[[int], Kinds], Any]:
         """`states_for` and `keeping_of`, the same objects for the same plan."""
         if self._known_plan is None or self._known_plan[0] is not plan:
-            self._known_plan = (plan, states_for(plan, self._backend.model), keeping_of(plan))
+            self._known_plan = (plan, states_for(plan, self._backend.model), keeping_of(plan, self._backend.model))
         return self._known_plan[1:]
 
     def named(self, args: Sequence[Any]) -> dict[str, Any]:

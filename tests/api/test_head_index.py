@@ -16,7 +16,7 @@ import torch
 import tsa_compile as tsa
 from tests.cache.models import cache_name, tiny, token_ids
 from tsa_compile.cache.head_index import HeadIndex, indexes
-from tsa_compile.head_weights import attach_indexes, load_indexes, save_indexes
+from tsa_compile.index_weights import attach_indexes, load_indexes, save_indexes
 from tsa_compile.kernels.types import Rotation
 from tsa_compile.session import attached
 from tsa_compile.steps import FIXED

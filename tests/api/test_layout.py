@@ -33,7 +33,7 @@ PART_OF = {
     "plan_format": "plan",
     "reuse": "plan",
     "plan_states": "plan",
-    "head_weights": "plan",
+    "index_weights": "plan",
     "pays": "plan",
     "owners": "backend",
     "traced": "backend",

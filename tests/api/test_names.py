@@ -49,7 +49,8 @@ NAMES = {
     "HeadSplit": "retrieval, keep=1.0, sinks=4, window=8192, mass=None",
     "SampledValues": "samples, form='prop', representatives=4, recent=4",
     "Remembered": "source, keys=None, ratio=None, dense_layers=None, queries=None, share='kv_head'",
-    "Resident": "keep=None, pages=None, interval=64, layers=None, ensemble='max', sinks=1, recent=4, strict=False, sample=0",
+    "Resident": "keep=None, pages=None, interval=64, layers=None, ensemble='max', sinks=1, recent=4, strict=False, sample=0, "
+    "index='mean', threshold=None",
     "Routed": "inner=Exact(), group=None",
     # What is done to a model.
     "transform": (

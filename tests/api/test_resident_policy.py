@@ -85,6 +85,9 @@ def test_outside_of_a_session_it_is_an_error():
         ({"pages": 8, "layers": ()}, r"Resident.layers must be layer numbers, at least one, or None, got \(\)"),
         ({"pages": 8, "ensemble": "or"}, r"Resident.ensemble must be one of \('max', 'mean'\), got 'or'"),
         ({"pages": 8, "strict": 1}, "Resident.strict must be True or False, got 1"),
+        ({"pages": 8, "index": "basis"}, r"Resident.index must be one of \('mean', 'learned'\), got 'basis'"),
+        ({"threshold": 1.0}, r"Resident.threshold must be a number in \(0, 1\), or None, got 1.0"),
+        ({"threshold": 0.5}, "Resident.threshold is of scores of a learned index: give index='learned'"),
     ],
 )
 def test_a_bad_value_is_named(fields, message):
@@ -93,7 +96,8 @@ def test_a_bad_value_is_named(fields, message):
 
 
 def test_round_trip():
-    for policy in (tsa.Resident(0.13), tsa.Resident(pages=8, layers=[0, 3], strict=True)):
+    learned = tsa.Resident(layers=(1, 2), index="learned", threshold=0.5)
+    for policy in (tsa.Resident(0.13), tsa.Resident(pages=8, layers=[0, 3], strict=True), learned):
         assert from_dict(policy.to_dict()) == policy
 
 

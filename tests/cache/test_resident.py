@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from tsa_compile.cache import host_pages, resident, resident_pages, storage
 from tsa_compile.cache.fixed import pinned
 from tsa_compile.cache.lease import Lease
+from tsa_compile.cache.lookahead_index import LookaheadIndex
 from tsa_compile.cache.storage import Pool
+from tsa_compile.kernels.types import Rotation
 from tsa_compile.policies.resident import Resident
 
 pytest.importorskip("transformers")
@@ -24,10 +26,10 @@ PROMPT = 500  # 31 pages and 4 rows; the pools below have 8 to 16 slots
 class Run:
     """The layers of a cache, driven as a session drives them, and beside them every row in plain tensors."""
 
-    def __init__(self, rule: Resident, padding: int = 0) -> None:
+    def __init__(self, rule: Resident, padding: int = 0, indexes: tuple[tuple[int, LookaheadIndex], ...] = ()) -> None:
         from tsa_compile.cache.hf_layers import layer_types
 
-        self.lease, make = Lease(Pool(keep=0)), layer_types().that_keep(rule.keeping())
+        self.lease, make = Lease(Pool(keep=0)), layer_types().that_keep(rule.keeping()._replace(indexes=indexes))
         self.layers = [make(lease=self.lease) for _ in range(LAYERS)]
         self.resident = self.layers[0].resident
         self.keys = [torch.empty(BATCH, KV_HEADS, 0, DIM) for _ in range(LAYERS)]
@@ -195,7 +197,7 @@ def test_the_choice_is_the_heaviest_pages():
     run.step()
     for n, layer in enumerate(run.layers):
         layer.sums[:, :, 17] = 50.0
-        run.resident._queries[n] = (torch.ones(BATCH, HEADS, 1, DIM), 0.7)
+        run.resident._queries[n] = resident.Asked(torch.ones(BATCH, HEADS, 1, DIM), 0.7, torch.zeros(1, 1))
     assert not all(17 in places for places in run.resident.slots)
     run.step()
     assert all(17 in places for places in run.resident.slots)
@@ -209,11 +211,61 @@ def test_layers_are_joined_by_the_largest_share_or_the_mean(monkeypatch, ensembl
     for n, layer in enumerate(run.layers):
         shares = torch.zeros(BATCH, 31, dtype=torch.float64)
         shares[:, 12], shares[:, 17] = (0.6, 0.0)[n], 0.35
-        monkeypatch.setattr(layer, "page_shares", lambda q, scale, shares=shares: shares)
+        monkeypatch.setattr(layer, "page_scores", lambda asked, index, shares=shares: shares)
     run.step()
     assert [sorted(places) for places in run.resident.slots] == [
         [0, page, 30]
     ] * 2  # the sink, the choice, the last; the open one
+
+
+def random_index(seed: int) -> LookaheadIndex:
+    g = torch.Generator().manual_seed(seed)
+    down, up, weight = (torch.randn(shape, generator=g) for shape in ((5, HEADS * DIM), (6, DIM, 5), (6, HEADS * DIM)))
+    return LookaheadIndex(KV_HEADS, down, up, weight, torch.tensor(0.1), Rotation((0.3, 0.01), False, 1.25))
+
+
+def predicted(index: LookaheadIndex, q: torch.Tensor, position: int, keys: torch.Tensor) -> float:
+    """The score of one page, by the formula: q `[H, D]`, real keys of the page `[Hk, n, D]`; float64, heads one by one."""
+
+    def turned(x: torch.Tensor, sign: int) -> torch.Tensor:
+        angle = sign * position * index.frequencies.double()
+        size = 1.25**sign
+        first, second = x[..., :2], x[..., 2:]
+        cos, sin = angle.cos() * size, angle.sin() * size
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+    norm = lambda x: x / (x.square().mean() + 1e-7).sqrt()  # noqa: E731
+    x = norm(turned(q.double(), -1).flatten())
+    code, total = norm(index.down.double() @ x), index.offset.double()
+    for h in range(6):
+        asked, mean = turned(index.up[h].double() @ code, 1), keys[h // 3].double().mean(0)
+        total = total + (index.weight[h].double() @ x) * 24**-0.5 * torch.relu(asked @ mean)
+    return float(total.sigmoid())
+
+
+@pytest.mark.parametrize("budget", [{}, {"pages": 7}])
+@pytest.mark.parametrize("told", [False, True])
+def test_a_learned_index_makes_pages_resident_above_its_threshold(budget, told):
+    """And no more than the budget; positions are those of the call, or the rows before; padding is not scored."""
+    indexes = tuple((n, random_index(n)) for n in range(LAYERS))
+    run = Run(Resident(**budget, index="learned", threshold=0.7, interval=30, recent=2), 170, indexes)
+    run.prompt(2 * PROMPT)
+    run.lease.positions = torch.tensor([[700], [330]]) if told else None
+    run.step()
+    before = run.layers[0].host.pages
+    asked = dict(run.resident._queries)
+    run.step()
+    for b, (first, position) in enumerate(zip((0, 170), (700, 330) if told else (1000, 1000), strict=True)):
+        scores = {}
+        for page in range(first // 16 + 1, before - 1):  # the first page of the row is a sink, the last one is recent
+            own = [run.keys[n][b, :, page * 16 : page * 16 + 16] for n in range(LAYERS)]
+            by_layer = [predicted(indexes[n][1], asked[n].q[b, :, 0], position, own[n]) for n in range(LAYERS)]
+            scores[page] = max(by_layer)
+        hits = sorted((p for p in scores if scores[p] > 0.7), key=lambda p: -scores[p])
+        assert 4 < len(hits) < len(scores)
+        most = 7 - 3 if budget else len(hits)  # beside the first, the last and the open page
+        assert {*run.resident.slots[b]} == {first // 16, before - 1, *hits[:most]}
+    assert run.layers[0].length < run.length
 
 
 def test_the_lost_mass_is_what_lies_outside():

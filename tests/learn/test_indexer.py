@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import tsa_compile as tsa
 from tests.api.tiny import tiny_llama
 from tests.cache.models import cache_name
-from tsa_compile.head_weights import load_indexes
+from tsa_compile.index_weights import load_indexes
 from tsa_compile.learn import indexer, indexer_state
 from tsa_compile.learn.indexer import train_indexer
 from tsa_compile.learn.indexer_loss import divergence, teacher_of

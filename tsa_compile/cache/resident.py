@@ -2,14 +2,14 @@
 
 Lookahead sparse attention (FlashMemory, arXiv 2606.09079): every `interval` steps the pages that the next steps will need are
 predicted, from this step's queries at a few layers; they, the first and the last pages become resident, and in between nothing
-is moved. The index here is the mean key of a page, which needs no training.
+is moved. What predicts is the mean key of a page, which needs no training, or a learned index (`lookahead_index.py`).
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,6 +21,14 @@ from tsa_compile.kernels.common.shares import share_bits
 from tsa_compile.kernels.resident import watching
 from tsa_compile.kernels.select.top_pages.reference import choose
 from tsa_compile.kernels.types import Attended
+
+
+class Asked(NamedTuple):
+    """One layer's queries `[B, H, 1, D]`, rotated, the scale of their scores, and where they stand, int `[B or 1, 1]`."""
+
+    q: torch.Tensor
+    scale: float
+    positions: torch.Tensor
 
 
 class ResidentSet:
@@ -40,7 +48,7 @@ class ResidentSet:
         self.slots: list[dict[int, int]] = []  # of each batch row: page -> slot
         self._free: list[list[int]] = []
         self._arriving: list[tuple[Callable[[], bool], list[tuple[int, int, int]]]] = []
-        self._queries: dict[int, tuple[torch.Tensor, float]] = {}
+        self._queries: dict[int, Asked] = {}
         self._since = 0  # steps since the set was chosen
         self._size = 0  # slots that the pools have
         self._table: torch.Tensor | None = None
@@ -87,14 +95,14 @@ class ResidentSet:
 
     def _watcher(self, layers: Sequence[Any], scores: bool, sampled: bool, reads_all: bool) -> Any:
         by_address = {layer.buffers.keys.data_ptr(): n for n, layer in enumerate(layers)}
-        asked = self._asked(len(layers))
+        asked = self.rule.asked(len(layers))
 
         def watch(q: torch.Tensor, k: torch.Tensor, scale: float, part: Attended) -> Attended:
             n = by_address.get(k.data_ptr())
             if n is None:
                 raise RuntimeError("Resident: an attention reads keys that are not a pool of the cache: was its dtype changed?")
             if scores and n in asked:
-                self._queries[n] = q.clone(), scale
+                self._queries[n] = Asked(q.clone(), scale, layers[n].position())
             if not (sampled or reads_all):
                 return part
             whole = layers[n].with_rest(q, scale, part, self.slots)
@@ -105,18 +113,11 @@ class ResidentSet:
 
         return watch
 
-    def _asked(self, layers: int) -> frozenset[int]:
-        """The layers whose queries predict."""
-        if self.rule.layers is not None:
-            if max(self.rule.layers) >= layers:
-                raise ValueError(f"Resident.layers: {self.rule.layers}, but the cache has {layers} layers")
-            return frozenset(self.rule.layers)
-        return frozenset({layers // 4, layers // 2, 3 * layers // 4})
-
     def _begin(self, layers: Sequence[Any]) -> None:
         """The first and the last pages, as many as may be; no query is known yet."""
         first = layers[0]
-        wanted = self._chosen(first, [list(range(first.host.pages))] * first.host.batch)
+        latest = list(range(first.host.pages)) if self.rule.is_bounded else [0] * first.host.pages
+        wanted = self._chosen(first, [latest] * first.host.batch)
         self._size, self._free = 0, [[] for _ in wanted]
         self.slots = [{} for _ in wanted]
         try:
@@ -126,23 +127,25 @@ class ResidentSet:
             raise
 
     def _refresh(self, layers: Sequence[Any]) -> None:
-        scores = [layers[n].page_shares(q, scale) for n, (q, scale) in self._queries.items()]
-        joined = torch.stack(scores)
+        indexes = dict(self.rule.indexes)
+        joined = torch.stack([layers[n].page_scores(asked, indexes.get(n)) for n, asked in self._queries.items()])
         joined = joined.amax(0) if self.rule.ensemble == "max" else joined.mean(0)
         self._install(layers, self._chosen(layers[0], joined.tolist()))
         self._queries, self._since = {}, 0
         self.counts.refreshes += 1
 
     def _chosen(self, layer: Any, scores: Sequence[Sequence[float]]) -> list[list[int]]:
-        """The whole pages that each batch row is to have; by the rule of `tsa::select_pages`."""
+        """The whole pages that each batch row is to have; by the rule of `tsa::select_pages`, and no more above a threshold."""
         rule, real = self.rule, layer.host.real[:, : layer.host.pages].any(-1)
-        numbers = (share_bits(rule.keep), [rule.pages], 0.0, rule.sinks, rule.recent)
+        numbers = (share_bits(rule.keep if rule.is_bounded else 1.0), [rule.pages], 0.0, rule.sinks, rule.recent)
         wanted = []
         for b, row in enumerate(scores):
             pages = real[b].nonzero()[:, 0].tolist()
             begin = pages[0] * PAGE if pages else 0
             chosen = choose(row, pages, begin, layer.count(), *numbers)
-            wanted.append([p for p in chosen if p < layer.host.pages])
+            forced = {*pages[: rule.sinks], *range((layer.count() - 1) // PAGE - rule.recent + 1, layer.host.pages)}
+            is_hit = [not rule.threshold or p in forced or row[p] > rule.threshold for p in range(layer.host.pages)]
+            wanted.append([p for p in chosen if p < layer.host.pages and is_hit[p]])
         return wanted
 
     def _install(self, layers: Sequence[Any], wanted: list[list[int]]) -> None:

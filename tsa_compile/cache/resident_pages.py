@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from tsa_compile.cache.host_pages import HostPages
-from tsa_compile.cache.resident import ResidentSet
+from tsa_compile.cache.lookahead_index import LookaheadIndex
+from tsa_compile.cache.resident import Asked, ResidentSet
 from tsa_compile.kernels import ops  # noqa: F401 - registers torch.ops.tsa
 from tsa_compile.kernels.common.pages import PAGE
 from tsa_compile.kernels.types import Attended
@@ -50,11 +51,15 @@ class ResidentPages:
         for pool in self._slots():
             pool[rows.to(pool.device), :, slots.to(pool.device)] = pool[rows.to(pool.device), :, 0]
 
-    def page_shares(self, q: torch.Tensor, scale: float) -> torch.Tensor:
-        """float64 `[B, pages]`, on the CPU: each whole page's share of the attention of `q`, by mean keys, over all heads."""
+    def page_scores(self, asked: Asked, index: LookaheadIndex | None) -> torch.Tensor:
+        """float64 `[B, pages]`, on the CPU: how much each whole page is needed. By a learned index, or else each page's share of
+        the attention of the queries, by mean keys, over all heads."""
         pages = self.host.pages
         sums, counts = self.sums[:, :, :pages], self.counts[..., :pages].contiguous()
-        logits, _ = torch.ops.tsa.page_scores(q, sums, counts, None, 1, None, None, pages * PAGE, scale)
+        if index is not None:
+            means = sums / counts.clamp_min(1)[..., None].to(sums.dtype)
+            return index.logits(asked.q, asked.positions, means)[:, 0].double().sigmoid().cpu()
+        logits, _ = torch.ops.tsa.page_scores(asked.q, sums, counts, None, 1, None, None, pages * PAGE, asked.scale)
         return torch.softmax(logits.double(), -1).nan_to_num(0.0).mean((1, 2)).cpu()
 
     def with_rest(self, q: torch.Tensor, scale: float, part: Attended, slots: Sequence[dict[int, int]]) -> Attended:

@@ -122,6 +122,11 @@ class ResidentMethods(ResidentPages, PartMethods):
     def around_step(self, layers: Sequence[Any]) -> contextlib.AbstractContextManager[bool]:
         return self.resident.around_step(layers)
 
+    def position(self) -> torch.Tensor:
+        """int64 `[B or 1, 1]`: where the row of the running step stands."""
+        told = self.lease.positions
+        return torch.full((1, 1), self.count(), device=self.buffers.keys.device) if told is None else told[:, -1:].clone()
+
     def make_room(self, slots: int) -> int:
         """A pool of at least so many slots, with what is in the present ones; returns how many it has."""
         if self.length < slots * PAGE:

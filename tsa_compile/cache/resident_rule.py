@@ -5,9 +5,16 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
+from tsa_compile.cache.lookahead_index import LookaheadIndex
+
 
 class ResidentRule(NamedTuple):
-    """The numbers of `policies.Resident`, which says what they mean."""
+    """The numbers of `policies.Resident`, which says what they mean.
+
+    Args:
+        threshold: 0.0: none.
+        indexes: learned ones, by the number of their layer; none: pages are scored by their mean keys.
+    """
 
     keep: float
     pages: int
@@ -18,9 +25,38 @@ class ResidentRule(NamedTuple):
     ensemble: str
     strict: bool
     sample: int
+    threshold: float = 0.0
+    indexes: tuple[tuple[int, LookaheadIndex], ...] = ()
 
     def __str__(self) -> str:
-        return f"partly on the device, by {self!r}"
+        by = f", and learned indexes of layers {[n for n, _ in self.indexes]}" if self.indexes else ""
+        return f"partly on the device, by {self._replace(indexes=())!r}{by}"
+
+    @property
+    def is_bounded(self) -> bool:
+        """Is there a budget? Otherwise the threshold alone says what is resident."""
+        return self.keep > 0 or self.pages > 0
+
+    def asked(self, layers: int) -> tuple[int, ...]:
+        """Of so many layers of a cache those whose queries choose, ascending.
+
+        Raises:
+            ValueError: it has no such layer.
+        """
+        return asked_layers(tuple(n for n, _ in self.indexes) or self.layers, layers)
+
+
+def asked_layers(named: tuple[int, ...] | None, layers: int) -> tuple[int, ...]:
+    """Of so many layers those that are named; None: those at a quarter, half and three quarters of the depth.
+
+    Raises:
+        ValueError: there is no such layer.
+    """
+    if named is None:
+        return tuple(sorted({layers // 4, layers // 2, 3 * layers // 4}))
+    if max(named) >= layers:
+        raise ValueError(f"Resident.layers: {named}, but the cache has {layers} layers")
+    return tuple(sorted(named))
 
 
 @dataclasses.dataclass

@@ -1,4 +1,5 @@
-"""The command line: `tsa-compile demo|explain|compare|warm|reach|calibrate|gate|indexer|eval|export|zoo|bench|tune|diffusion`."""
+"""The command line: `tsa-compile demo|explain|compare|warm|reach|calibrate|gate|indexer|lookahead|eval|export|zoo|bench`, `tune`
+and `diffusion`."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from tsa_compile.tools.diffusion.diffusion_cli import diffusion
 from tsa_compile.tools.eval_cli import evaluate
 from tsa_compile.tools.gate_cli import gate
 from tsa_compile.tools.indexer_cli import indexer
+from tsa_compile.tools.lookahead_cli import lookahead
 from tsa_compile.tools.option_values import numbers
 from tsa_compile.tools.reach_cli import reach
 from tsa_compile.tools.warm_cli import warm
@@ -206,6 +208,7 @@ app.command()(tune)
 app.command()(reach)
 app.command()(gate)
 app.command()(indexer)
+app.command()(lookahead)
 app.command()(warm)
 app.command()(diffusion)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from tsa_compile import api
 from tsa_compile.generate.drafts import Draft, PolicyDraft
-from tsa_compile.head_weights import check_indexes
+from tsa_compile.index_weights import check_indexes
 from tsa_compile.plan import Plan
 from tsa_compile.policies.base import Policy
 from tsa_compile.policies.dense import Dense

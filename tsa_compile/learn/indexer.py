@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from tsa_compile.cache.head_index import HeadIndex
-from tsa_compile.head_weights import save_indexes
+from tsa_compile.index_weights import save_indexes
 from tsa_compile.learn.attention_watch import watched
 from tsa_compile.learn.indexer_layer import IndexedLayer
 from tsa_compile.learn.indexer_settings import Training, schedule
@@ -27,7 +27,6 @@ from tsa_compile.learn.rotations import rotations_of
 from tsa_compile.learn.text_decoder import texts_of
 from tsa_compile.plan import Plan
 from tsa_compile.policies.head_split import HeadSplit
-from tsa_compile.progress import progress as progress_bar
 
 Tensor = torch.Tensor
 
@@ -94,20 +93,15 @@ def _train(
     first = [functools.partial(_measure, model, ids, layers) for ids in texts[: training.start_texts]]
     updates = training.epochs * len(texts)
     steps = [functools.partial(_update, model, texts[n % len(texts)], layers, training, n, updates) for n in range(updates)]
-    with progress_bar(show=progress) as start:
-        advance = start("index: first weights", len(first) + len(steps))
-        for number, work in enumerate([*first, *steps]):
-            if number == len(first):
-                for layer in layers.values():
-                    layer.begin(training.init)
-            if number >= held.done:
-                held.did(number + 1, work())
-            said = f"index: KL {held.losses[-1]:.3f}" if held.losses else None
-            advance(said)
-        if not steps:
-            for layer in layers.values():
-                layer.begin(training.init)
+    held.run([*first, *steps], "KL", progress)
+    _begin(layers, training)
     return held.losses
+
+
+def _begin(layers: Mapping[str, IndexedLayer], training: Training) -> None:
+    """The first weights, by what was measured, where there are none yet."""
+    for layer in layers.values():
+        layer.begin(training.init)
 
 
 @torch.no_grad()
@@ -125,6 +119,7 @@ def _measure(model: Any, ids: Tensor, layers: Mapping[str, IndexedLayer]) -> lis
 
 def _update(model: Any, ids: Tensor, layers: Mapping[str, IndexedLayer], training: Training, number: int, of: int) -> list[float]:
     """`reuse` updates of each layer on one text; the mean loss."""
+    _begin(layers, training)
     losses: list[Tensor] = []
     length, generator = ids.shape[1], torch.Generator().manual_seed(training.seed * 1_000_003 + number)
     rows = [

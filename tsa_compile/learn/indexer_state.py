@@ -5,15 +5,23 @@ from __future__ import annotations
 import json
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from tsa_compile.learn.indexer_layer import IndexedLayer
+from tsa_compile.progress import progress as progress_bar
 
 FORMAT = "tsa_compile.indexer 1"
+
+
+class Learner(Protocol):
+    """One attention's weights and what their training needs."""
+
+    def state(self) -> dict[str, Any]: ...
+
+    def load(self, state: dict[str, Any]) -> None: ...
 
 
 class TrainingState:
@@ -28,13 +36,27 @@ class TrainingState:
         ValueError: the file is no such state, or is of a training with another key.
     """
 
-    def __init__(self, path: str | Path | None, key: dict[str, Any], layers: Mapping[str, IndexedLayer]) -> None:
+    def __init__(self, path: str | Path | None, key: dict[str, Any], layers: Mapping[str, Learner]) -> None:
         self.done, self.losses = 0, list[float]()
         self._path = None if path is None else Path(path)
         self._key: dict[str, Any] = json.loads(json.dumps(key))
         self._layers = layers
         if self._path is not None and self._path.is_file():
             self._load(self._path)
+
+    def run(self, work: Sequence[Callable[[], list[float]]], what: str, progress: bool) -> None:
+        """Each piece of `work`, which returns its losses, but for what is done already.
+
+        Args:
+            what: the losses are, for the progress bar.
+            progress: show it, on stderr.
+        """
+        with progress_bar(show=progress) as start:
+            advance = start(f"index: {what}", len(work))
+            for number, piece in enumerate(work):
+                if number >= self.done:
+                    self.did(number + 1, piece())
+                advance(f"index: {what} {self.losses[-1]:.3f}" if self.losses else None)
 
     def did(self, done: int, losses: list[float]) -> None:
         """So many pieces of work are done."""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import torch
+from torch import nn
 
 from tsa_compile.cache.kv_state import KvState
 from tsa_compile.kernels.checks import MAX_HEAD_DIM
@@ -64,8 +65,9 @@ class Policy:
         """What the cache keeps for this policy beside each layer's keys and values."""
         return ()
 
-    def keeping(self) -> Any:
-        """How the cache keeps rows beside the buffers that a decode step reads, compared by value; None: these hold every row."""
+    def keeping(self, model: nn.Module | None = None) -> Any:
+        """How the cache keeps rows beside the buffers that a decode step reads, compared by value; None: these hold every row.
+        `model`: whose learned indexes it may go by."""
         return None
 
     def remark(self, site: AttentionSite) -> str:

@@ -11,6 +11,7 @@ import dataclasses
 from typing import Any, ClassVar
 
 import torch
+from torch import nn
 
 from tsa_compile.cache.kv_state import KvState
 from tsa_compile.cache.sharded import Shard
@@ -72,7 +73,7 @@ class Routed(Policy):
         """
         return self.group or default_group()
 
-    def keeping(self) -> Shard:
+    def keeping(self, model: nn.Module | None = None) -> Shard:
         return Shard.of(self.group_name)
 
     def refuse(self, site: AttentionSite) -> str | None:

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from tsa_compile.head_weights import load_indexes
+from tsa_compile.index_weights import load_indexes
 from tsa_compile.learn.head_roles import head_roles
 from tsa_compile.learn.indexer import train_indexer
 from tsa_compile.learn.indexer_recall import FEW_PAGES, Recall, recalls

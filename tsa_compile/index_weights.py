@@ -16,33 +16,37 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from tsa_compile.cache.head_index import NAME, HeadIndex, indexes
+from tsa_compile.cache.head_index import HeadIndex, indexes
+from tsa_compile.cache.learned_index import NAME, LearnedIndex
+from tsa_compile.cache.lookahead_index import LookaheadIndex, lookaheads
 from tsa_compile.kernels.types import Rotation
 from tsa_compile.policies.head_split import HeadSplit
+from tsa_compile.policies.resident import Resident
 
 if TYPE_CHECKING:
     from tsa_compile.plan import Plan
 
 FORMAT = {"format": "tsa_compile.index", "version": "1"}
-_TENSORS = ("query", "key", "frequencies")
+_KINDS: dict[str, type[LearnedIndex]] = {kind.kind: kind for kind in (HeadIndex, LookaheadIndex)}
 
 
-def save_indexes(path: str | Path, found: Iterable[tuple[str, HeadIndex]]) -> None:
+def save_indexes(path: str | Path, found: Iterable[tuple[str, LearnedIndex]]) -> None:
     """Write the indexes of the attentions at these paths; needs safetensors, which transformers brings."""
     from safetensors.torch import save_file
 
     tensors: dict[str, torch.Tensor] = {}
     told: dict[str, Any] = {}
     for module, index in found:
-        told[module] = {"heads": index.heads, "group": index.group, "interleaved": index.interleaved, "factor": index.factor}
-        tensors |= {f"{module}.{NAME}.{name}": getattr(index, name).detach().cpu().contiguous() for name in _TENSORS}
+        told[module] = {"kind": index.kind, **index.told(), "interleaved": index.interleaved, "factor": index.factor}
+        for name in (*index.tensors, "frequencies"):
+            tensors[f"{module}.{NAME}.{name}"] = getattr(index, name).detach().cpu().contiguous()
     fresh = Path(path).with_name(Path(path).name + ".new")
     save_file(tensors, fresh, {**FORMAT, "indexes": json.dumps(told)})
     os.replace(fresh, path)  # an interruption leaves no half of it
 
 
-def load_indexes(path: str | Path) -> dict[str, HeadIndex]:
-    """The indexes of a file, on the CPU, by the path of the attention.
+def load_indexes(path: str | Path) -> dict[str, Any]:
+    """The indexes of a file, on the CPU, by the path of the attention: each a `LearnedIndex` of its kind.
 
     Raises:
         ValueError: it is no such file, or of another version; the message names it.
@@ -60,13 +64,15 @@ def load_indexes(path: str | Path) -> dict[str, HeadIndex]:
         raise ValueError(f"{path} is no safetensors file: {error}") from error
 
 
-def _built(module: str, given: Mapping[str, Any], file: Any) -> HeadIndex:
-    query, key, frequencies = (file.get_tensor(f"{module}.{NAME}.{name}") for name in _TENSORS)
+def _built(module: str, given: Mapping[str, Any], file: Any) -> LearnedIndex:
+    kind = _KINDS[given.get("kind", HeadIndex.kind)]  # files of before there were others do not say it
+    weights = {name: file.get_tensor(f"{module}.{NAME}.{name}") for name in kind.tensors}
+    frequencies = file.get_tensor(f"{module}.{NAME}.frequencies")
     rotation = Rotation(tuple(frequencies.tolist()), bool(given["interleaved"]), float(given["factor"]))
-    return HeadIndex(tuple(given["heads"]), int(given["group"]), query, key, rotation)
+    return kind.rebuilt(given, weights, rotation)
 
 
-def attach_indexes(model: nn.Module, found: Mapping[str, HeadIndex]) -> Callable[[], None]:
+def attach_indexes(model: nn.Module, found: Mapping[str, LearnedIndex]) -> Callable[[], None]:
     """Each index becomes the submodule `tsa_index` of its attention, in its dtype and on its device; returns what undoes that.
 
     Raises:
@@ -104,6 +110,9 @@ def check_indexes(model: nn.Module, plan: Plan) -> None:
     for phase in ("decode", "draft"):
         if _needs_index(getattr(plan, phase)) and not known:
             raise ValueError(f"Plan.{phase}: HeadSplit.mass needs weights; Plan.weights names none")
+    for policy in {plan.decode, *(rule.policy for rule in plan.rules)}:
+        if isinstance(policy, Resident):
+            policy.check_index(lookaheads(model))
 
 
 def _needs_index(policy: object) -> bool:
