@@ -55,6 +55,6 @@ def padding_range(key_mask: Tensor) -> tuple[Tensor, Tensor]:
     A mask with holes hides keys between them, so kernels are given the mask as well.
     """
     position = torch.arange(key_mask.shape[1], device=key_mask.device, dtype=torch.int32)
-    last = torch.where(key_mask, position, -1).amax(1, keepdim=True)
-    first = torch.where(key_mask, position, last + 1).amin(1, keepdim=True)
-    return first[:, 0].clone(), (last + 1 - first)[:, 0]
+    end = torch.where(key_mask, position + 1, 0).amax(1)
+    first = torch.where(key_mask, position, end[:, None]).amin(1)
+    return first, end - first
