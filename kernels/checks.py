@@ -68,11 +68,11 @@ def check_selected_from(name: str, k: Tensor) -> None:
 
 def check_rule(name: str, rule: TokenRule, share: str) -> None:
     """Raise a ValueError naming operator `name` and the argument that is outside its range."""
-    coverage, window, pool, min_tokens, heavy = rule
+    coverage, last_queries, pool, min_tokens, heavy = rule
     if not 0 <= coverage < 1:
         raise ValueError(f"{name}: coverage must be in [0, 1), got {coverage}")
-    if window < 1 or min_tokens < 1:
-        raise ValueError(f"{name}: window and min_tokens must be at least 1, got {window} and {min_tokens}")
+    if last_queries < 1 or min_tokens < 1:
+        raise ValueError(f"{name}: window and min_tokens must be at least 1, got {last_queries} and {min_tokens}")
     if pool < 1 or pool % 2 == 0:
         raise ValueError(f"{name}: pool must be odd and at least 1, got {pool}")
     if not 0 <= heavy <= min_tokens:

@@ -13,9 +13,9 @@ from tsa_compile.kernels.common.launch import check_triton
 from tsa_compile.kernels.common.padding import attend_padding
 from tsa_compile.kernels.common.ranks import order_or_unread
 from tsa_compile.kernels.compose_reference import token_block_attention_reference
+from tsa_compile.kernels.score.last_queries.host import last_query_scores
 from tsa_compile.kernels.score.page_mass.host import key_block_means
 from tsa_compile.kernels.score.probes.host import probe_means, probing_queries
-from tsa_compile.kernels.score.window.host import window_scores
 from tsa_compile.kernels.select.threshold_pages.host import select_key_blocks
 from tsa_compile.kernels.select.tokens.host import select_everything, select_from_means, zeros
 from tsa_compile.kernels.types import Attended, KeyBlockRule, Keys, Operands, Strip, TokenRule, Tokens
@@ -28,7 +28,7 @@ def token_sparse_attention(x: Operands, scale: float, rule: TokenRule, strip: St
     """`tsa::token_sparse_attention` on every device: `key_view`, `select_tokens`, `sparse_attention`; zero in rows of padding."""
     order = (None, None) if x.key_mask is None else torch.ops.tsa.key_view(x.key_mask)
     kept = torch.ops.tsa.select_tokens(x.q, x.k, *order, scale, *rule)
-    dense_below = rule.min_tokens + rule.window
+    dense_below = rule.min_tokens + rule.last_queries
     out = torch.ops.tsa.sparse_attention(x.q, x.k, x.v, *kept, *order, scale, *strip, dense_below, engine)[0]
     if x.key_mask is None:
         return out
@@ -49,11 +49,11 @@ def select_tokens(x: Operands, scale: float, rule: TokenRule, share: str = "head
     if q.dtype == torch.float64:
         raise ValueError("tsa::select_tokens: float64 runs on CPU only")
     lists = (q if share == "head" else k).shape[1]
-    if k.shape[2] <= rule.min_tokens + rule.window or rule.coverage == 0 or q.shape[2] == 0 or q.shape[0] == 0:
+    if k.shape[2] <= rule.min_tokens + rule.last_queries or rule.coverage == 0 or q.shape[2] == 0 or q.shape[0] == 0:
         return select_everything(k, x.view, rule.heavy, lists)
     zeroed = zeros(q.shape[0], lists, q.shape[1], q.device)
     order, ranks = order_or_unread(x.view, q.device)
-    mean = window_scores(q, k, order, ranks, x.view.ranks is not None, scale, rule.window, zeroed.through)
+    mean = last_query_scores(q, k, order, ranks, x.view.ranks is not None, scale, rule.last_queries, zeroed.through)
     return select_from_means(mean, q.shape[2], x.view, rule, lists, zeroed)
 
 
@@ -72,7 +72,7 @@ def select_keys(x: Operands, scale: float, coverage: float, probes: int, min_key
     if k_len <= min_keys + 1 or coverage == 0 or q_len == 0 or q.shape[0] == 0:
         return Keys(*select_everything(k, view, 0, q.shape[1])[:2])
     mean = probe_means(probing_queries(q, k_len, view, probes), k, view, scale)
-    rule = TokenRule(coverage, window=1, pool=1, min_tokens=min_keys)
+    rule = TokenRule(coverage, last_queries=1, pool=1, min_tokens=min_keys)
     return Keys(*select_from_means(mean, k_len, view, rule, q.shape[1])[:2])
 
 
@@ -94,7 +94,7 @@ def remember_keys(x: Operands, scale: float, queries: int, count: int) -> Keys:
     if 0 < wanted < prefix and rows > 0 and batch > 0:
         mean = probe_means(probing_queries(q, k_len, x.view, queries), k, x.view, scale)
         # The tokens before the last one, here the block's first, by score: as many as `min_tokens`, as nothing else is covered.
-        rule = TokenRule(ALL_BUT_NOTHING, window=1, pool=1, min_tokens=wanted)
+        rule = TokenRule(ALL_BUT_NOTHING, last_queries=1, pool=1, min_tokens=wanted)
         chosen = select_from_means(mean[..., : prefix + 1].contiguous(), prefix + 1, x.view, rule, kv_heads).indices[..., :wanted]
     else:
         chosen = torch.arange(wanted, dtype=torch.int32, device=q.device).expand(batch, kv_heads, -1)

@@ -16,9 +16,9 @@ from tsa_compile.kernels.attend.tokens.reference import RowStrip, by_row, merge_
 from tsa_compile.kernels.checks import check_reference_engine
 from tsa_compile.kernels.common.coverage_reference import finite_scores, largest
 from tsa_compile.kernels.common.ranks import real_positions
+from tsa_compile.kernels.score.last_queries.reference import token_scores_reference
 from tsa_compile.kernels.score.page_mass.reference import key_block_means_reference
 from tsa_compile.kernels.score.probes.reference import probe_scores_reference
-from tsa_compile.kernels.score.window.reference import token_scores_reference
 from tsa_compile.kernels.select.threshold_pages.reference import select_key_blocks_reference
 from tsa_compile.kernels.select.tokens.reference import everything_row, select_row
 from tsa_compile.kernels.types import Attended, KeyBlockRule, Keys, Operands, Strip, TokenRule, Tokens
@@ -32,9 +32,9 @@ def select_tokens_reference(x: Operands, scale: float, rule: TokenRule, share: s
 
     def select(q_row: Tensor, k_row: Tensor) -> tuple[Tensor, Tensor]:
         length = k_row.shape[1]
-        if length <= rule.min_tokens + rule.window or rule.coverage == 0 or q_row.shape[1] == 0:
+        if length <= rule.min_tokens + rule.last_queries or rule.coverage == 0 or q_row.shape[1] == 0:
             return everything_row(lists, length, q_row.device)
-        scores = token_scores_reference(q_row, k_row, scale, rule.window, rule.pool)
+        scores = token_scores_reference(q_row, k_row, scale, rule.last_queries, rule.pool)
         return select_row(scores, length, rule.coverage, rule.min_tokens, rule.heavy, lists)
 
     return _by_row(x, lists, rule.heavy, True, select)

@@ -200,14 +200,14 @@ class TokenRule(NamedTuple):
 
     Args:
         coverage: share of the attention mass that may be dropped, in [0, 1).
-        window: last queries that score the keys; their tokens are kept.
+        last_queries: how many queries score the keys; their tokens are kept. Operators and policies call it `window`.
         pool: width of the average pooling of scores, odd.
-        min_tokens: kept tokens beside the window, at least.
+        min_tokens: kept tokens beside those, at least.
         heavy: heaviest tokens listed besides, for the strip.
     """
 
     coverage: float
-    window: int
+    last_queries: int
     pool: int
     min_tokens: int
     heavy: int = 0

@@ -116,8 +116,8 @@ def write_images(images: Sequence[Image], folder: Path) -> None:
         blob += image.data
         blob += b"\0" * (-len(blob) % 64)
         fields = (
-            f"Kernel::{image.kernel.name}", _DTYPES[f.dtype], f.dim, f.v_dim, f.window, int(f.masked), int(f.strip), f.group,
-            image.capability[0] * 10 + image.capability[1], json.dumps(image.entry), start, image.shared,
+            f"Kernel::{image.kernel.name}", _DTYPES[f.dtype], f.dim, f.v_dim, f.last_queries, int(f.masked), int(f.strip),
+            f.group, image.capability[0] * 10 + image.capability[1], json.dumps(image.entry), start, image.shared,
             image.threads, *image.kernel.blocks,
         )  # fmt: skip
         rows.append("  {" + ", ".join(map(str, fields)) + "},")

@@ -24,14 +24,14 @@ class Form:
     dtype: str  # "fp32", "fp16" or "bf16"
     dim: int
     v_dim: int
-    window: int
+    last_queries: int
     masked: bool
     strip: bool
     group: int
 
     @classmethod
-    def of(cls, dtype: torch.dtype, dim: int, v_dim: int, window: int, masked: bool, strip: bool, group: int) -> Form:
-        return cls(TYPES[dtype], dim, v_dim, window, masked, strip, group)
+    def of(cls, dtype: torch.dtype, dim: int, v_dim: int, last_queries: int, masked: bool, strip: bool, group: int) -> Form:
+        return cls(TYPES[dtype], dim, v_dim, last_queries, masked, strip, group)
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from tsa_compile.export.native.aot_form import AotKernel, Form, widths
 from tsa_compile.kernels.attend.tokens import hopper
 from tsa_compile.kernels.common.tiles import precision, prefill_config, strip_config
-from tsa_compile.kernels.score.window import hopper as scores_hopper
-from tsa_compile.kernels.score.window.host import score_config
+from tsa_compile.kernels.score.last_queries import hopper as scores_hopper
+from tsa_compile.kernels.score.last_queries.host import score_config
 
 _STRIP_BINDS = {
     "window": "strip_window", "sinks": "strip_sinks", "order": "strip_order",
@@ -45,9 +45,9 @@ def kernels_of(form: Form, capability: tuple[int, int]) -> Iterator[AotKernel]:
 
 def _scores(form: Form, capability: tuple[int, int]) -> Iterator[AotKernel]:
     padded = {"PADDED": form.masked}
-    if takes_hopper(form, capability) and form.window <= scores_hopper.BLOCK:
-        from tsa_compile.kernels.score.window.hopper_device import score_hopper_kernel
-        from tsa_compile.kernels.score.window.hopper_ring_device import WARPS
+    if takes_hopper(form, capability) and form.last_queries <= scores_hopper.BLOCK:
+        from tsa_compile.kernels.score.last_queries.hopper_device import score_hopper_kernel
+        from tsa_compile.kernels.score.last_queries.hopper_ring_device import WARPS
 
         together, stages = scores_hopper.tiles(form.group, form.dim, form.torch_dtype.itemsize)
         constants = {"D": form.dim, "HEADS": together, "STAGES": stages, "SPLITS": scores_hopper.MAX_SPLITS, **padded}
@@ -57,9 +57,9 @@ def _scores(form: Form, capability: tuple[int, int]) -> Iterator[AotKernel]:
             one_pass = {**constants, "LSE": first, "MEAN": not first}
             yield AotKernel(name, score_hopper_kernel, one_pass, options, form, blocks, binds)
         return
-    from tsa_compile.kernels.score.window import device as scores
+    from tsa_compile.kernels.score.last_queries import device as scores
 
-    config = score_config(form.dim, form.torch_dtype, form.window, capability)
+    config = score_config(form.dim, form.torch_dtype, form.last_queries, capability)
     tile = {
         "D": form.dim, "BLOCK_D": config.block_d, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
         "PRECISION": precision(form.torch_dtype),

@@ -31,21 +31,21 @@ class Kept(NamedTuple):
 def select_tokens(call: Call, ranking: Ranking, with_heavy: bool) -> Kept:
     """Steps 1 to 7 of the contract."""
     op = call.op
-    window, min_tokens = op.attribute("window", "int"), op.attribute("min_tokens", "int")
-    before = op.Max(op.Sub(call.length, window), 0)  # [B, 1] tokens before the window
+    last_queries, min_tokens = op.attribute("window", "int"), op.attribute("min_tokens", "int")
+    before = op.Max(op.Sub(call.length, last_queries), 0)  # [B, 1] tokens before the last queries
     candidate = op.Less(call.column, before)  # [B, Lk]
-    score = _pool(call, op.Where(op.Unsqueeze(candidate, [1]), call.by_rank(_window_scores(call, window)), 0.0))
+    score = _pool(call, op.Where(op.Unsqueeze(candidate, [1]), call.by_rank(_last_query_scores(call, last_queries)), 0.0))
     units = op.Cast(op.Mul(score, float(2**52)), to=INT64)
     units = op.Where(candidate, op.ReduceSum(units, [1], keepdims=0), 0)  # [B, Lk]
     n_drop = ranking.dropped(call, units, candidate)  # [B, 1]
-    short = op.LessOrEqual(call.length, op.Add(min_tokens, window))
+    short = op.LessOrEqual(call.length, op.Add(min_tokens, last_queries))
     all_kept = op.Or(short, op.Equal(n_drop, 0))
     n_keep = op.Where(all_kept, before, op.Max(min_tokens, op.Sub(op.Sub(before, n_drop), 1)))
     score = op.Where(op.Unsqueeze(candidate, [1]), score, -1.0)
     top = ranking.largest(call, score, op.Unsqueeze(n_keep, [2]))
-    in_window = op.And(op.GreaterOrEqual(call.column, before), op.Less(call.column, call.length))
-    slots = _slots(call, op.Or(top, op.Unsqueeze(in_window, [1])))
-    count = op.Add(n_keep, op.Min(window, call.length))
+    of_last = op.And(op.GreaterOrEqual(call.column, before), op.Less(call.column, call.length))
+    slots = _slots(call, op.Or(top, op.Unsqueeze(of_last, [1])))
+    count = op.Add(n_keep, op.Min(last_queries, call.length))
     capacity = op.Max(op.ReduceMax(op.Reshape(count, [-1]), [0], keepdims=1), 1)  # 1: no empty tensors
     tokens = call.compact(slots, capacity, axis=2)
     if not with_heavy:
@@ -56,17 +56,17 @@ def select_tokens(call: Call, ranking: Ranking, with_heavy: bool) -> Kept:
     return Kept(slots, tokens, call.compact(_slots(call, heaviest), heavy, axis=2), heavy_count)
 
 
-def _window_scores(call: Call, window: ir.Value) -> ir.Value:
-    """Mean attention of the last `window` queries to every key, float32 [B, H, Lk], by position."""
+def _last_query_scores(call: Call, last_queries: ir.Value) -> ir.Value:
+    """Mean attention of the last queries to every key, float32 [B, H, Lk], by position."""
     op = call.op
-    step = call.range(op.Reshape(window, [1]))
-    rank = op.Add(op.Sub(call.length, window), step)  # [B, W]
+    step = call.range(op.Reshape(last_queries, [1]))
+    rank = op.Add(op.Sub(call.length, last_queries), step)  # [B, W]
     counted = op.GreaterOrEqual(rank, op.Max(call.first_query, 0))
     position = call.position(call.clip(op.Expand(rank, call.shape(call.batch, 1)), call.k_len))
     q = call.query_rows(op.Unsqueeze(rank, [1]))
     q = op.Reshape(op.Cast(q, to=FLOAT), call.shape(call.batch, call.kv_heads, -1, call.dim))
     scores = call.scores(q, op.Cast(call.k, to=FLOAT), perm=[0, 1, 3, 2])
-    scores = op.Reshape(scores, call.shape(call.batch, call.heads, op.Reshape(window, [1]), call.k_len))
+    scores = op.Reshape(scores, call.shape(call.batch, call.heads, op.Reshape(last_queries, [1]), call.k_len))
     visible = op.LessOrEqual(call.column, op.Unsqueeze(position, [1, 3]))
     if call.key_mask is not None:
         visible = op.And(visible, op.Unsqueeze(call.key_mask, [1, 2]))

@@ -32,7 +32,7 @@ def select_tokens(
         q_len, k_len = number(rows.q_len, q.device), number(rows.k_len, q.device)
         few = (q_len <= min_queries) & (q_len < k_len)
     rule = TokenRule(coverage, window, pool, min_tokens, heavy)
-    mean = window_scores(rows, q, k, scale, window) if coverage else q.new_zeros(q.shape[0], q.shape[1], k.shape[2])
+    mean = last_query_scores(rows, q, k, scale, window) if coverage else q.new_zeros(q.shape[0], q.shape[1], k.shape[2])
     return choose(rows, mean.float(), rule, rows.heads if share == "head" else rows.kv_heads, few)
 
 
@@ -53,9 +53,9 @@ def select_keys(
     return indices, counts
 
 
-def window_scores(rows: Rows, q: Tensor, k: Tensor, scale: float, window: int) -> Tensor:
-    """Mean attention of the last `window` queries to every key, float32 `[B, H, Lk]`, by position."""
-    rank = rows.length - window + torch.arange(window, device=q.device)  # [b, W]
+def last_query_scores(rows: Rows, q: Tensor, k: Tensor, scale: float, last_queries: int) -> Tensor:
+    """Mean attention of the last queries to every key, float32 `[B, H, Lk]`, by position."""
+    rank = rows.length - last_queries + torch.arange(last_queries, device=q.device)  # [b, W]
     counted = rank >= rows.first_query.clamp(min=0)
     position = rows.position(rank[:, None])[:, 0]
     hidden = (rows.column > position[..., None])[:, None]
@@ -79,7 +79,7 @@ def choose(rows: Rows, mean: Tensor, rule: TokenRule, lists: Size, few: Tensor |
 
     few: bool `[1, 1]`, whether so few queries ask that every key is kept.
     """
-    before = (rows.length - rule.window).clamp(min=0)  # [b, 1] tokens before the window
+    before = (rows.length - rule.last_queries).clamp(min=0)  # [b, 1] tokens before the last queries
     candidate = rows.column < before  # [b, Lk], by rank
     if rows.padded:
         mean = look_up(mean, rows.positions[:, None])
@@ -87,15 +87,15 @@ def choose(rows: Rows, mean: Tensor, rule: TokenRule, lists: Size, few: Tensor |
     score = torch.where((score >= 0) & (score <= 2), score, 0.0)
     units = (score * 2.0**52).long().sum(1) * candidate.long()  # no `where`: rank.py
     n_drop = dropped(units, candidate, rule.coverage)  # [B, 1]
-    everything = (n_drop == 0) | (rows.length <= rule.min_tokens + rule.window)
+    everything = (n_drop == 0) | (rows.length <= rule.min_tokens + rule.last_queries)
     if few is not None:
         everything = everything | few
     n_keep = torch.where(everything, before, (before - n_drop - 1).clamp(min=rule.min_tokens))
     if lists is not rows.heads and lists != mean.shape[1]:
         score = score.unflatten(1, (lists, -1)).sum(2)
     score = torch.where(candidate[:, None], score, -1.0)
-    in_window = (rows.column >= before) & (rows.column < rows.length)
-    kept = largest(score, n_keep[:, None]) | in_window[:, None]
+    of_last = (rows.column >= before) & (rows.column < rows.length)
+    kept = largest(score, n_keep[:, None]) | of_last[:, None]
     positions = rows.positions[:, None]
     indices = compact(kept, positions, rows.k_len, lists).int()
     counts = (n_keep + rows.length - before)[:, 0].int()

@@ -5,15 +5,15 @@ import triton.language as tl
 
 
 @triton.jit
-def row_extent(ranks, b, q_len, k_len, window, PADDED: tl.constexpr):
-    """(real tokens of the row, scoring queries): the last `window` real tokens, as far as they are queries."""
+def row_extent(ranks, b, q_len, k_len, last_queries, PADDED: tl.constexpr):
+    """(real tokens of the row, scoring queries): the last real tokens, as far as they are queries."""
     if PADDED:
         length = tl.load(ranks + b * k_len + k_len - 1, mask=k_len > 0, other=0)
         before = tl.load(ranks + b * k_len + k_len - q_len - 1, mask=k_len > q_len, other=0)
         queries = length - before
     else:
         length, queries = k_len, q_len
-    return length, tl.minimum(queries, window)
+    return length, tl.minimum(queries, last_queries)
 
 
 @triton.jit

@@ -29,12 +29,12 @@ def softmax_step_or_none(acc, row_max, row_sum, scores, allowed, scale_log2, v, 
 
 
 @triton.jit
-def merged_lse(part_max, part_sum, base, splits, window, row, ok, BLOCK_M: tl.constexpr):
+def merged_lse(part_max, part_sum, base, splits, queries, row, ok, BLOCK_M: tl.constexpr):
     """The log-sum-exp (base 2) of each row over all spans."""
     top = tl.full([BLOCK_M], -1.0e30, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     for s in tl.range(0, splits):
-        at = (base + s) * window + row
+        at = (base + s) * queries + row
         m = tl.load(part_max + at, mask=ok, other=-1.0e30)
         new = tl.maximum(top, m)
         total = total * tl.exp2(top - new) + tl.load(part_sum + at, mask=ok, other=1.0) * tl.exp2(m - new)

@@ -25,7 +25,7 @@ def _fresh_dynamo():
 
 
 def splits(processors: int, programs: int) -> int:
-    """What chooses the kernel of window scores on a Hopper GPU (kernels/score/window/hopper.py); 0: two launches."""
+    """What chooses the kernel on a Hopper GPU (kernels/score/last_queries/hopper.py); 0: two launches."""
     return 0 if programs > processors else 1 << (max(1, min(processors // programs, 32)) - 1).bit_length()
 
 

@@ -181,7 +181,7 @@ def test_the_same_with_the_kernels_for_hopper(site, machine, recorded, monkeypat
 
     from tests.kernels.flat import select_tokens, sparse_attention
     from tsa_compile.kernels.attend.tokens import hopper as prefill
-    from tsa_compile.kernels.score.window import hopper as scores
+    from tsa_compile.kernels.score.last_queries import hopper as scores
 
     monkeypatch.setattr(GluonJITFunction, "run", InterpretedFunction.run)
     for module in (prefill, scores):

@@ -126,7 +126,7 @@ def test_rows_beyond_what_the_kernels_count_are_refused():
 
 def test_a_gpu_of_rocm_is_no_hopper(monkeypatch):
     from tsa_compile.kernels.attend.tokens import hopper as prefill
-    from tsa_compile.kernels.score.window import hopper as scores
+    from tsa_compile.kernels.score.last_queries import hopper as scores
 
     monkeypatch.setattr(torch.version, "hip", "6.2")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
@@ -151,7 +151,7 @@ def test_a_gpu_of_rocm_is_no_hopper(monkeypatch):
 
 @pytest.mark.parametrize("message", ["Triton Error [CUDA]: too many blocks in cooperative launch", "out of memory"])
 def test_a_cooperative_launch_that_fails_once_is_not_tried_again(monkeypatch, message):
-    from tsa_compile.kernels.score.window import hopper, hopper_device
+    from tsa_compile.kernels.score.last_queries import hopper, hopper_device
 
     calls = []
 

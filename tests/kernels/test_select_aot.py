@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
-from tsa_compile.kernels.score.window import device as scores
+from tsa_compile.kernels.score.last_queries import device as scores
 from tsa_compile.kernels.select.tokens import count_device as count
 from tsa_compile.kernels.select.tokens import device as select
 
@@ -34,7 +34,7 @@ def compile_kernel(kernel, capability, dtype="bf16", warps=4, stages=2, **consta
 
 capability = int(sys.argv[1])
 if capability == 90:
-    from tsa_compile.kernels.score.window import hopper_device as hopper
+    from tsa_compile.kernels.score.last_queries import hopper_device as hopper
     for dim, heads, stages in ((128, 2, 4), (64, 1, 4)):  # as token_scores/hopper.py launches them
         shape = dict(D=dim, HEADS=heads, STAGES=stages, PADDED=heads == 1, SPLITS=16)
         for first, second in ((True, True), (True, False), (False, True)):

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from tests.kernels.flat import select_tokens, select_tokens_reference
 from tsa_compile.kernels.common.coverage_reference import count_dropped, largest
 from tsa_compile.kernels.common.ranks import order_or_unread, rank_order, rank_order_reference, view_of_mask
-from tsa_compile.kernels.score.window.host import window_scores
-from tsa_compile.kernels.score.window.reference import token_scores_reference
+from tsa_compile.kernels.score.last_queries.host import last_query_scores
+from tsa_compile.kernels.score.last_queries.reference import token_scores_reference
 from tsa_compile.kernels.select.tokens import host
 from tsa_compile.kernels.types import IDENTITY, TokenRule
 
@@ -113,7 +113,7 @@ def test_scores_against_float64(dtype, dim, window, q_len, padded):
     q, k = structured(2, 4, 2, q_len, k_len, dim, dtype, seed=dim + window)
     mask = (torch.arange(k_len, device=DEVICE) >= torch.tensor([[0], [29]], device=DEVICE)) if padded else None
     order, ranks = order_or_unread(view_of_mask(mask), q.device)
-    got = window_scores(q, k, order, ranks, padded, dim**-0.5, window)
+    got = last_query_scores(q, k, order, ranks, padded, dim**-0.5, window)
     for b in range(2):
         real = slice(29, None) if padded and b else slice(None)
         length = 171 if padded and b else 200
@@ -132,7 +132,7 @@ def test_hopper_scores_against_float64(dim, window, q_len, heads, kv_heads, dtyp
     q, k = structured(2, heads, kv_heads, q_len, k_len, dim, dtype, seed=dim + window)
     for holes in (None, torch.rand(2, k_len, generator=torch.Generator().manual_seed(1)) < 0.9):
         mask = None if holes is None else holes.cuda()
-        got = window_scores(q, k, *order_or_unread(view_of_mask(mask), q.device), holes is not None, dim**-0.5, window)
+        got = last_query_scores(q, k, *order_or_unread(view_of_mask(mask), q.device), holes is not None, dim**-0.5, window)
         for b in range(2):
             real = torch.arange(k_len) if holes is None else holes[b].nonzero().squeeze(1)
             rows = real[real >= k_len - q_len] - (k_len - q_len)
@@ -146,7 +146,7 @@ def test_hopper_scores_in_two_launches():
     """Of more programs than the GPU runs at once, which therefore cannot wait for each other."""
     batch, k_len, window = 80, 700, 128
     q, k = structured(batch, 8, 4, k_len, k_len, 128, torch.bfloat16, seed=3)
-    got = window_scores(q, k, *order_or_unread(IDENTITY, q.device), False, 128**-0.5, window)
+    got = last_query_scores(q, k, *order_or_unread(IDENTITY, q.device), False, 128**-0.5, window)
     for b in (0, 41, 79):
         exact = token_scores_reference(q[b].double(), k[b].double(), 128**-0.5, window, 1)
         error = (got[b, :, : k_len - window].double() - exact).norm() / exact.norm()
@@ -226,7 +226,7 @@ def test_no_synchronisation_and_graph_replay():
 
 @pytest.mark.gpu
 def test_a_new_length_compiles_nothing():
-    from tsa_compile.kernels.score.window import device as scores
+    from tsa_compile.kernels.score.last_queries import device as scores
     from tsa_compile.kernels.select.tokens import count_device as count
     from tsa_compile.kernels.select.tokens import device as select
 

@@ -19,7 +19,7 @@ void rank_order(Call& c) {
   c.launch(Kernel::order, p.batch, ceil_div(p.k_len, c.image(Kernel::order).block_m));
 }
 
-void window_scores(Call& c) {
+void last_query_scores(Call& c) {
   const Problem& p = c.p;
   const bool hopper = c.has(Kernel::score_lse_hopper);
   const Image& image = c.image(hopper ? Kernel::score_lse_hopper : Kernel::score_lse);
@@ -91,7 +91,7 @@ void select_tokens(Call& c) {
   c.values.heavy_indices = c.take<int32_t>(p.batch * p.heads * c.a.heavy);
   const bool by_score = p.k_len > c.a.min_tokens + c.a.window && c.a.coverage != 0;
   if (by_score) {
-    window_scores(c);
+    last_query_scores(c);
     select_from_means(c);
   } else {
     count_all(c);

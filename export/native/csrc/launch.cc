@@ -77,7 +77,7 @@ class Arguments {
 Values::Values(const Attributes& a, const Problem& p)
     : q(cuda::pointer(p.q)), k(cuda::pointer(p.k)), v(cuda::pointer(p.v)), key_mask(cuda::pointer(p.key_mask)),
       out(cuda::pointer(p.out)), heads(p.heads), kv_heads(p.kv_heads), lists(p.heads), q_len(p.q_len), k_len(p.k_len),
-      window(a.window), pool(a.pool), min_tokens(a.min_tokens), heavy(a.heavy), strip_window(a.strip_window),
+      last_queries(a.window), pool(a.pool), min_tokens(a.min_tokens), heavy(a.heavy), strip_window(a.strip_window),
       strip_sinks(a.strip_sinks), q_sb(p.heads * p.q_len * p.dim), q_sh(p.q_len * p.dim),
       q_sl(p.dim), k_sb(p.kv_heads * p.k_len * p.dim), k_sh(p.k_len * p.dim), k_sl(p.dim),
       v_sb(p.kv_heads * p.k_len * p.v_dim), v_sh(p.k_len * p.v_dim), v_sl(p.v_dim), o_sb(p.heads * p.q_len * p.v_dim),
@@ -112,7 +112,7 @@ const Image* Call::find(Kernel kernel) const {
   for (const Image& i : kImages) {
     const bool same_major = i.capability / 10 == gpu.capability / 10 && i.capability <= gpu.capability;
     const bool runs = i.capability == 0 ? gpu.capability >= 80 : same_major;
-    if (i.kernel != kernel || i.type != p.type || i.dim != p.dim || i.v_dim != p.v_dim || i.window != a.window || !runs ||
+    if (i.kernel != kernel || i.type != p.type || i.dim != p.dim || i.v_dim != p.v_dim || i.last_queries != a.window || !runs ||
         i.masked != (p.key_mask != nullptr) || i.strip != has_strip(a) || i.group != p.heads / p.kv_heads)
       continue;
     if (!best || i.capability > best->capability) best = &i;

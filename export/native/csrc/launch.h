@@ -28,7 +28,7 @@ struct Values {
   Pointer slots{}, lse{}, lse_or_out{};
   Pointer queue{};                                     // int32 [1]
   Pointer strip_order{}, strip_ranks{};
-  int64_t heads, kv_heads, lists, q_len, k_len, window, pool, min_tokens, heavy, strip_window, strip_sinks;
+  int64_t heads, kv_heads, lists, q_len, k_len, last_queries, pool, min_tokens, heavy, strip_window, strip_sinks;
   int64_t coverage_bits, splits = 0, span = 0, tiles = 0, total = 0, section = 0, queued = 0;
   int64_t q_sb, q_sh, q_sl, k_sb, k_sh, k_sl, v_sb, v_sh, v_sl, o_sb, o_sh, o_sl, i_sb, i_sg, l_sb, l_sh, h_sb, h_sg;
   float scale_log2;
@@ -53,7 +53,7 @@ enum class Kernel;
 struct Image {
   Kernel kernel;
   ort::Element type;
-  int64_t dim, v_dim, window;
+  int64_t dim, v_dim, last_queries;
   bool masked, strip;
   int64_t group;
   int capability;  // 86 for 8.6; 0: PTX

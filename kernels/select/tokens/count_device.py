@@ -18,7 +18,7 @@ FEW = tl.constexpr(128)  # candidates that are compared with each other,
 AT_ONCE = tl.constexpr(16)  # with so many at a time, which is faster than with all (docs/measured/notebook.md)
 TAPS = tl.constexpr(8)  # loads of the pooling in flight
 MOST = tl.constexpr(0x7FFFFFFFFFFFFFFF)
-LENGTHS = ("heads", "q_len", "k_len", "window", "pool", "min_tokens", "coverage_bits")
+LENGTHS = ("heads", "q_len", "k_len", "last_queries", "pool", "min_tokens", "coverage_bits")
 
 
 @triton.jit
@@ -38,14 +38,14 @@ def bin_start(bin):
 
 @triton.jit(do_not_specialize=LENGTHS)
 def pool_kernel(
-    mean, scores, masses, mass_bins, ranks, heads, q_len, k_len, window, pool,
+    mean, scores, masses, mass_bins, ranks, heads, q_len, k_len, last_queries, pool,
     HEADS: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """Pools mean [B, H, Lk] into scores [B, H, Lk]; adds the heads' masses, and bins them. HEADS heads at a time."""
     tile, b = tile_and_row(tl.cdiv(k_len, BLOCK))
     b = b.to(tl.int64)
-    length, rows = row_extent(ranks, b, q_len, k_len, window, PADDED)
-    n = tl.where(rows > 0, length - window, 0)
+    length, rows = row_extent(ranks, b, q_len, k_len, last_queries, PADDED)
+    n = tl.where(rows > 0, length - last_queries, 0)
     i = tile * BLOCK + tl.arange(0, BLOCK)
     if tile * BLOCK >= n:
         return
@@ -151,18 +151,18 @@ def few_below(candidates, found, threshold):
 
 @triton.jit(do_not_specialize=LENGTHS)
 def count_kernel(
-    masses, candidates, mass_bins, counts, ranks, q_len, k_len, window, min_tokens, coverage_bits,
+    masses, candidates, mass_bins, counts, ranks, q_len, k_len, last_queries, min_tokens, coverage_bits,
     BLOCK: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """Kept tokens of one row, to counts [B]: docs/operators.md, `select_tokens`, steps 1, 4 and 5."""
     tiles = tl.cdiv(k_len, BLOCK)
     tile, b = tile_and_row(tiles)
     b = b.to(tl.int64)
-    length, rows = row_extent(ranks, b, q_len, k_len, window, PADDED)
-    if (length <= min_tokens + window) | (rows == 0):
+    length, rows = row_extent(ranks, b, q_len, k_len, last_queries, PADDED)
+    if (length <= min_tokens + last_queries) | (rows == 0):
         tl.store(counts + b, length)
         return
-    n = length - window
+    n = length - last_queries
     masses += b * k_len
     candidates += b * k_len
     mass_bins += b * MASS_ROW
@@ -176,5 +176,5 @@ def count_kernel(
         n_drop += candidates_below(candidates, found, bin_start(at), 2 * bin_start(at + 1) + 2, rest, CANDIDATES)
     else:
         n_drop += few_below(candidates, found, rest)
-    kept = tl.maximum(min_tokens, n - (n_drop + 1)) + window
+    kept = tl.maximum(min_tokens, n - (n_drop + 1)) + last_queries
     tl.store(counts + b, tl.where(n_drop == 0, length, kept).to(tl.int32))

@@ -13,17 +13,17 @@ from tsa_compile.kernels.common.bins_device import BINS, from_top, kth_of_bin
 from tsa_compile.kernels.common.chunks_device import bin_scores, compact, count_before, count_bins, find_cut, gather_bin
 from tsa_compile.kernels.common.ranks_device import positions_of, row_extent
 
-LENGTHS = ("heads", "q_len", "k_len", "window", "heavy")
+LENGTHS = ("heads", "q_len", "k_len", "last_queries", "heavy")
 
 
 @triton.jit
-def list_of(counts, indices, heavy_indices, which, head_index, b, length, k_len, window, heavy):
+def list_of(counts, indices, heavy_indices, which, head_index, b, length, k_len, last_queries, heavy):
     """Of list `which` (0: kept, 1: heaviest): where it is, capacity, entries, how many by score, first rank after those."""
     count = tl.load(counts + b)
-    n = length - window
+    n = length - last_queries
     everything = count == length
     is_kept = which == 0
-    by_score = tl.where(everything, 0, tl.where(is_kept, count - window, tl.minimum(heavy, n)))
+    by_score = tl.where(everything, 0, tl.where(is_kept, count - last_queries, tl.minimum(heavy, n)))
     size = tl.where(is_kept, count, by_score)
     out = tl.where(is_kept, indices + head_index * k_len, heavy_indices + head_index * heavy)
     rest = tl.where(is_kept & everything, 0, tl.where(is_kept, n, length))  # ranks from here on follow, whatever their score
@@ -56,17 +56,17 @@ def place(k_len, heavy, CHUNK: tl.constexpr):
 
 @triton.jit(do_not_specialize=LENGTHS)
 def select_kernel(
-    scores, gathered, counts, indices, heavy_indices, order, ranks, heads, q_len, k_len, window, heavy,
+    scores, gathered, counts, indices, heavy_indices, order, ranks, heads, q_len, k_len, last_queries, heavy,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """Grid as in `place`, for rows of up to CHUNK scores, or any that keep everything: positions to indices [B, H, Lk] and
     heavy_indices [B, H, heavy], ascending, then -1. `gathered` [kinds, B * H, Lk]: scores of the bins that have the cuts."""
     chunk, which, head_index, _, total = place(k_len, heavy, CHUNK)
     b = head_index // heads
-    length, _ = row_extent(ranks, b, q_len, k_len, window, PADDED)
-    n = length - window
+    length, _ = row_extent(ranks, b, q_len, k_len, last_queries, PADDED)
+    n = length - last_queries
     out, capacity, size, by_score, rest = list_of(
-        counts, indices, heavy_indices, which, head_index, b, length, k_len, window, heavy
+        counts, indices, heavy_indices, which, head_index, b, length, k_len, last_queries, heavy
     )
     scores += head_index * k_len
     if by_score > 0:
@@ -82,28 +82,28 @@ def select_kernel(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def bin_kernel(
-    scores, bins, ranks, heads, q_len, k_len, window,
+    scores, bins, ranks, heads, q_len, k_len, last_queries,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """Grid (chunks * B * H). Bins of each chunk's scores, to bins [B * H, chunks, BINS]."""
     chunk, _, head_index, chunks, _ = place(k_len, 0, CHUNK)
-    length, _ = row_extent(ranks, head_index // heads, q_len, k_len, window, PADDED)
-    end = tl.minimum(chunk * CHUNK + CHUNK, length - window)
+    length, _ = row_extent(ranks, head_index // heads, q_len, k_len, last_queries, PADDED)
+    end = tl.minimum(chunk * CHUNK + CHUNK, length - last_queries)
     count = bin_scores(scores + head_index * k_len, chunk * CHUNK, end, BLOCK)
     tl.store(bins + (head_index * chunks + chunk) * BINS + tl.arange(0, BINS), count)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def cut_kernel(
-    scores, bins, gathered, cuts, counts, ranks, heads, q_len, k_len, window, heavy,
+    scores, bins, gathered, cuts, counts, ranks, heads, q_len, k_len, last_queries, heavy,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """Grid as in `place`: `find_cut` of each list, to cuts [B * H, 2, 4], zero before, and gathered [kinds, B * H, Lk]."""
     chunk, which, head_index, chunks, total = place(k_len, heavy, CHUNK)
     b = head_index // heads
-    length, _ = row_extent(ranks, b, q_len, k_len, window, PADDED)
-    n = length - window
-    _, _, _, k, _ = list_of(counts, cuts, cuts, which, head_index, b, length, k_len, window, heavy)
+    length, _ = row_extent(ranks, b, q_len, k_len, last_queries, PADDED)
+    n = length - last_queries
+    _, _, _, k, _ = list_of(counts, cuts, cuts, which, head_index, b, length, k_len, last_queries, heavy)
     if k <= 0:
         return
     scores += head_index * k_len
@@ -115,15 +115,15 @@ def cut_kernel(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def write_kernel(
-    scores, bins, gathered, cuts, counts, indices, heavy_indices, order, ranks, heads, q_len, k_len, window, heavy,
+    scores, bins, gathered, cuts, counts, indices, heavy_indices, order, ranks, heads, q_len, k_len, last_queries, heavy,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """Grid as in `place`: as `select_kernel`, by the cuts of `cut_kernel`."""
     chunk, which, head_index, chunks, total = place(k_len, heavy, CHUNK)
     b = head_index // heads
-    length, _ = row_extent(ranks, b, q_len, k_len, window, PADDED)
+    length, _ = row_extent(ranks, b, q_len, k_len, last_queries, PADDED)
     out, capacity, size, by_score, rest = list_of(
-        counts, indices, heavy_indices, which, head_index, b, length, k_len, window, heavy
+        counts, indices, heavy_indices, which, head_index, b, length, k_len, last_queries, heavy
     )
     first = chunk * CHUNK
     if by_score > 0:
@@ -133,6 +133,6 @@ def write_kernel(
         at, cut, need = tl.load(cuts), tl.load(cuts + 1), tl.load(cuts + 2)
         above, equal = count_before(gathered, bins, chunk, at, cut, BLOCK)
         scores += head_index * k_len
-        end = tl.minimum(first + CHUNK, length - window)
+        end = tl.minimum(first + CHUNK, length - last_queries)
         compact(scores, first, end, cut, need, above, equal, order, b, k_len, out, BLOCK, PADDED)
     write_rest(first, length, rest, order, b, k_len, out, capacity, size, CHUNK, BLOCK, PADDED)

@@ -21,11 +21,11 @@ POOL_WARPS, COUNT_WARPS, SELECT_WARPS = 8, 16, 8
 def select_from_means(
     mean: Tensor, q_len: int, view: KvView, rule: TokenRule, lists: int, zeroed: Zeroed | None = None
 ) -> Tokens:
-    """Steps 3 (pooling) to 7 of the contract, from the mean attention float32 `[B, H, Lk]` by rank (`window_scores`)."""
+    """Steps 3 (pooling) to 7 of the contract, from the mean attention float32 `[B, H, Lk]` by rank (`last_query_scores`)."""
     from tsa_compile.kernels.select.tokens import count_device, device
 
     batch, heads, k_len = mean.shape
-    (coverage, window, pool, min_tokens, heavy), padded = rule, view.ranks is not None
+    (coverage, last_queries, pool, min_tokens, heavy), padded = rule, view.ranks is not None
     new = lambda *shape, dtype=torch.int32: torch.empty(shape, dtype=dtype, device=mean.device)  # noqa: E731
     scores = torch.empty_like(mean)
     masses, candidates = (new(batch, k_len, dtype=torch.int64) for _ in range(2))  # each aligned: a kernel is compiled by that
@@ -34,7 +34,7 @@ def select_from_means(
     chunks = cdiv(k_len, CHUNK)
     mass_bins, cuts, _ = zeroed or zeros(batch, lists, 0, mean.device)
     coverage_bits = struct.unpack("<q", struct.pack("<d", coverage))[0]
-    row = (q_len, k_len, window)
+    row = (q_len, k_len, last_queries)
     launch(
         count_device.pool_kernel, (cdiv(k_len, POOL_BLOCK) * batch,),
         (mean, scores, masses, mass_bins, ranks), (heads, *row, pool),

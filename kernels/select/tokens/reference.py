@@ -15,10 +15,10 @@ def select_row(
     """One batch row without padding -> kept tokens `[G, n]` and heaviest tokens `[G, m]`, ascending.
 
     Args:
-        scores: `[H, length - window]`, of the tokens before the window, which is always kept.
+        scores: `[H, length - last_queries]`, of the tokens before the last queries, whose own are always kept.
         length: tokens of the row.
         coverage: share of the mass that may be dropped, in (0, 1).
-        min_tokens: kept tokens beside the window, at least.
+        min_tokens: kept tokens beside those of the last queries, at least.
         heavy: heaviest tokens, at most.
         lists: how many lists share the heads, by the sum of their scores; None: each head has its own.
     """

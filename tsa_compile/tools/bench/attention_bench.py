@@ -108,7 +108,7 @@ def bench_case(case: AttentionCase, peers: Mapping[str, Dense], repeats: int | N
         return torch.ops.tsa.select_tokens(q, k, None, None, scale, *numbers, COMPLETION.heavy)
 
     chosen = select()
-    selection = forced(window_scores_of(q, k, scale), case.keep, POLICY.window, COMPLETION.heavy)
+    selection = forced(last_query_scores_of(q, k, scale), case.keep, POLICY.window, COMPLETION.heavy)
     engines = ["fused", *(["packed"] if can_pack(q, k, v) else [])]
     runs = {(e, s): attend(q, k, v, selection, scale, e, s) for e in engines for s in (False, True)}
     error = {f"{e}{' completed' if s else ''}": _check(q, k, v, selection, scale, e, s, run) for (e, s), run in runs.items()}
@@ -137,12 +137,12 @@ def bench_case(case: AttentionCase, peers: Mapping[str, Dense], repeats: int | N
     )
 
 
-def window_scores_of(q: Tensor, k: Tensor, scale: float) -> Tensor:
+def last_query_scores_of(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """What the last queries give each key, `[B, H, L]`: the scores that selections are forced by."""
-    from tsa_compile.kernels.score.window.host import window_scores
+    from tsa_compile.kernels.score.last_queries.host import last_query_scores
 
     dummy = torch.empty(1, dtype=torch.int32, device=q.device)
-    return window_scores(q, k, dummy, dummy, False, scale, POLICY.window)
+    return last_query_scores(q, k, dummy, dummy, False, scale, POLICY.window)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, selection: Selected, scale: float, engine: str, strip: bool) -> Callable[[], Tensor]:

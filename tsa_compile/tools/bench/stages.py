@@ -11,7 +11,7 @@ from tsa_compile.kernels.attend.tokens.chunks import chunks, kv_heads_per_chunk,
 from tsa_compile.kernels.attend.tokens.engines import find_inner
 from tsa_compile.kernels.attend.tokens.packed import pack_all, packed_bytes
 from tsa_compile.kernels.attend.tokens.strip import invert
-from tsa_compile.kernels.score.window.host import window_scores
+from tsa_compile.kernels.score.last_queries.host import last_query_scores
 from tsa_compile.kernels.select.tokens.host import select_from_means
 from tsa_compile.kernels.types import IDENTITY, TokenRule
 from tsa_compile.policies.token_sparse import TokenSparse
@@ -24,7 +24,7 @@ def selection_stages(q: Tensor, k: Tensor, scale: float, policy: TokenSparse, re
     """Milliseconds of the window scores and of what follows them (pooling, count, lists), each in a CUDA graph."""
     dummy = torch.empty(1, dtype=torch.int32, device=q.device)
     heavy = policy.completion.heavy if policy.completion else 0
-    score = lambda: window_scores(q, k, dummy, dummy, False, scale, policy.window)  # noqa: E731
+    score = lambda: last_query_scores(q, k, dummy, dummy, False, scale, policy.window)  # noqa: E731
     mean, rule = score(), TokenRule(policy.coverage, policy.window, policy.pool, policy.min_tokens, heavy)
     choose = lambda: select_from_means(mean, q.shape[2], IDENTITY, rule, q.shape[1])  # noqa: E731
     return {"scores": graph_ms(score, repeats), "count and lists": graph_ms(choose, repeats)}

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from tsa_compile.kernels.attend.tokens import engines
-from tsa_compile.tools.bench.attention_bench import attend, window_scores_of
+from tsa_compile.tools.bench.attention_bench import attend, last_query_scores_of
 from tsa_compile.tools.bench.inputs import forced, structured
 from tsa_compile.tools.bench.timing import median_ms
 
@@ -44,6 +44,6 @@ def _packed_is_faster(length: int, dim: int, heads: int, kv_heads: int) -> bool:
     q, k, v = structured(1, heads, kv_heads, length, dim, torch.bfloat16, "cuda")
     if not engines.can_pack(q, k, v):
         engines.find_inner(q, v)  # says why
-    selection = forced(window_scores_of(q, k, dim**-0.5), KEEP, 128, 256)
+    selection = forced(last_query_scores_of(q, k, dim**-0.5), KEEP, 128, 256)
     times = [median_ms(attend(q, k, v, selection, dim**-0.5, engine, strip=False)) for engine in ("fused", "packed")]
     return times[1] < times[0]

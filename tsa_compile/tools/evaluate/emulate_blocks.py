@@ -98,7 +98,7 @@ class BlockRule:
         """bool [H, L]: tokens that every row reads."""
         if self.coverage is None:
             return None
-        k, rule = layer.k[None], TokenRule(self.coverage, window=128, pool=7, min_tokens=64)
+        k, rule = layer.k[None], TokenRule(self.coverage, last_queries=128, pool=7, min_tokens=64)
         chosen = select_tokens_reference(Operands(layer.q[None], k, None), layer.scale, rule).indices[0]
         kept = torch.zeros(layer.q.shape[0], k.shape[2] + 1, dtype=torch.bool, device=k.device)
         return kept.scatter_(1, chosen.long().where(chosen >= 0, k.shape[2]), True)[:, :-1]

@@ -12,7 +12,7 @@ WARPS = gl.constexpr(4)  # of each of the three parts
 
 
 @gluon.jit
-def row_extent(ranks, b, q_len, k_len, window, PADDED: gl.constexpr):
+def row_extent(ranks, b, q_len, k_len, last_queries, PADDED: gl.constexpr):
     """As in device.py."""
     if PADDED:
         length = gl.load(ranks + b * k_len + k_len - 1)
@@ -20,7 +20,7 @@ def row_extent(ranks, b, q_len, k_len, window, PADDED: gl.constexpr):
         queries = length - before
     else:
         length, queries = k_len, q_len
-    return length, gl.minimum(queries, window)
+    return length, gl.minimum(queries, last_queries)
 
 
 @gluon.jit

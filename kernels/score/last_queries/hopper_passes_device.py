@@ -10,7 +10,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 
 from tsa_compile.kernels.common.gather_device import barrier
 from tsa_compile.kernels.common.lanes_device import HALF, by_lane, sum_in_lane
-from tsa_compile.kernels.score.window.hopper_ring_device import BLOCK, WARPS, wait_tile
+from tsa_compile.kernels.score.last_queries.hopper_ring_device import BLOCK, WARPS, wait_tile
 
 MMA = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]))
 
@@ -62,10 +62,10 @@ def next_product(coming, full, empty, t, stop, i: gl.constexpr, HEADS: gl.conste
 
 @gluon.jit
 def lse_pass(
-    half: gl.constexpr, q_tiles, k_tiles, full, empty, part_max, part_sum, base, splits, start, tiles, length, rows, window, stop,
-    scale_log2, HEADS: gl.constexpr, STAGES: gl.constexpr,
+    half: gl.constexpr, q_tiles, k_tiles, full, empty, part_max, part_sum, base, splits, start, tiles, length, rows, last_queries,
+    stop, scale_log2, HEADS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Running maximum and sum (base 2) of the heads' scoring queries over keys start..stop-1, to [B, H, splits, window]."""
+    """Running maximum and sum (base 2) of the heads' scoring queries over keys start..stop-1, to [B, H, splits, last_queries]."""
     zeros = gl.zeros([HALF, BLOCK], gl.float32, layout=MMA)
     none = sum_in_lane(by_lane(zeros))
     lane_max, lane_sum = (), ()
@@ -96,13 +96,13 @@ def lse_pass(
         row_max = gl.max(lane_max[i], 1)
         row_sum = gl.sum(lane_sum[i] * gl.exp2(lane_max[i] - gl.expand_dims(row_max, 1)), 1)
         r = half * HALF + gl.arange(0, HALF, layout=row_max.type.layout)
-        at = ((base + i) * splits + gl.program_id(1)) * window + r
+        at = ((base + i) * splits + gl.program_id(1)) * last_queries + r
         gl.store(part_max + at, row_max, mask=r < rows)
         gl.store(part_sum + at, row_sum, mask=r < rows)
 
 
 @gluon.jit
-def merged_lse(part_max, part_sum, first, splits, window, rows, SPLITS: gl.constexpr):
+def merged_lse(part_max, part_sum, first, splits, last_queries, rows, SPLITS: gl.constexpr):
     """The log-sum-exp (base 2) of a head's scoring queries over all spans, whose first is at `first`; infinite without a query.
 
     SPLITS: a power of two, at least `splits`.
@@ -110,7 +110,7 @@ def merged_lse(part_max, part_sum, first, splits, window, rows, SPLITS: gl.const
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [WARPS, 1], [1, 0])
     s = gl.expand_dims(gl.arange(0, SPLITS, layout=gl.SliceLayout(1, layout)), 1)
     r = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, layout))
-    at = first + s * window + gl.expand_dims(r, 0)
+    at = first + s * last_queries + gl.expand_dims(r, 0)
     there = (s < splits) & gl.expand_dims(r < rows, 0)
     top = gl.load(part_max + at, mask=there, other=-1.0e30)
     total = gl.load(part_sum + at, mask=there, other=0.0)
@@ -131,7 +131,7 @@ def store_mean(mean, lane_sum, first, start, stop, share):
 @gluon.jit
 def mean_pass(
     half: gl.constexpr, q_tiles, k_tiles, lse_tiles, full, empty, part_max, part_sum, mean, base, splits, start, begin, end, stop,
-    rows, window, k_len, scale_log2, HEADS: gl.constexpr, STAGES: gl.constexpr, SPLITS: gl.constexpr,
+    rows, last_queries, k_len, scale_log2, HEADS: gl.constexpr, STAGES: gl.constexpr, SPLITS: gl.constexpr,
 ):  # fmt: skip
     """Mean attention of the scoring queries to each of the keys start..stop-1, to mean [B, H, Lk] by rank. Their tiles are the
     ring's numbers begin..end-1.
@@ -139,8 +139,8 @@ def mean_pass(
     These keys come before every scoring query, so nothing is masked.
     """
     for head in gl.static_range(HEADS):
-        first = (base + head) * splits * window
-        lse_tiles.index(half * HEADS + head).store(merged_lse(part_max, part_sum, first, splits, window, rows, SPLITS))
+        first = (base + head) * splits * last_queries
+        lse_tiles.index(half * HEADS + head).store(merged_lse(part_max, part_sum, first, splits, last_queries, rows, SPLITS))
     barrier()
     zeros = gl.zeros([HALF, BLOCK], gl.float32, layout=MMA)
     wait_tile(full, begin, True, STAGES)

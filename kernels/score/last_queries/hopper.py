@@ -1,4 +1,4 @@
-"""Launch of the window scores for compute capability 9.0 (hopper_device.py)."""
+"""Launch of the scores by the last queries for compute capability 9.0 (hopper_device.py)."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ HEAD_DIMS = (64, 128)
 _SHARED_TILES = 196_608  # bytes for tiles of queries and keys
 
 
-def takes(q: Tensor, k: Tensor, window: int) -> bool:
+def takes(q: Tensor, k: Tensor, last_queries: int) -> bool:
     """Whether the kernels run this call: Hopper, half precision, head dim 64 or 128, one tile of queries, aligned rows."""
     return (
         q.device.type == "cuda"
         and capability_of(q.device) == (9, 0)
         and q.dtype in (torch.float16, torch.bfloat16)
         and q.shape[-1] in HEAD_DIMS
-        and window <= BLOCK
+        and last_queries <= BLOCK
         and all(_aligned(x) for x in (q, k))
     )
 
@@ -47,16 +47,16 @@ def launch(
     ranks: Tensor,
     padded: bool,
     scale_log2: float,
-    window: int,
+    last_queries: int,
     mean: Tensor,
     through: Tensor,
 ) -> None:
-    """Mean attention of the last `window` queries to each key before the window, to `mean` float32 `[B, H, Lk]` by rank.
+    """Mean attention of the last queries to each key before them, to `mean` float32 `[B, H, Lk]` by rank.
 
     through: int32 `[B * H]`, zero.
     """
-    from tsa_compile.kernels.score.window.hopper_device import score_hopper_kernel
-    from tsa_compile.kernels.score.window.hopper_ring_device import WARPS
+    from tsa_compile.kernels.score.last_queries.hopper_device import score_hopper_kernel
+    from tsa_compile.kernels.score.last_queries.hopper_ring_device import WARPS
 
     (batch, heads, q_len, dim), (kv_heads, k_len) = q.shape, k.shape[1:3]
     together, stages = tiles(heads // kv_heads, dim, q.element_size())
@@ -64,9 +64,9 @@ def launch(
     most = max(1, min(processors // programs, MAX_SPLITS))
     span = cdiv(cdiv(k_len, most), BLOCK) * BLOCK
     splits = cdiv(k_len, span)
-    part = torch.empty(2, batch, heads, splits, window, dtype=torch.float32, device=q.device)
+    part = torch.empty(2, batch, heads, splits, last_queries, dtype=torch.float32, device=q.device)
     tensors = (q, k, *part, through, mean, order, ranks)
-    numbers = (*q.stride()[:3], *k.stride()[:3], heads, kv_heads, q_len, k_len, window, splits, span, scale_log2)
+    numbers = (*q.stride()[:3], *k.stride()[:3], heads, kv_heads, q_len, k_len, last_queries, splits, span, scale_log2)
     shape = {"D": dim, "HEADS": together, "STAGES": stages, "PADDED": padded, "num_warps": WARPS.value}
     grid = (programs, splits)
     kernel = functools.partial(launcher.launch, score_hopper_kernel, grid, tensors, numbers, **shape)
