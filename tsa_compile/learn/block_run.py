@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,11 +11,11 @@ import torch
 
 from tsa_compile.learn.block_meter import Alphas, BlockMeter, BlockSample
 from tsa_compile.learn.block_tables import Tables
+from tsa_compile.learn.layer_costs import named
 from tsa_compile.learn.state import Measured
 from tsa_compile.progress import Advance, Start
 
 Tensor = torch.Tensor
-FLOOR = 0.05  # of the layers' mean cost: what each counts at least, as differences of measurements are rough
 
 
 class BlockRun:
@@ -41,7 +39,7 @@ class BlockRun:
         samples = []
         for n, given in enumerate(self.inputs):
             measure = functools.partial(self._measure, n, given, alphas)
-            samples.append(BlockSample(**self.measured.get(f"prompt {n}, {named(alphas)}", measure)))
+            samples.append(BlockSample(**self.measured.get(f"prompt {n}, {named('alphas', alphas)}", measure)))
             advance()
         return BlockSample(*(sum(field) / len(samples) for field in zip(*map(dataclasses.astuple, samples), strict=True)))
 
@@ -63,17 +61,3 @@ class BlockRun:
 
     def _tables(self, given: dict[str, Any], alphas: Sequence[float]) -> list[Any]:
         return [x.tolist() for x in self.meter.tables(given, alphas)]
-
-
-def named(alphas: Alphas) -> str:
-    """A name for them in a state file."""
-    text = json.dumps({layer: list(alpha) for layer, alpha in alphas.items()}, sort_keys=True)
-    return f"alphas {hashlib.sha256(text.encode()).hexdigest()[:16]}"
-
-
-def weights(costs: dict[str, float], errors: dict[str, float]) -> dict[str, float]:
-    """What an error of each layer counts, so that the errors at which `costs` were measured sum to these."""
-    least = FLOOR * sum(max(c, 0.0) for c in costs.values()) / len(costs)
-    if least == 0:
-        return dict.fromkeys(costs, 1.0)
-    return {layer: max(cost, least) / max(errors[layer], 1e-12) for layer, cost in costs.items()}

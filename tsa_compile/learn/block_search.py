@@ -8,8 +8,9 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 
 from tsa_compile.learn.block_meter import BlockSample
-from tsa_compile.learn.block_run import BlockRun, weights
+from tsa_compile.learn.block_run import BlockRun
 from tsa_compile.learn.block_tables import ByLayer, Tables
+from tsa_compile.learn.layer_costs import weights
 from tsa_compile.learn.target import Target
 from tsa_compile.progress import Advance, Start
 

@@ -14,9 +14,10 @@ from typing import Any
 
 from torch import nn
 
+from tsa_compile.learn.layer_costs import weights
 from tsa_compile.learn.model_inputs import fingerprint, versions
 from tsa_compile.learn.page_meter import Keeps, PageMeter, PageSample
-from tsa_compile.learn.page_run import PageRun, PageTables, weights
+from tsa_compile.learn.page_run import PageRun, PageTables
 from tsa_compile.learn.state import Measured
 from tsa_compile.learn.target import Target
 from tsa_compile.learn.text_decoder import texts_of

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from tsa_compile.learn.equal_pairs import cheapest
+from tsa_compile.learn.layer_costs import named
 from tsa_compile.learn.page_meter import Keeps, PageMeter, PageSample
 from tsa_compile.learn.state import Measured
 from tsa_compile.plan import Plan
 from tsa_compile.progress import Advance, Start
 
 Tensor = torch.Tensor
-FLOOR = 0.05  # of the layers' mean cost: what each counts at least, as differences of measurements are rough
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +78,7 @@ class PageRun:
         found = []
         for n, ids in enumerate(self.texts):
             measure = functools.partial(self._sample, ids, keeps)
-            found.append(PageSample(**self.measured.get(f"text {n}, {named(keeps)}", measure)))
+            found.append(PageSample(**self.measured.get(f"text {n}, {named('budgets', keeps)}", measure)))
             advance()
         mean = PageSample(*(sum(field) / len(found) for field in zip(*map(dataclasses.astuple, found), strict=True)))
         return dataclasses.replace(mean, worst=max(one.worst for one in found))
@@ -97,17 +95,3 @@ class PageRun:
 
     def _sample(self, ids: Tensor, keeps: Keeps) -> dict[str, Any]:
         return dataclasses.asdict(self.meter.sample(ids, keeps))
-
-
-def named(keeps: Keeps) -> str:
-    """A name for them in a state file."""
-    text = json.dumps({layer: list(keep) for layer, keep in keeps.items()}, sort_keys=True)
-    return f"budgets {hashlib.sha256(text.encode()).hexdigest()[:16]}"
-
-
-def weights(costs: Mapping[str, float], errors: Mapping[str, float]) -> dict[str, float]:
-    """What an error of each layer counts, so that the errors at which `costs` were measured sum to these."""
-    least = FLOOR * sum(max(c, 0.0) for c in costs.values()) / len(costs)
-    if least == 0:
-        return dict.fromkeys(costs, 1.0)
-    return {layer: max(cost, least) / max(errors[layer], 1e-12) for layer, cost in costs.items()}
