@@ -48,10 +48,11 @@ class Policy:
         """Is what `select` gives right at any site with the same sizes and mask (`Plan.reuse`)?"""
         return False
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, abstract: bool = False, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.name = cls.__name__
-        _REGISTRY[cls.name] = cls
+        if not abstract:  # what several policies share is none itself
+            _REGISTRY[cls.name] = cls
 
     def refuse(self, site: AttentionSite) -> str | None:
         """Why this policy leaves `site` as it is, or None if it takes it. Reads facts only: there are no operands yet."""

@@ -13,18 +13,17 @@ from typing import Any, ClassVar
 import torch
 
 from tsa_compile.kernels import ops  # noqa: F401 - registers torch.ops.tsa
-from tsa_compile.kernels.common.group import default_group
-from tsa_compile.kernels.edges import Edges
 from tsa_compile.kernels.types import Selection
 from tsa_compile.passes.site import AttentionSite
-from tsa_compile.policies.base import Emit, Policy, from_dict
+from tsa_compile.policies.base import Emit
 from tsa_compile.policies.block_sparse import BlockSparse
+from tsa_compile.policies.over_group import OverGroup
 
 INNER = BlockSparse()
 
 
 @dataclasses.dataclass(frozen=True)
-class ContextParallel(Policy):
+class ContextParallel(OverGroup):
     """Prefill over a process group, every rank of which runs the same model on the same tokens (`torchrun`, `tsa.transform`).
 
     Key blocks are those that `inner` chooses on one process, and the result is the same to the dtype's error, on every rank.
@@ -38,41 +37,17 @@ class ContextParallel(Policy):
         ValueError: a field is outside its range; the message names it.
     """
 
-    needs_session: ClassVar[bool] = True
     by_rows: ClassVar[bool] = True
 
     inner: BlockSparse = INNER
-    group: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.inner, BlockSparse):
             raise ValueError(f"ContextParallel.inner must be a BlockSparse, got {self.inner!r}")
-        if self.group is not None and not (isinstance(self.group, str) and self.group):
-            raise ValueError(f"ContextParallel.group must be the name of a process group, or None, got {self.group!r}")
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**super().to_dict(), "inner": self.inner.to_dict()}
-
-    @classmethod
-    def _from_fields(cls, fields: dict[str, Any]) -> Policy:
-        if isinstance(fields.get("inner"), dict):
-            fields = {**fields, "inner": from_dict(fields["inner"])}
-        return super()._from_fields(fields)
-
-    @property
-    def group_name(self) -> str:
-        """The group's name in this process.
-
-        Raises:
-            GroupError: there is no process group.
-        """
-        return self.group or default_group()
+        super().__post_init__()
 
     def refuse(self, site: AttentionSite) -> str | None:
         return self.inner.refuse(site)
-
-    def guaranteed(self, site: AttentionSite) -> Edges:
-        return self.inner.guaranteed(site)
 
     def attend(self, emit: Emit, site: AttentionSite, selection: Selection | None) -> Any:
         x, rule = site.operands, self.inner

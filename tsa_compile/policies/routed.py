@@ -16,19 +16,18 @@ from torch import nn
 from tsa_compile.cache.kv_state import KvState
 from tsa_compile.cache.sharded import Shard
 from tsa_compile.kernels import ops  # noqa: F401 - registers torch.ops.tsa
-from tsa_compile.kernels.common.group import default_group
-from tsa_compile.kernels.edges import Edges
 from tsa_compile.kernels.types import Pages, Selection
 from tsa_compile.passes.site import AttentionSite
-from tsa_compile.policies.base import Emit, Policy, from_dict
+from tsa_compile.policies.base import Emit
 from tsa_compile.policies.exact import Exact, where
+from tsa_compile.policies.over_group import OverGroup
 from tsa_compile.policies.page_sparse import PageSparse
 
 EVERY_KEY = Exact()
 
 
 @dataclasses.dataclass(frozen=True)
-class Routed(Policy):
+class Routed(OverGroup):
     """Decode over a process group, every rank of which runs the same model on the same tokens (`torchrun`, `tsa.transform`).
 
     Args:
@@ -42,36 +41,15 @@ class Routed(Policy):
 
     phases: ClassVar[frozenset[str]] = frozenset({"decode"})
     masks: ClassVar[frozenset[str]] = frozenset({"causal", "bidirectional"})  # one row sees what the mask shows, causal or not
-    needs_session: ClassVar[bool] = True
 
     inner: Exact | PageSparse = EVERY_KEY
-    group: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.inner, (Exact, PageSparse)):
             raise ValueError(f"Routed.inner must be Exact() or a PageSparse, got {self.inner!r}")
         if isinstance(self.inner, PageSparse) and not self.inner.by_means:
             raise ValueError(f"Routed.inner ranks pages by mean keys, without completion, got {self.inner!r}")
-        if self.group is not None and not (isinstance(self.group, str) and self.group):
-            raise ValueError(f"Routed.group must be the name of a process group, or None, got {self.group!r}")
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**super().to_dict(), "inner": self.inner.to_dict()}
-
-    @classmethod
-    def _from_fields(cls, fields: dict[str, Any]) -> Policy:
-        if isinstance(fields.get("inner"), dict):
-            fields = {**fields, "inner": from_dict(fields["inner"])}
-        return super()._from_fields(fields)
-
-    @property
-    def group_name(self) -> str:
-        """The group's name in this process.
-
-        Raises:
-            GroupError: there is no process group.
-        """
-        return self.group or default_group()
+        super().__post_init__()
 
     def keeping(self, model: nn.Module | None = None) -> Shard:
         return Shard.of(self.group_name)
@@ -82,9 +60,6 @@ class Routed(Policy):
         if site.operands.mask is not None or site.operands.sinks is not None:
             return "a mask as data, or sinks: Routed takes keys that are there or not"
         return self.inner.refuse(site)
-
-    def guaranteed(self, site: AttentionSite) -> Edges:
-        return self.inner.guaranteed(site)
 
     def states(self) -> tuple[KvState, ...]:
         return self.inner.states()
