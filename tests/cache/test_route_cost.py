@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.ranks import run_ranks
 from tsa_compile.cache.route_cost import WAYS, Link, Work, cheapest, seconds
-from tsa_compile.tools.bench.tune_distributed import check, measure
+from tsa_compile.tools.bench.tune_distributed import measure, predicted_and_measured
 
 LINK = Link(probe=16e-6, bandwidth=25e9, attend=1e-10, merge=5e-6, splice=1e-9, recompute=2e-6)
 WORK = Work(rows=8, tokens=2048, holders=2, layers=32, steps=10, heads=32, kv_heads=8, head_dim=128)
@@ -67,7 +67,7 @@ def test_a_bad_number_is_named(field, value):
 
 def measured():
     link = measure(torch.device("cpu"), heads=2, kv_heads=1, dim=16, tokens=64)
-    return link, check(link, torch.device("cpu"), 2, 64, heads=2, kv_heads=1, dim=16)
+    return link, predicted_and_measured(link, torch.device("cpu"), 2, 64, heads=2, kv_heads=1, dim=16)
 
 
 def test_every_rank_measures_the_same_numbers():

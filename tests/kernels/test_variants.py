@@ -21,7 +21,7 @@ def not_warmed(capability: str, processors: int, *policies: str) -> dict[str, li
 
 
 def test_a_warm_up_has_every_kernel():
-    """66 multiprocessors: batches of 1 to 6 rows of 32 heads meet every way in which a Hopper GPU scores windows."""
+    """66 multiprocessors: batches of 1 to 6 rows of 32 heads meet every way of a Hopper GPU to score keys by the last queries."""
     found = not_warmed("9.0", 66, "BlockSparse", "TokenSparse", "Exact")
     assert found == {"BlockSparse": [], "TokenSparse": [], "Exact": []}
 

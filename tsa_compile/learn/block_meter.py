@@ -47,7 +47,7 @@ class BlockMeter:
     Args:
         model: in evaluation mode, left as it was.
         policy: what each attention gets, but for its alpha.
-        last: predictions of each of the two windows that are compared.
+        last: predictions of each of the two stretches that are compared.
     """
 
     def __init__(self, model: nn.Module, policy: BlockSparse, last: int) -> None:
@@ -82,7 +82,7 @@ class BlockMeter:
         return self.layers
 
     def dense(self, inputs: Mapping[str, Any]) -> Tensor:
-        """Logits of both windows, `[2 * last, vocabulary]`, of the model as it is."""
+        """Logits of both stretches, `[2 * last, vocabulary]`, of the model as it is."""
         return self._predict(self._model, inputs)
 
     def tables(self, inputs: Mapping[str, Any], alphas: Sequence[float]) -> tuple[Tensor, Tensor]:
@@ -123,7 +123,7 @@ class BlockMeter:
         end, middle = (compare_logits(*both) for both in zip(dense.chunk(2), logits.chunk(2), strict=True))
         return BlockSample(end.kl, middle.kl, (end.top1 + middle.top1) / 2, sum(pairs) / sum(self.heads))
 
-    def windows(self, length: int) -> list[int]:
+    def compared_rows(self, length: int) -> list[int]:
         """Positions of the predictions that are compared: those before the rows that the rule makes dense, then the middle's.
 
         Raises:
@@ -144,7 +144,7 @@ class BlockMeter:
 
     @torch.no_grad()
     def _predict(self, call: Callable[..., Any], inputs: Mapping[str, Any]) -> Tensor:
-        rows = torch.tensor(self.windows(inputs["input_ids"].shape[1]), device=inputs["input_ids"].device)
+        rows = torch.tensor(self.compared_rows(inputs["input_ids"].shape[1]), device=inputs["input_ids"].device)
         some = "logits_to_keep" in inputs
         output = call(**{**inputs, **({"logits_to_keep": rows} if some else {})})
         logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)

@@ -42,7 +42,7 @@ def calibrate_blocks(
     inputs = as_inputs(model, prompts, last, 0)
     meter = BlockMeter(model, policy, last)
     for given in inputs:
-        meter.windows(given["input_ids"].shape[1])
+        meter.compared_rows(given["input_ids"].shape[1])
     key = {
         "prompts and model": fingerprint(model, inputs), "policy": _without_alpha(policy), "last": last,
         "versions": versions(model),

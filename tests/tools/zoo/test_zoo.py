@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tsa_compile.tools.zoo import all_entries, jobs, support_table
-from tsa_compile.tools.zoo.check_model import check, difference
+from tsa_compile.tools.zoo.check_model import difference, run_scenario
 from tsa_compile.tools.zoo.entries import Entry
 from tsa_compile.tools.zoo.result import Result
 from tsa_compile.tools.zoo.scenarios import SCENARIOS
@@ -46,7 +46,7 @@ def test_a_part_of_the_zoo(name, implementation):
     scenarios = [s for s in SCENARIOS[entry.kind] if s.name in wanted]
     assert len(scenarios) == len(wanted)
     for scenario in scenarios:
-        result = check(entry, implementation, scenario)
+        result = run_scenario(entry, implementation, scenario)
         assert result.status == "ok", result
 
 
@@ -80,7 +80,7 @@ def made(form: str, **fields) -> Entry:
     ],
 )
 def test_the_check_tells_right_from_wrong(entry, detail):
-    result = check(entry, "sdpa", SCENARIOS["plain"][0])
+    result = run_scenario(entry, "sdpa", SCENARIOS["plain"][0])
     assert result.status == ("ok" if detail is None else "failed"), result
     assert (detail or "") in result.detail
 
@@ -92,7 +92,7 @@ def test_the_check_sees_a_wrong_kernel(monkeypatch):
     attend = real("attend.tokens.reference:sparse_attention_reference")
     wrong = lambda *a: attend(*a)._replace(out=attend(*a).out * 1.001)  # noqa: E731
     monkeypatch.setattr(registry, "resolve", lambda w: wrong if w.endswith(":sparse_attention_reference") else real(w))
-    result = check(made("sdpa"), "sdpa", SCENARIOS["plain"][0])
+    result = run_scenario(made("sdpa"), "sdpa", SCENARIOS["plain"][0])
     assert result.status == "failed"
     assert "at coverage 0" in result.detail
 
@@ -104,7 +104,7 @@ def test_the_check_sees_a_wrong_selection(monkeypatch):
     select = real("compose_reference:select_tokens_reference")
     wrong = lambda x, *rest: select(x._replace(q=x.q.flip(2)), *rest)  # noqa: E731
     monkeypatch.setattr(registry, "resolve", lambda w: wrong if w.endswith(":select_tokens_reference") else real(w))
-    result = check(made("sdpa"), "sdpa", SCENARIOS["plain"][0])
+    result = run_scenario(made("sdpa"), "sdpa", SCENARIOS["plain"][0])
     assert result.status == "failed"
     assert "differs from the reference" in result.detail
 

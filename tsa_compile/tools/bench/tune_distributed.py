@@ -54,8 +54,10 @@ def measure(device: torch.device, heads: int = 8, kv_heads: int = 2, dim: int = 
     return Link(probe, 1 / max(per_byte, 1e-15), attend, merge, splice)
 
 
-def check(link: Link, device: torch.device, rows: int, tokens: int, heads: int = 8, kv_heads: int = 2, dim: int = 64) -> Any:
-    """(what the numbers say of one routed attention of so many rows, what it takes), in seconds."""
+def predicted_and_measured(
+    link: Link, device: torch.device, rows: int, tokens: int, heads: int = 8, kv_heads: int = 2, dim: int = 64
+) -> Any:
+    """Seconds of one routed attention of so many rows: what `link` says, what it takes."""
     group, dtype = default_group(), torch.bfloat16 if device.type == "cuda" else torch.float32
     ranks = rank_and_size(group)[1]
     q = torch.randn(rows, heads, 1, dim, dtype=dtype, device=device)

@@ -19,7 +19,7 @@ from tsa_compile.tools.evaluate.tasks import Task, score
 
 Tensor = torch.Tensor
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-LAST = 128  # predictions of the last window
+LAST = 128  # last predictions that are compared
 TEXT, INSIDE, NEEDLE, TURNS = "text", "inside", "needle", "multi_turn"
 GENERATORS: dict[str, Callable[[random.Random], Task]] = {
     "multi_key": tasks.multi_key,
@@ -74,7 +74,7 @@ class RetrievalCell:
 
 
 class TextCell:
-    """`samples` windows of the reference text: perplexity, and divergence from dense over the last predictions."""
+    """`samples` passages of the reference text: perplexity, and divergence from dense over the last predictions."""
 
     def __init__(self, runner: Runner, prompter: Prompter, length: int, samples: int, batch: int) -> None:
         self._runner = runner
@@ -99,7 +99,7 @@ class TextCell:
 
 
 class InsideCell:
-    """Where the time of a prefill goes, and what the heads of a layer keep in common, on windows of the reference text."""
+    """Where the time of a prefill goes, and what the heads of a layer keep in common, on passages of the reference text."""
 
     def __init__(self, runner: Runner, prompter: Prompter, length: int, samples: int, batch: int) -> None:
         count = max(2, min(samples, batch))  # one row alone would be traced anew

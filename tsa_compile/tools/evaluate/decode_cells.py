@@ -22,8 +22,8 @@ Values = dict[str, Any]
 
 
 class TextCell:
-    """`samples` windows of the reference text: the last tokens are decoded one by one after a dense prefill, as the text has
-    them, and compared with what the model as it is says of the whole window."""
+    """`samples` passages of the reference text: the last tokens are decoded one by one after a dense prefill, as the text has
+    them, and compared with what the model as it is says of the whole passage."""
 
     def __init__(self, runner: DecodeRunner, prompter: Prompter, length: int, samples: int, batch: int, last: int) -> None:
         self._runner, self._last = runner, last
@@ -60,7 +60,7 @@ class TextCell:
 
 
 class StepsCell:
-    """Times of decode steps of `batch` requests, each with a window of the reference text before it."""
+    """Times of decode steps of `batch` requests, each with a passage of the reference text before it."""
 
     def __init__(self, runner: DecodeRunner, prompter: Prompter, length: int, batch: int) -> None:
         self._runner, self._timed = runner, TIMED if runner.device.type == "cuda" else TIMED // 2

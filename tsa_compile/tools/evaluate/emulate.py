@@ -9,8 +9,8 @@ adds one line of JSON to OUT for each (rule, share, text); lines that are there 
      "decode":  [{"name": "mean", "rule": {"index": {"kind": "mean"}}, "keep": [0.05], "budget": "equal"}],
      "reuse":   [{"name": "lists of earlier layers", "distances": [1, 2], "keep": [0.05]}]}
 
-Fields of a rule: `BlockRule`, `TokenRule` ("tokens"), `DecodeRule`, `Index`. "by": one threshold ("all", the default) or one for
-each layer and head ("head"; "head and layer" weighs layers by what they cost alone). "budget": "equal", "layer", "head" (with
+Fields of a rule: `BlockRule`, `CompletedRule` ("tokens"), `DecodeRule`, `Index`. "by": one threshold ("all", the default) or one
+for each layer and head ("head"; "head and layer" weighs layers by what they cost alone). "budget": "equal", "layer", "head" (with
 layers weighed as well: "cost"), "mass". Thresholds and budgets are fitted on the first text; its results say "fitted".
 """
 
@@ -32,7 +32,7 @@ from tsa_compile.tools.evaluate.emulate_fit import Levels, Threshold, collect
 from tsa_compile.tools.evaluate.emulate_model import Emulator, load_model
 from tsa_compile.tools.evaluate.emulate_pages import Index
 from tsa_compile.tools.evaluate.emulate_plan import Candidates, head_errors, layer_costs
-from tsa_compile.tools.evaluate.emulate_prefill import Reference, Rule, TokenRule, run_rule
+from tsa_compile.tools.evaluate.emulate_prefill import CompletedRule, Reference, Rule, run_rule
 from tsa_compile.tools.evaluate.emulate_reuse import overlap
 from tsa_compile.tools.evaluate.emulate_select import Budget, DecodeRule
 
@@ -59,7 +59,7 @@ class Job:
     def prefill(self, spec: Spec, text: str) -> None:
         """One prefill rule at all its shares on one text."""
         if "tokens" in spec:
-            rule: Rule = TokenRule(**spec["tokens"])
+            rule: Rule = CompletedRule(**spec["tokens"])
             self._add(("prefill", spec["name"], None, text), lambda: self._prefill(rule, 0.0, text))
             return
         blocks = BlockRule(**_tuples(spec["rule"]))

@@ -16,12 +16,12 @@ from tsa_compile.tools.evaluate.emulate_levels import levels
 from tsa_compile.tools.evaluate.emulate_model import Emulator, Layer, dense
 
 Tensor = torch.Tensor
-ROWS = 128  # of each window whose predictions are compared
+ROWS = 128  # of each stretch whose predictions are compared
 _POSITIONS = 2048  # whose logits exist at a time
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenRule:
+class CompletedRule:
     """`TokenSparse` with its completion strip: the default plan's, at `coverage`."""
 
     coverage: float = 0.05
@@ -32,7 +32,7 @@ class TokenRule:
     dense_layers: tuple[int, ...] = ()
 
 
-Rule = BlockRule | TokenRule
+Rule = BlockRule | CompletedRule
 Row = dict[str, Any]
 
 
@@ -52,7 +52,7 @@ class Run:
 
 def mask_of(rule: Rule, threshold: Threshold, layer: Layer) -> Mask:
     """The rule on one layer; a block is read if its level is `threshold` or more."""
-    if isinstance(rule, TokenRule):
+    if isinstance(rule, CompletedRule):
         return TokenMask(layer, rule.coverage, rule.window, rule.sinks, rule.heavy)
     at = threshold[layer.index][:, None, None] if isinstance(threshold, dict) else threshold
     return BlockMask(rule, layer, levels(rule, layer) >= at, rule.tokens(layer))

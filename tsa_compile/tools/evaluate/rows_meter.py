@@ -15,7 +15,7 @@ from tsa_compile.tools.evaluate.losses import token_losses
 from tsa_compile.tools.evaluate.runner import Runner
 
 Tensor = torch.Tensor
-ROWS = 128  # of each window whose predictions are compared
+ROWS = 128  # of each stretch whose predictions are compared
 Row = dict[str, Any]
 
 
@@ -55,18 +55,17 @@ class RowsMeter:
         equal top tokens; perplexity over the sparse rows, and dense; errors of the attention's output over them, relative.
 
         Raises:
-            ValueError: the text is too short for both windows.
+            ValueError: the text is too short for both stretches.
         """
         hidden, seen = self._run(ids, plan, errors=True)
         rows = min(seen.rows, default=len(ids))
         middle = (len(ids) - ROWS) // 2
         if rows - ROWS < middle + ROWS:
-            raise ValueError(f"a text of {len(ids)} tokens has {rows} sparse rows, too few for two windows of {ROWS}")
+            raise ValueError(f"a text of {len(ids)} tokens has {rows} sparse rows, too few for two stretches of {ROWS}")
         dense = self._runner.prefill(self._batch(ids), None).hidden
         row: Row = {"pairs": self._share(seen), "sparse_rows": rows}
         for name, first in (("end", rows - ROWS), ("middle", middle)):
-            window = slice(first, first + ROWS)
-            found = compare_logits(*(self._runner.logits(x[0, window]) for x in (dense, hidden)))
+            found = compare_logits(*(self._runner.logits(x[0, first : first + ROWS]) for x in (dense, hidden)))
             row |= {f"kl_{name}": found.kl, f"top1_{name}": found.top1}
         for name, states in (("perplexity", hidden), ("dense_perplexity", dense)):
             row[name] = token_losses(self._runner, states[:, :rows], self._batch(ids[:rows])).double().mean().exp().item()

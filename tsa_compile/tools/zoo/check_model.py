@@ -31,7 +31,7 @@ TOLERANCE = 2e-4  # of the largest output, fp32
 FEW = "queries over a cache: "  # reason of a site with too few rows for the policy, which it would take otherwise
 
 
-def check(entry: Entry, implementation: str, scenario: Scenario) -> Result:
+def run_scenario(entry: Entry, implementation: str, scenario: Scenario) -> Result:
     """Run a scenario; failures are in the result, not raised."""
     result = Result(entry.name, entry.library, implementation, scenario.name)
     try:

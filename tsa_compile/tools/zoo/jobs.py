@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from tsa_compile.tools.zoo.all_entries import ENTRIES, missing
-from tsa_compile.tools.zoo.check_model import check
+from tsa_compile.tools.zoo.check_model import run_scenario
 from tsa_compile.tools.zoo.entries import FLEX, Entry
 from tsa_compile.tools.zoo.result import NOT_RUN, Result
 from tsa_compile.tools.zoo.scenarios import SCENARIOS
@@ -63,7 +63,7 @@ def _scenarios(entry: Entry, implementation: str) -> list[Result]:
     results = []
     scenarios = SCENARIOS[entry.kind]
     for scenario in scenarios[:1] if implementation == FLEX else scenarios:  # flex attention is slow to trace, and never read
-        results.append(check(entry, implementation, scenario))
+        results.append(run_scenario(entry, implementation, scenario))
         if results[0].status == "not offered":
             break  # not the call: the whole implementation
     return results
