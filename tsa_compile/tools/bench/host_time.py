@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,14 +47,11 @@ class HostRow:
 
 
 @torch.no_grad()
-def bench_host(lengths: Sequence[int], tell: Callable[[HostRow], None] = lambda row: None, device: str = "cuda") -> list[HostRow]:
-    """Every form at every length: batch 1, 32/8 heads of 128, bfloat16; `tell` gets each row as it is there."""
-    rows = []
+def bench_host(lengths: Sequence[int], device: str = "cuda") -> Iterator[HostRow]:
+    """Every form at every length: batch 1, 32/8 heads of 128, bfloat16."""
     for length in lengths:
         for form, work in {**prefill_forms(length, device), **decode_forms(length, device)}.items():
-            rows.append(HostRow(form, length, *times(work)))
-            tell(rows[-1])
-    return rows
+            yield HostRow(form, length, *times(work))
 
 
 def prefill_forms(length: int, device: str) -> dict[str, Work]:
