@@ -27,7 +27,7 @@ class Setting:
 
     Args:
         prompts: pieces of prose, of `shortest` to `longest` tokens.
-        batch: rows that are generated together, of different lengths.
+        batch: rows that are generated together, of different lengths, which are near, so that little is padding.
         new: tokens of each row, unless it ends before.
         gamma: tokens of a draft.
         keys: that a draft reads at least, or a share of `share`; few, so that many drafts are refused.
@@ -37,10 +37,10 @@ class Setting:
     """
 
     prompts: int = 100
-    batch: int = 10
-    shortest: int = 16
-    longest: int = 48
-    new: int = 16
+    batch: int = 20
+    shortest: int = 32
+    longest: int = 96
+    new: int = 12
     gamma: int = 4
     keys: int = 12
     share: float = 0.07
@@ -94,6 +94,19 @@ def measure(
         api.restore(model)
 
 
+def state_of(path: str | None, model: str, setting: Setting) -> Measured:
+    """What is measured of a model, by its name, on this machine; a file that is there goes on.
+
+    Raises:
+        ValueError: the file is of another model, setting, device or version.
+    """
+    import transformers
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return Measured(path, {"model": model, "setting": dataclasses.asdict(setting), "device": device, **versions})
+
+
 def prompts(tokenizer: Any, setting: Setting) -> list[Batch]:
     """Pieces of one text, from places that lie evenly in it."""
     text = TEXTS["prose"]()[: 12 * setting.prompts * setting.longest]
@@ -101,7 +114,7 @@ def prompts(tokenizer: Any, setting: Setting) -> list[Batch]:
     if len(ids) < setting.longest:
         raise ValueError(f"the text has {len(ids)} tokens, fewer than a prompt of {setting.longest}")
     span, apart = setting.longest - setting.shortest + 1, (len(ids) - setting.longest) // setting.prompts
-    rows = [ids[apart * n :][: setting.shortest + 7 * n % span] for n in range(setting.prompts)]
+    rows = sorted((ids[apart * n :][: setting.shortest + 7 * n % span] for n in range(setting.prompts)), key=len)
     return [_batch(rows[n : n + setting.batch]) for n in range(0, len(rows), setting.batch)]
 
 

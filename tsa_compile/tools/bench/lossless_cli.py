@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Annotated
 
 import typer
@@ -14,9 +13,9 @@ def bench_lossless(
     drafts: Annotated[str, typer.Option(help="comma separated")] = "verify,layer,pages,window,lookup",
     dtypes: Annotated[str, typer.Option(help="of the model, comma separated: float32, bfloat16, float16")] = "float32,bfloat16",
     prompts: Annotated[int, typer.Option(help="pieces of prose, of different lengths", min=1)] = 100,
-    batch: Annotated[int, typer.Option(help="prompts that are generated together", min=1)] = 10,
-    lengths: Annotated[str, typer.Option(help="tokens of the shortest and the longest prompt")] = "16,48",
-    new: Annotated[int, typer.Option(help="tokens to generate behind each", min=1)] = 16,
+    batch: Annotated[int, typer.Option(help="prompts that are generated together", min=1)] = 20,
+    lengths: Annotated[str, typer.Option(help="tokens of the shortest and the longest prompt")] = "32,96",
+    new: Annotated[int, typer.Option(help="tokens to generate behind each", min=1)] = 12,
     gamma: Annotated[int, typer.Option(help="tokens of a draft", min=1, max=15)] = 4,
     keys: Annotated[int, typer.Option(help="that drafts read at least; few, so that many are refused", min=1)] = 12,
     state: Annotated[str | None, typer.Option(help="file of what is measured; a second call goes on from it")] = None,
@@ -26,7 +25,6 @@ def bench_lossless(
     docs/speculation.md; exit code 1 where it does not hold."""
     import torch
 
-    from tsa_compile.learn.state import Measured
     from tsa_compile.progress import progress
     from tsa_compile.tools.bench import lossless, lossless_contract, output
     from tsa_compile.tools.load_models import load_causal_lm, load_tokenizer
@@ -36,8 +34,7 @@ def bench_lossless(
     if len(sizes := numbers("--lengths", lengths, int)) != 2:
         raise ValueError(f"--lengths must be the shortest and the longest prompt, got {lengths!r}")
     setting, names = lossless.Setting(prompts, batch, *sizes, new, gamma, keys), drafts.split(",")
-    head = {"model": model, "setting": dataclasses.asdict(setting), **_environment()}
-    measured = Measured(state, head)
+    measured = lossless.state_of(state, model, setting)
     with progress(Console(stderr=True)) as start:
         for dtype in dtypes.split(","):
             if dtype not in ("float32", "bfloat16", "float16"):
@@ -48,14 +45,6 @@ def bench_lossless(
                 rows.append(row)
                 console.print(lossless_contract.told(row), markup=False, highlight=False)
                 if json:
-                    output.write_json(json, rows, **head)
+                    output.write_json(json, rows, **measured.key)
     if not all(row.held for row in rows):
         raise typer.Exit(1)
-
-
-def _environment() -> dict[str, str]:
-    import torch
-    import transformers
-
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return {"device": device, "torch": torch.__version__, "transformers": transformers.__version__}
