@@ -1,8 +1,8 @@
 """100 prompts of a real model (SmolLM2-135M, float32, on a CPU): speculation gives the tokens of the untouched model.
 
 Behind pieces of real text of 32 to 96 tokens, twenty in a batch; drafts read few keys, so that many of them are refused.
-`tsa-compile bench lossless` is the same, and for half precision. A quarter of an hour; with TSA_LOSSLESS naming a file, a run that
-was cut goes on from it.
+`tsa-compile bench lossless` is the same, and for half precision. A quarter of an hour; a run that was cut goes on from the file
+that TSA_LOSSLESS names.
 """
 
 from __future__ import annotations

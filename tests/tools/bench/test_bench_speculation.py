@@ -6,12 +6,16 @@ import dataclasses
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import tsa_compile as tsa
 from tests.cache.models import tiny
+from tsa_compile.generate import draft_table
 from tsa_compile.policies.base import from_dict
 from tsa_compile.session import attached
 from tsa_compile.tools.bench import acceptance, forced_rounds, output, round_cli
+from tsa_compile.tools.bench.bench_cli import bench
+from tsa_compile.tools.load_models import load_causal_lm
 
 pytest.importorskip("transformers")
 
@@ -75,6 +79,42 @@ def test_what_is_timed_is_kept_by_the_models_own_acceptance(tmp_path):
     timing = forced_rounds.timing_of(forced_rounds.RoundRow(**{**others, **took}), tiny("llama", layers=1), made, "eager")
     assert timing.tokens_per_second == pytest.approx(2 * 2.0 / 6e-3)
     assert (timing.device, timing.gamma, timing.exact_ms, from_dict(dict(timing.policy))) == ("cpu", 3, 4.0, made)
+
+
+@pytest.mark.slow
+def test_from_the_commands_to_a_request(tmp_path, monkeypatch):
+    """`bench round --acceptance` writes the table by which draft="measured" chooses."""
+    monkeypatch.setenv("TSA_DRAFTS", str(tmp_path / "drafts.json"))
+    tiny("llama", layers=1).save_pretrained(tmp_path / "model")
+    places = dict(share=0.07, gamma=3, new=9, tokens_a_verify=2.0, equal=None)
+    rows = [
+        acceptance.Acceptance(draft, "code", 300, acceptance=(x,) * 3, **places) for draft, x in (("pages", 0.9), ("window", 0.0))
+    ]
+    output.write_json(str(tmp_path / "a.json"), rows)
+    command = [
+        "round",
+        str(tmp_path / "model"),
+        "--cases",
+        "1x300",
+        "--drafts",
+        "window,pages",
+        "--gamma",
+        "2,3",
+        "--rounds",
+        "4",
+    ]
+    result = CliRunner().invoke(bench, [*command, "--acceptance", str(tmp_path / "a.json")])
+    assert result.exit_code == 0, result.output
+    table = draft_table.read(tmp_path / "drafts.json")
+    assert [(r.draft, r.gamma, r.given) for r in table] == [
+        ("window", 2, 1.0), ("pages", 2, pytest.approx(2.71)), ("window", 3, 1.0), ("pages", 3, pytest.approx(3.439)),
+    ]  # fmt: skip
+    model = load_causal_lm(str(tmp_path / "model"))
+    tsa.generate(
+        model, torch.arange(2, 42)[None], max_new_tokens=6, do_sample=False, draft="measured", costs=[(1, 300, 0.0, 0.5)]
+    )
+    best = max(table, key=lambda row: row.tokens_per_second)
+    assert f"by measurement: {best}" in tsa.report(model).speculation.notes
 
 
 def test_rounds_of_lookup_are_refused():
