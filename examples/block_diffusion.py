@@ -1,7 +1,10 @@
 """Block diffusion whose first step remembers what the further steps of a block read. Trains a tiny model, in seconds.
 
-Facts lie in a prefix, questions begin the last block, and each step fills in one answer. A checkpoint of SDAR or LLaDA comes by
-`tsa_compile.generate.checkpoints.load(folder)`, and goes to `diffuse` in the same way.
+Facts lie in a prefix, questions begin the last block, and each step fills in one answer. A checkpoint of SDAR, LLaDA, LLaDA 2 or
+Fast-dLLM v2 in a folder needs no training, and is sampled as it was made to be:
+
+    found = tsa_compile.generate.checkpoints.load(folder)
+    found.diffuse(ids, new_tokens, plan=tsa.Remembered("denoise_first", keys=512))
 
 python examples/block_diffusion.py
 """

@@ -76,7 +76,8 @@ NAMES = {
     "backend.Backend.sites": "self",  # [SiteReport] of the current plan
     "recorder.record_kept": "model=None, group=None",
     "generate.diffusion.diffuse": (
-        "model, ids, new_tokens, *, mask_id, block=32, steps=None, threshold=None, plan=None, temperature=0.0, watch=None"
+        "model, ids, new_tokens, *, mask_id, block=32, steps=None, threshold=None, part=None, shifted=False, stop_id=None, "
+        "plan=None, temperature=0.0, watch=None"
     ),
     "policies.base.Policy.refuse": "self, site",
     "policies.base.Policy.guaranteed": "self, site",

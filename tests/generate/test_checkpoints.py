@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
 from safetensors.torch import save_file
 
-from tsa_compile.generate import checkpoints
+from tsa_compile.generate import checkpoints, families
 
 SDAR = dict(
     model_type="sdar", architectures=["SDARForCausalLM"], auto_map={"AutoConfig": "configuration_sdar.SDARConfig"},
@@ -41,7 +41,8 @@ OLD = {  # transformers' name, LLaDA's: the reverse of what is tested
 
 def write(folder, config):
     """A folder as the hub has it, and the transformers model that its weights are of."""
-    model = checkpoints.build(config).eval()
+    kind, sizes = families.described(config)
+    model = kind(sizes).eval()
     weights = {}
     for name, tensor in model.state_dict().items():
         for new, old in OLD.items() if config["model_type"] == "llada" else ():
@@ -56,7 +57,7 @@ def write(folder, config):
 def test_a_checkpoint_runs_block_by_block_as_its_own_model_by_a_block_causal_mask(config, tmp_path):
     want = write(tmp_path, config)
     found = checkpoints.load(tmp_path, torch.float32, "cpu")
-    assert (found.mask_id, found.block) == (49, 4 if config is SDAR else 32)
+    assert found.sampling == families.Sampling(49, block=4 if config is SDAR else 32)
     ids, block = torch.randint(49, (2, 24)), 4
     mask = training_mask(24, block)[24:, 24:].expand(2, 1, -1, -1)
     with torch.no_grad():
@@ -73,39 +74,40 @@ def test_a_checkpoint_runs_block_by_block_as_its_own_model_by_a_block_causal_mas
 
 def test_remembered_keys_in_a_checkpoint(tmp_path):
     write(tmp_path, SDAR)
-    model, mask_id, block = checkpoints.load(tmp_path, torch.float32, "cpu")
-    run = dict(mask_id=mask_id, block=block)
+    found = checkpoints.load(tmp_path, torch.float32, "cpu")
     ids = torch.randint(49, (2, 20))
-    dense = diffuse(model, ids, 8, **run)
-    assert not (dense.ids == mask_id).any()
-    whole = diffuse(model, ids, 8, plan=tsa.Remembered("denoise_first", keys=512), **run)
+    dense = found.diffuse(ids, 8)
+    assert not (dense.ids == 49).any()
+    assert torch.equal(diffuse(found.model, ids, 8, mask_id=49, block=4).ids, dense.ids)
+    whole = found.diffuse(ids, 8, plan=tsa.Remembered("denoise_first", keys=512))
     assert torch.equal(whole.ids, dense.ids)
-    some = diffuse(model, ids, 8, plan=tsa.Remembered("denoise_first", keys=4), **run)
+    some = found.diffuse(ids, 8, plan=tsa.Remembered("denoise_first", keys=4))
     assert some.sparse_share == pytest.approx(1 / 3)
     assert some.never_bit == 0
 
 
 def test_every_name_of_llada_is_known():
-    made = checkpoints.build(LLADA)
+    kind, sizes = families.described(LLADA)
+    made = kind(sizes)
     for name, tensor in made.state_dict().items():
         given = name
         for new, theirs in OLD.items():
             given = given.replace(new, theirs)
         assert given != name
-        assert list(checkpoints.renamed({given: tensor}, "llada")) == [name]
+        assert list(families.renamed({given: tensor}, LLADA)) == [name]
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "dream"}, r"model_type must be one of \['llada', 'sdar'\], got 'dream'"),
-        (LLADA | {"alibi": True}, "a LLaDA checkpoint with {'alibi': True} is not taken"),
-        (SDAR | {"use_sliding_window": True}, "use_sliding_window is not taken"),
+        ({"model_type": "dream"}, "model_type must be one of .*'llada', 'llada2_moe', 'sdar'.*, got 'dream'"),
+        (LLADA | {"alibi": True}, "'llada' with {'alibi': True} is not taken"),
+        (SDAR | {"use_sliding_window": True}, "'sdar' with {'use_sliding_window': True} is not taken"),
     ],
 )
 def test_what_is_not_taken_is_named(config, message):
     with pytest.raises(ValueError, match=message):
-        checkpoints.build(config)
+        families.described(config)
 
 
 def test_missing_weights_are_an_error(tmp_path):

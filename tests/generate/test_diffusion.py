@@ -9,7 +9,8 @@ import torch
 
 import tsa_compile as tsa
 from tsa_compile.generate.block_cache import BlockCache
-from tsa_compile.generate.diffusion import diffuse, take
+from tsa_compile.generate.diffusion import diffuse
+from tsa_compile.generate.unmask import Sampling, take
 from tsa_compile.kernels.types import Keys, Operands
 from tsa_compile.passes.site import AttentionSite, MaskFacts
 from tsa_compile.policies.base import call, from_dict, why_dense
@@ -107,12 +108,63 @@ def test_forwards_are_counted_by_phase(model):
 def test_the_threshold_takes_what_is_sure_and_always_one():
     logits = torch.tensor([[[9.0, 0, 0], [0, 9, 0], [0, 0, 0]], [[0, 0, 0], [0, 0.1, 0], [0, 0, 0]]])
     part, masked = torch.full((2, 3), 2), torch.ones(2, 3, dtype=torch.bool)
-    taken = take(part, masked, logits, 2, None, 0.9, 0.0)
+    taken = take(part, masked, logits, Sampling(2, block=3, threshold=0.9), 1)
     assert taken.tolist() == [[True, True, False], [False, True, False]]
     assert part.tolist() == [[0, 1, 2], [2, 1, 2]]
     assert torch.equal(masked, ~taken)
-    hot = take(torch.full((2, 3), 2), torch.ones(2, 3, dtype=torch.bool), logits, 2, 3, None, 5.0)
+    hot = take(torch.full((2, 3), 2), torch.ones(2, 3, dtype=torch.bool), logits, Sampling(2, block=3, temperature=5.0), 3)
     assert hot.all()
+
+
+def test_a_threshold_takes_what_its_steps_take_at_least(model):
+    run = dict(mask_id=SIZES.mask_id, block=4)
+    assert [b.forwards for b in diffuse(model, ids(8), 8, steps=2, threshold=1.0, **run).blocks] == [2, 2]
+    assert [b.forwards for b in diffuse(model, ids(8), 8, steps=2, threshold=1e-9, **run).blocks] == [1, 1]
+    assert [Sampling(9, 8, steps=3).count(n) for n in range(3)] == [3, 3, 2]
+    assert [Sampling(9, 8, steps=6, part=4).count(n) for n in range(3)] == [2, 1, 1]
+
+
+def test_parts_are_filled_from_left_to_right(model):
+    done = diffuse(model, ids(9), 7, mask_id=SIZES.mask_id, block=4, part=2)
+    assert done.blocks[0].steps[:, 0].eq(0).all()
+    assert done.blocks[0].steps[:, 1].eq(1).all()
+    for steps in (done.blocks[0].steps[:, 2:] - 1, done.blocks[1].steps[:, :2], done.blocks[1].steps[:, 2:] - 2):
+        assert steps.sort(1).values.tolist() == [[1, 2]] * 2
+    many = diffuse(model, ids(8), 8, mask_id=SIZES.mask_id, block=4, part=2, threshold=1e-9)
+    assert [b.steps.tolist() for b in many.blocks] == [[[1, 1, 2, 2]] * 2] * 2
+
+
+def test_no_block_begins_once_every_row_has_ended(model):
+    run = dict(mask_id=SIZES.mask_id, block=4)
+    prompt = ids(10, 1)
+    dense = diffuse(model, prompt, 18, **run)
+    stop = int(dense.ids[0, 13])  # of the second block, or of the first one as well
+    end = 12 if stop in dense.ids[0, 10:12] else 16
+    done = diffuse(model, prompt.repeat(2, 1), 18, stop_id=stop, **run)
+    assert torch.equal(done.ids, dense.ids[:, :end].repeat(2, 1))
+    assert done.forwards.get("commit", 0) == len(done.blocks) - 1 == (end - 12) // 4
+    assert diffuse(model, torch.full((2, 10), stop), 2, stop_id=stop, **run).ids.shape == (2, 12)  # a prompt's own do not count
+    other = next(x for x in (ids(10, 1) for _ in range(99)) if stop not in diffuse(model, x, 18, **run).ids[0, 10:])
+    assert diffuse(model, torch.cat([prompt, other]), 18, stop_id=stop, **run).ids.shape == (2, 28)
+
+
+def test_a_shifted_model_is_the_same_model_that_predicts_one_later(model):
+    """A model whose row t says what row t + 1 says here; the first token of a block comes from the call before."""
+
+    def shifted(tokens, positions, attend):
+        logits = model(tokens, positions, attend)
+        return torch.cat([logits[:, 1:], logits[:, -1:]], 1)
+
+    run = dict(mask_id=SIZES.mask_id, block=4)
+    prompt = ids(9)
+    want, done = diffuse(model, prompt, 3, **run), diffuse(shifted, prompt, 3, shifted=True, **run)
+    assert torch.equal(done.ids, want.ids)
+    next_block = diffuse(shifted, prompt, 7, shifted=True, **run)
+    assert next_block.blocks[1].steps[:, 0].eq(0).all()
+    last = whole(model, done.ids)[:, -1].index_fill(-1, torch.tensor([SIZES.mask_id]), -torch.inf)
+    assert torch.equal(next_block.ids[:, 12], last.argmax(-1))
+    with pytest.raises(ValueError, match="the prompt must have at least one"):
+        diffuse(shifted, prompt[:, :0], 4, shifted=True, **run)
 
 
 # ---- the policy
@@ -207,11 +259,14 @@ def test_a_model_is_not_transformed_by_it():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(steps=2, threshold=0.9), "either steps or threshold"),
+        (dict(part=3), "part must divide the 4 tokens of a block, got 3"),
+        (dict(part=2, steps=3), "steps must be a multiple of the 2 parts of a block, got 3"),
+        (dict(shifted=True, block=1), "block must be at least 2 where predictions are shifted"),
+        (dict(block=0), "block must be at least 1, got 0"),
         (dict(steps=5), "steps must be from 1 to the 4 tokens of a block, got 5"),
         (dict(threshold=0), r"threshold must be in \(0, 1\], got 0"),
         (dict(temperature=-1), "temperature must be at least 0"),
-        (dict(new_tokens=0), "new_tokens and block must be at least 1, got 0 and 4"),
+        (dict(new_tokens=0), "new_tokens must be at least 1, got 0"),
         (dict(plan=tsa.TokenSparse()), "block diffusion has no policy for prefill"),
     ],
 )
