@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 import torch
 import torch.fx as fx
 
+from tsa_compile.cache.kv_state import KvSize, KvState
 from tsa_compile.passes.facts.graph_facts import GraphFacts
 from tsa_compile.passes.find.match import Match
 from tsa_compile.passes.find.rope import Rotations
@@ -44,12 +45,35 @@ class GraphSite:
 
 
 @dataclasses.dataclass(frozen=True)
+class KeptCache:
+    """A static cache among the graph's inputs, and inputs behind all others for what a policy keeps beside it.
+
+    Args:
+        keys, values: the names of the inputs that are its buffers, `[B, Hk, capacity, D]` and `[B, Hk, capacity, Dv]`.
+        size: theirs.
+        kinds: what is kept.
+        inputs: the tensors of the kinds, by the names of kind and field.
+        begin, end: int32 `[B]`, the rows of the page that holds the step's new row; equal where that page can never be full.
+    """
+
+    keys: str
+    values: str
+    size: KvSize
+    kinds: tuple[KvState, ...]
+    inputs: Mapping[tuple[str, str], fx.Node]
+    begin: fx.Node
+    end: fx.Node
+
+
+@dataclasses.dataclass(frozen=True)
 class Decision:
     """A site, its policy, and the reason why it stays dense; None: it is replaced.
 
     Args:
         anchor: the decision whose selection it takes; None: its policy selects.
         heads: as `Route` has it.
+        kept: what its policy keeps beside the model's own static cache; None: nothing.
+        remark: what the report says of the cache.
     """
 
     at: GraphSite
@@ -57,6 +81,8 @@ class Decision:
     reason: str | None
     anchor: Decision | None = None
     heads: tuple[int, ...] | None = None
+    kept: KeptCache | None = None
+    remark: str = ""
 
     @property
     def site(self) -> AttentionSite:
@@ -66,7 +92,7 @@ class Decision:
     def note(self) -> str:
         """What else there is to say of a replaced site."""
         shared = "" if self.anchor is None else f"selection of {self.anchor.site.module or self.anchor.at.node.name}"
-        return "; ".join(filter(None, (note(self.policy, self.site), shared)))
+        return "; ".join(filter(None, (note(self.policy, self.site), shared, self.remark)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,11 +115,13 @@ class Context:
     drafting: bool = False
     route_for: Callable[[AttentionSite], Route | None] = lambda site: None
     pays_from: Callable[[Policy, AttentionSite], int | None] = lambda policy, site: 0
+    keeps: bool = False
     sites: list[GraphSite] = dataclasses.field(default_factory=list)
     patterns: dict[str, Pattern] = dataclasses.field(default_factory=dict)
     decisions: list[Decision] = dataclasses.field(default_factory=list)
     replacements: list[Replacement] = dataclasses.field(default_factory=list)
     warnings: list[str] = dataclasses.field(default_factory=list)
+    caches: list[KeptCache] = dataclasses.field(default_factory=list)
 
     @functools.cached_property
     def facts(self) -> GraphFacts:
@@ -112,6 +140,7 @@ class PipelineResult:
 
     Args:
         patterns: what the result assumes of the constants that were read, by placeholder name.
+        caches: static caches for which the graph has further inputs, in their order.
     """
 
     decisions: list[Decision]
@@ -119,3 +148,4 @@ class PipelineResult:
     warnings: list[str]
     counts: dict[str, int]
     seconds: dict[str, float]
+    caches: list[KeptCache]

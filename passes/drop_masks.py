@@ -1,4 +1,4 @@
-"""Pass 6: a site that stays dense loses a mask tensor that says no more than `is_causal`, or nothing.
+"""Pass 7: a site that stays dense loses a mask tensor that says no more than `is_causal`, or nothing.
 
 Traced Hugging Face models mask every attention by a tensor of queries x keys. SDPA then takes slower kernels, and at 128K
 tokens the mask alone has 17 GB. What was proven of the mask allows the short form, which computes the same.

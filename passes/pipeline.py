@@ -1,4 +1,5 @@
-"""The compiler, top to bottom: write out fused calls, find the attentions of a graph, decide, share selections, rewrite, verify.
+"""The compiler, top to bottom: write out fused calls, find the attentions of a graph, decide, share selections,
+keep states beside static caches, rewrite, verify.
 
 Works alike on Dynamo graphs (before AOTAutograd) and on the graph module of an ExportedProgram.
 """
@@ -24,6 +25,7 @@ from tsa_compile.passes.decide import decide_policy
 from tsa_compile.passes.drop_masks import drop_masks
 from tsa_compile.passes.expand import expand_attention
 from tsa_compile.passes.find.attention import find_attention
+from tsa_compile.passes.keep_states import keep_states
 from tsa_compile.passes.rewrite import rewrite_attention
 from tsa_compile.passes.share_routes import share_routes
 from tsa_compile.passes.site import AttentionSite, Route
@@ -35,6 +37,7 @@ PASSES: tuple[Callable[[Context], int], ...] = (
     find_attention,
     decide_policy,
     share_routes,
+    keep_states,
     rewrite_attention,
     drop_masks,
     verify_graph,
@@ -51,6 +54,7 @@ def run_pipeline(
     drafting: bool = False,
     route_for: Callable[[AttentionSite], Route | None] = lambda site: None,
     pays_from: Callable[[Policy, AttentionSite], int | None] = lambda policy, site: 0,
+    keeps: bool = False,
 ) -> PipelineResult:
     """Rewrite `gm` in place.
 
@@ -63,11 +67,12 @@ def run_pipeline(
         drafting: decode steps are drafts, which a verify step will judge.
         route_for: whose selection a site takes; None: its own.
         pays_from: keys from which on a policy is to run at a site; None: at no length.
+        keeps: will the caller give the graph the further inputs that the result's `caches` name?
 
     Raises:
         VerificationError: the result is not what the passes promise (a bug of ours).
     """
-    context = Context(gm, policy_for, constants or {}, drafting, route_for, pays_from)
+    context = Context(gm, policy_for, constants or {}, drafting, route_for, pays_from, keeps)
     dump = _Dump(example_inputs)
     dump.write(gm, "before")
     counts: dict[str, int] = {}
@@ -79,7 +84,7 @@ def run_pipeline(
         seconds[step.__name__] = time.perf_counter() - start
     dump.write(gm, "after")
     dump.write_decisions(context)
-    return PipelineResult(context.decisions, context.patterns, context.warnings, counts, seconds)
+    return PipelineResult(context.decisions, context.patterns, context.warnings, counts, seconds, context.caches)
 
 
 def pipeline_identity(plan: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Pass 5: swap each decided site for what its policy selects and attends."""
+"""Pass 6: swap each decided site for what its policy selects and attends."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from tsa_compile.passes.emit import describe_new, emit_into
 from tsa_compile.passes.facts.dead_code import erase_dead
 from tsa_compile.passes.facts.names import meta_key, tensor
 from tsa_compile.passes.find.state import state_of
+from tsa_compile.passes.keep_states import follow
 from tsa_compile.passes.layout import in_layout_of, layout_matters
 from tsa_compile.passes.operands import LAYOUT, operands_of
 from tsa_compile.passes.share_views import share_views
@@ -56,6 +57,7 @@ def _select(context: Context, decision: Decision, selected: dict[int, _Selected]
     last_before = old.prev
     with graph.inserting_before(old):
         site, emit = dataclasses.replace(at.site, operands=operands_of(graph, at)), emit_into(graph)
+        follow(graph, decision, site.operands.key_mask)
         state = state_of(graph, at)
         if decision.anchor is None:
             selection = decision.policy.select(emit, site, state)

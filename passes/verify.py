@@ -1,4 +1,4 @@
-"""Pass 7: what must hold of a rewritten graph. A violation is a bug of ours and raises."""
+"""Pass 8: what must hold of a rewritten graph. A violation is a bug of ours and raises."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import fx, nn
 
+from tsa_compile.cache.own_buffers import OwnBuffers
 from tsa_compile.owners import WeightNames, name_modules
 from tsa_compile.plan import Plan
 from tsa_compile.policies.base import own_edges
@@ -65,6 +66,7 @@ class Backend:
         self.warnings: list[str] = []
         self.names = None if model is None else WeightNames(model)
         self.passes: dict[str, PassReport] = {}
+        self.own_buffers = OwnBuffers()
         self._thread = threading.local()
         self._model: Callable[[], nn.Module | None] = (lambda: None) if model is None else weakref.ref(model)
 
@@ -220,6 +222,7 @@ class Backend:
         """Let go of all graphs."""
         for graph in self.graphs:
             graph.close()
+        self.own_buffers = OwnBuffers()
         self.graphs, self._thread = [], threading.local()  # a thread holds the form that it ran last
 
     def compile(

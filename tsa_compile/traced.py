@@ -21,11 +21,12 @@ from tsa_compile.owners import Witness, find_witness
 from tsa_compile.passes.facts.names import value_of
 from tsa_compile.policies.dense import Dense
 from tsa_compile.recorder import running, selecting_modules
+from tsa_compile.static_caches import WithStates
 from tsa_compile.watched import Watched, module_tensors
 
 if TYPE_CHECKING:
     from tsa_compile.backend import Backend
-    from tsa_compile.passes.context import Decision
+    from tsa_compile.passes.context import Decision, KeptCache
     from tsa_compile.passes.prove_mask.patterns import Pattern
     from tsa_compile.passes.site import AttentionSite
     from tsa_compile.plan import Plan
@@ -52,6 +53,7 @@ class Form:
         warnings: of the passes.
         patterns: what the passes assume of the inputs that they read.
         selections: the module of each selection, in order of execution.
+        caches: static caches among the inputs, for which the copy has further inputs.
         run: takes the graph's inputs; None until it is compiled.
         fallen: why the graph runs as it was, in place of the copy; None: it does not.
     """
@@ -61,6 +63,7 @@ class Form:
     warnings: list[str]
     patterns: dict[str, Pattern]
     selections: list[str]
+    caches: list[KeptCache]
     run: Callable[..., Any] | None = None
     fallen: str | None = None
 
@@ -209,18 +212,24 @@ class TracedGraph:
         whole = begins_at_root(self.gm)
         route_for = plan.route_for if whole else (lambda site: None)
         result = run_pipeline(
-            gm, policy_for, constants=self.constants, drafting=drafting, route_for=route_for, pays_from=plan.pays_from
+            gm,
+            policy_for,
+            constants=self.constants,
+            drafting=drafting,
+            route_for=route_for,
+            pays_from=plan.pays_from,
+            keeps=True,
         )
         if plan.reuse and result.decisions and not whole:
             result.warnings.append(MANY)
         self._backend.passed(result)
-        return Form(gm, result.decisions, result.warnings, result.patterns, selecting_modules(gm))
+        return Form(gm, result.decisions, result.warnings, result.patterns, selecting_modules(gm), result.caches)
 
     def _compile(self, form: Form, inputs: Sequence[Any], late: bool = False) -> Callable[..., Any]:
         with self._lock:
             if form.run is None:
                 guards = _guards(self._shapes)
-                run = self._backend.compile(form.gm, inputs, self._context if late else None)
+                run = self._compiled(form, inputs, late)
                 if late and _guards(self._shapes) != guards:
                     self._fall(form, LATE)
                 elif form.patterns:
@@ -229,6 +238,19 @@ class TracedGraph:
                     form.run = run
             assert form.run is not None
             return form.run
+
+    def _compiled(self, form: Form, inputs: Sequence[Any], late: bool) -> Callable[..., Any]:
+        """The form's graph, compiled, which takes the inputs of the traced one."""
+        context = self._context if late else None
+        if not form.caches:
+            return self._backend.compile(form.gm, inputs, context)
+        from tsa_compile.passes.keep_states import made_anew
+
+        anew = made_anew(form.gm, form.caches)
+        kept = [value_of(node) for cache in form.caches for node in cache.inputs.values()]
+        run = self._backend.compile(form.gm, [*inputs, *kept], context)
+        names = [node.name for node in self._inputs]
+        return WithStates(run, anew.forward, form.caches, names, self._backend.own_buffers)
 
     def _fall(self, form: Form, reason: str) -> None:
         form.run, form.fallen, form.selections = self.gm.forward, reason, []

@@ -53,7 +53,7 @@ class PageBases(KvState):
         self, tensors: Tensors, keys: Tensor, values: Tensor, begin: Tensor, end: Tensor, key_mask: Tensor | None, new: int
     ) -> None:
         basis = (tensors[name] for name in PageBasis._fields)
-        torch.ops.tsa.append_basis.default(*basis, keys, None, 1, None, begin.to(torch.int32), end.to(torch.int32), key_mask, new)
+        torch.ops.tsa.append_basis.default(*basis, keys, None, 1, None, begin, end, key_mask, new)
 
 
 def _sums(size: KvSize, dim: int, dtype: torch.dtype) -> tuple[Field, ...]:
@@ -64,4 +64,4 @@ def _sums(size: KvSize, dim: int, dtype: torch.dtype) -> tuple[Field, ...]:
 
 def _append_sums(tensors: Tensors, rows: Tensor, begin: Tensor, end: Tensor, key_mask: Tensor | None, new: int) -> None:
     index = tensors["sums"], tensors["counts"]
-    torch.ops.tsa.append_pages.default(*index, rows, None, 1, None, begin.to(torch.int32), end.to(torch.int32), key_mask, new)
+    torch.ops.tsa.append_pages.default(*index, rows, None, 1, None, begin, end, key_mask, new)

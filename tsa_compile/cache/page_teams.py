@@ -32,5 +32,4 @@ class PageTeams(KvState):
         key_mask: torch.Tensor | None,
         new: int,
     ) -> None:
-        begin, end = begin.to(torch.int32), end.to(torch.int32)
         torch.ops.tsa.append_teams.default(tensors["teams"], keys, None, 1, None, begin, end, key_mask, new, self.count)
