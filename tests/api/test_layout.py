@@ -37,6 +37,7 @@ PART_OF = {
     "pays": "plan",
     "owners": "backend",
     "traced": "backend",
+    "static_caches": "backend",
     "entry_point": "backend",
     "speculation": "report",
     "step_loop": "session",
