@@ -32,7 +32,7 @@ OWN = "static cache of the model's own"
 
 def keep_states(context: Context) -> int:
     """Say of each replaced decode step that it reads a static cache, and what is kept beside it; returns how many do."""
-    writes, found = CacheWrites(context.facts), 0
+    writes, pages, found = CacheWrites(context.facts), _Pages(context), 0
     for n, decision in enumerate(context.decisions):
         if decision.reason is not None or decision.site.phase not in ("decode", "draft"):
             continue
@@ -45,7 +45,7 @@ def keep_states(context: Context) -> int:
             write = _proven(context, writes, decision.at)
             found += 1
             if kinds:
-                kept = _kept(context, decision.at, write, kinds)
+                kept = _kept(context, decision.at, write, kinds, pages)
             remark = OWN if kept is None else f"{OWN}, {named} kept beside it"
         except Unproven as why:
             remark = f"{named} not kept between steps: {why}" if kinds else ""
@@ -98,7 +98,7 @@ def _proven(context: Context, writes: CacheWrites, at: GraphSite) -> KvWrite:
     return write
 
 
-def _kept(context: Context, at: GraphSite, write: KvWrite, kinds: tuple[KvState, ...]) -> KeptCache:
+def _kept(context: Context, at: GraphSite, write: KvWrite, kinds: tuple[KvState, ...], pages: _Pages) -> KeptCache:
     """The inputs for the states of one cache, and where its new row lies."""
     if not context.keeps:
         raise Unproven("whoever runs the graph keeps nothing between calls")
@@ -107,7 +107,7 @@ def _kept(context: Context, at: GraphSite, write: KvWrite, kinds: tuple[KvState,
         fields = kind.fields(size)
         if kind.remembered or not fields or any(field.rows != PAGE for field in fields):
             raise Unproven(f"{kind.name} is not told by the rows of a page alone")
-    begin, end = _page_of_row(write, size)
+    begin, end = pages.of(write, size)
     graph, like = context.gm.graph, write.keys.buffer
     inputs: dict[tuple[str, str], fx.Node] = {}
     for kind in kinds:
@@ -140,25 +140,37 @@ def _size(at: GraphSite, write: KvWrite) -> KvSize:
     return KvSize.of(keys, values, keys.shape[2])
 
 
-def _page_of_row(write: KvWrite, size: KvSize) -> tuple[fx.Node, fx.Node]:
-    """`begin` and `end`, int32 `[B]`, of the page that holds the new row, read right behind the write: it may move on later.
+class _Pages:
+    """Emits, in one graph, where the page of a new row begins and ends: once for all caches that go by the same positions."""
 
-    Its sum is right at every step, whichever row of it was written, and wherever the next one goes.
-    """
-    node = write.keys.write
-    graph, positions, last = node.graph, write.keys.positions, node.next
-    with graph.inserting_after(node):
-        counted = graph.call_function(aten.remainder.Scalar, (positions, size.capacity))  # -1: the last row
-    made = [counted]
+    def __init__(self, context: Context) -> None:
+        self._written = context.facts.written
+        self._known: dict[tuple[Any, int, int], tuple[fx.Node, fx.Node]] = {}
 
-    def then(operator: Any, *args: Any) -> fx.Node:
-        with graph.inserting_before(last):
-            made.append(graph.call_function(operator, args))
-        return made[-1]
+    def of(self, write: KvWrite, size: KvSize) -> tuple[fx.Node, fx.Node]:
+        """`begin` and `end`, int32 `[B]`, read right behind the write, as positions may move on later.
 
-    first = then(aten.to.dtype, then(aten.bitwise_and.Scalar, counted, -PAGE), torch.int32)
-    begin = then(aten.repeat.default, first, [size.batch])
-    end = then(aten.clamp.default, then(aten.add.Scalar, begin, PAGE), None, size.capacity // PAGE * PAGE)
-    for new in made:
-        describe_new(new, write.keys.buffer)
-    return begin, end
+        The page's sum is made of all its rows at every step, whichever of them was written, and wherever the next one goes.
+        """
+        positions = write.keys.positions
+        key = (positions, size.batch, size.capacity)
+        found = self._known.get(key) or self._emit(write.keys.write, positions, size)
+        if positions not in self._written:
+            self._known[key] = found
+        return found
+
+    def _emit(self, write: fx.Node, positions: Any, size: KvSize) -> tuple[fx.Node, fx.Node]:
+        last, made = write.next, []
+
+        def then(operator: Any, *args: Any) -> fx.Node:
+            with write.graph.inserting_before(last):
+                made.append(write.graph.call_function(operator, args))
+            return made[-1]
+
+        counted = then(aten.remainder.Scalar, positions, size.capacity)  # -1: the last row
+        first = then(aten.to.dtype, then(aten.bitwise_and.Scalar, counted, -PAGE), torch.int32)
+        begin = then(aten.repeat.default, first, [size.batch])
+        end = then(aten.clamp.default, then(aten.add.Scalar, begin, PAGE), None, size.capacity // PAGE * PAGE)
+        for new in made:
+            describe_new(new, positions)
+        return begin, end

@@ -55,6 +55,12 @@ def test_tokens_are_those_without_a_transform(kind, padding):
         tsa.restore(model)
 
 
+def step_graph(model: torch.nn.Module) -> torch.fx.Graph:
+    """The rewritten graph of a decode step."""
+    session = attached(model)
+    return session.backend.graphs[-1].form(session.plan).gm.graph
+
+
 def check_sums(model: torch.nn.Module, padding: tuple[int, ...] | None) -> None:
     """They are those of the buffers, of all pages that 51 rows have filled."""
     real = None if padding is None else torch.arange(ROWS) >= torch.tensor(padding)[:, None]
@@ -98,6 +104,7 @@ def test_a_row_is_written_anywhere():
     for position in (20, -1, 3, 74):
         with torch.no_grad():
             model(torch.tensor([[position % 7]] * BATCH), torch.tensor([position]))
+            assert sum(n.target is torch.ops.aten.bitwise_and.Scalar for n in step_graph(model).nodes) == 1  # for both layers
         page, buffer = position % ROWS // 16, model.layers[0].k_cache
         visible = torch.arange(ROWS) <= position % ROWS  # what the step's mask shows
         rows = (buffer * visible[:, None])[:, :, page * 16 : page * 16 + 16]
