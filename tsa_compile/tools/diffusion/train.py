@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -24,6 +24,8 @@ def train(
 ) -> BlockLM:  # fmt: skip
     """A model that has learned the task; the same for the same arguments on the same machine, unless `seconds` end it.
 
+    Prefixes are short at first (`prefix_at`): among many tokens a fact is not found by chance, and nothing is learned.
+
     Args:
         steps, batch, rate: of AdamW; the rate rises and falls once (one cycle).
         text: see `RecallTask.sample`. Its blocks are learned too, if it is given.
@@ -35,11 +37,15 @@ def train(
     model = BlockLM(sizes).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.2)
-    first = task.prefix if text is None else 0
-    mask, start = training_mask(task.prefix + task.block, task.block, first).to(device), time.monotonic()
-    for step, (ids, noise) in enumerate(_batches(task, steps, batch, generator, text)):
+    masks, start = dict[int, Tensor](), time.monotonic()
+    for step in range(steps):
+        now = dataclasses.replace(task, prefix=prefix_at(task, step / steps))
+        first = now.prefix if text is None else 0
+        if now.prefix not in masks:
+            masks = {now.prefix: training_mask(now.prefix + now.block, now.block, first).to(device)}
+        ids, noise = _batch(now, batch, generator, text)
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            loss = training_loss(model, ids.to(device), noise.to(device), mask, first)
+            loss = training_loss(model, ids.to(device), noise.to(device), masks[now.prefix], first)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -52,16 +58,22 @@ def train(
     return model.eval()
 
 
-def _batches(
-    task: RecallTask, steps: int, batch: int, generator: torch.Generator, text: Tensor | None
-) -> Iterator[tuple[Tensor, Tensor]]:
+def prefix_at(task: RecallTask, done: float) -> int:
+    """Tokens of a prefix when the share `done` of the training is done: for the first half twice as many tokens as there are
+    keys, four times, and so on, each as long as the other; then `task.prefix`."""
+    shortest = -(-2 * task.keys // task.block) * task.block
+    lengths = [shortest << n for n in range(32) if shortest << n < task.prefix]
+    stage = int(2 * done * len(lengths))
+    return lengths[stage] if stage < len(lengths) else task.prefix
+
+
+def _batch(task: RecallTask, batch: int, generator: torch.Generator, text: Tensor | None) -> tuple[Tensor, Tensor]:
     """(ids, noise); with text the noise covers its blocks too, at a rate of its own for each row."""
-    for _ in range(steps):
-        noise = task.noise(batch, generator)
-        if text is not None:
-            rate = torch.rand(batch, 1, generator=generator)
-            noise = torch.cat([torch.rand(batch, task.prefix, generator=generator) < rate, noise], 1)
-        yield task.sample(batch, generator, text), noise
+    noise = task.noise(batch, generator)
+    if text is not None:
+        rate = torch.rand(batch, 1, generator=generator)
+        noise = torch.cat([torch.rand(batch, task.prefix, generator=generator) < rate, noise], 1)
+    return task.sample(batch, generator, text), noise
 
 
 @dataclasses.dataclass(frozen=True)
