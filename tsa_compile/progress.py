@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -34,6 +35,20 @@ def progress(console: Console | None = None, show: bool = True) -> Iterator[Star
             return lambda text=None: shown.update(task, advance=1, description=text)
 
         yield start
+
+
+@contextlib.contextmanager
+def told(total: int, console: Console) -> Iterator[Callable[[str], None]]:
+    """One bar; yields the function that advances it and says what is done, where there is no terminal in a line of its own."""
+    with progress(console) as start:
+        bar = start("", total)
+
+        def advance(what: str) -> None:
+            bar(what)
+            if not console.is_terminal:
+                console.print(f"{time.strftime('%H:%M:%S')} {what}", markup=False, highlight=False)
+
+        yield advance
 
 
 @contextlib.contextmanager

@@ -34,7 +34,7 @@ class Call:
         self.group = op.Div(self.heads, self.kv_heads)
         self.offset = op.Sub(self.k_len, self.q_len)  # position of the first query
         if checked:
-            self._check()
+            self._refuse_misfits()
         self.scale = op.attribute("scale", "float")
         self.column = self.range(self.k_len)  # [Lk]
         if key_mask is None:
@@ -42,7 +42,7 @@ class Call:
         else:
             self._with_padding(key_mask)
 
-    def _check(self) -> None:
+    def _refuse_misfits(self) -> None:
         """Operands that do not fit stop the runtime, by shapes that it must refuse; a gather out of bounds would not on CUDA."""
         op, rows = self.op, (self.batch, self.kv_heads)
         grouped = op.Reshape(self.q, self.shape(*rows, self.group, self.q_len, self.dim), allowzero=1)

@@ -7,8 +7,13 @@ also when a signature here and in the code differ.
 
 from __future__ import annotations
 
+import ast
+import functools
 import importlib
 import inspect
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -90,7 +95,16 @@ NAMES = {
     "kernels.types.Attended": "out, lse",
 }
 COMING = {}
+# Of code, by folder: identifiers that mean something else there. `window` is the sliding one, the last keys that a row reads. How
+# many last queries score keys is `last_queries`: the field of `TokenSparse` and the operators' argument are called `window`, too,
+# as saved plans and exported files have these names.
+NOT_IN = {"kernels/score/last_queries": {"window"}, "kernels/select/tokens": {"window"}}
+ONE_FILE = ("check.py", "checks.py", "command.py", "ops.py", "site.py", "trace.py", "view.py")
 PHASES = ("prefill", "decode", "verify", "draft", "denoise_first", "denoise")
+
+
+ROOT = Path(__file__).parents[2]
+FILES = [path for top in ("tsa_compile", "passes", "kernels", "export") for path in sorted((ROOT / top).rglob("*.py"))]
 
 
 def find(name: str) -> Any:
@@ -144,3 +158,56 @@ def test_a_name_has_its_signature(name):
 def test_every_public_name_is_in_the_table():
     assert set(tsa.__all__) <= set(NAMES)
     assert set(COMING) <= set(NAMES)
+
+
+@functools.cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+def functions() -> Iterator[tuple[Path, ast.FunctionDef]]:
+    yield from ((path, node) for path in FILES for node in ast.walk(tree(path)) if isinstance(node, ast.FunctionDef))
+
+
+@pytest.mark.parametrize("folder", NOT_IN)
+def test_a_word_means_one_thing(folder):
+    """Names of variables, arguments and attributes."""
+    paths = [path for path in FILES if path.parent == ROOT / folder]
+    assert paths
+    for path in paths:
+        found = {getattr(node, field, None) for node in ast.walk(tree(path)) for field in ("id", "arg", "attr")}
+        assert not NOT_IN[folder] & found, path
+
+
+def test_no_two_files_of_one_name_hold_different_things():
+    for name in ONE_FILE:
+        assert len([path for path in FILES if path.name == name]) <= 1, name
+    assert all(path.is_relative_to(ROOT / "kernels") for path in FILES if path.name == "reference.py")
+
+
+def test_what_is_called_check_raises():
+    """By itself, by another check, or as its docstring says. What gives back what it found has another name."""
+
+    def is_check(name: str) -> bool:
+        return name.strip("_") == "check" or name.strip("_").startswith("check_")
+
+    def raises(node: ast.AST) -> bool:
+        says = isinstance(node, ast.Constant) and isinstance(node.value, str) and "Raises:" in node.value
+        called = getattr(node.func, "attr", getattr(node.func, "id", "")) if isinstance(node, ast.Call) else ""
+        return says or is_check(called) or isinstance(node, ast.Raise)
+
+    for path, function in functions():
+        if is_check(function.name):
+            assert any(raises(node) for node in ast.walk(function)), f"{path}: {function.name}"
+
+
+def test_no_function_has_a_twin():
+    """The same lines twice, in whatever files, are one function."""
+    seen = {}
+    for path, function in functions():
+        body = function.body[ast.get_docstring(function, clean=False) is not None :]
+        if body:
+            lines = path.read_text().splitlines()[body[0].lineno - 1 : body[-1].end_lineno]
+            text, where = textwrap.dedent("\n".join(lines)), f"{path.relative_to(ROOT)}: {function.name}"
+            assert len(text) < 120 or text not in seen, f"{where} is {seen.get(text)}"
+            seen[text] = where

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from tsa_compile.plan import Plan
-from tsa_compile.progress import progress
+from tsa_compile.progress import told
 from tsa_compile.tools.evaluate.cells import TEXT
 from tsa_compile.tools.evaluate.decode_cells import StepsCell, TextCell
 from tsa_compile.tools.evaluate.decode_runner import DecodeRunner
@@ -96,14 +96,7 @@ def run(options: DecodeOptions, model: Any, tokenizer: Any, folder: str | Path, 
     store.save()
     end = math.inf if options.minutes is None else time.monotonic() + 60 * options.minutes
     plan = [(length, task) for task in options.cells() for length in options.lengths]
-    with progress(console) as start:
-        bar = start("", len(plan) * len(variants))
-
-        def advance(what: str) -> None:
-            bar(what)
-            if not console.is_terminal:  # no bar there
-                console.print(f"{time.strftime('%H:%M:%S')} {what}", markup=False, highlight=False)
-
+    with told(len(plan) * len(variants), console) as advance:
         for length, task in plan:
             make = functools.cache(partial(_cell, task, options, runner, prompter, length, Path(folder)))
             if not _measure(store, make, length, task, variants, end, advance):

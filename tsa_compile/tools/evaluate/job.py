@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from tsa_compile.progress import progress
+from tsa_compile.progress import told
 from tsa_compile.tools.evaluate.cells import INSIDE, TASKS, TEXT, InsideCell, RetrievalCell, TextCell
 from tsa_compile.tools.evaluate.prompter import Prompter
 from tsa_compile.tools.evaluate.ruler_cell import RulerCell
@@ -68,14 +68,7 @@ def run(options: Options, model: Any, tokenizer: Any, folder: str | Path, consol
     variants = _variants(options, runner, prompter, store)
     plan = [(n, t, _of_task(t, variants, options)) for n in options.lengths for t in (*TASKS, *RULER) if t in options.tasks]
     total = sum(len(chosen) for _, _, chosen in plan)
-    with progress(console) as start:
-        bar = start("", total)
-
-        def advance(what: str) -> None:
-            bar(what)
-            if not console.is_terminal:  # no bar there
-                console.print(f"{time.strftime('%H:%M:%S')} {what}", markup=False, highlight=False)
-
+    with told(total, console) as advance:
         for length, task, chosen in plan:
             _measure(options, runner, prompter, store, chosen, length, task, Path(folder), advance)
     return store.data
