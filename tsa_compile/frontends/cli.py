@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from tsa_compile.tools.bench.bench_cli import JsonFile, Repeats, bench, tune
+from tsa_compile.tools.bench.bench_cli import Repeats, bench
+from tsa_compile.tools.bench.tune_cli import tune
 from tsa_compile.tools.diffusion.diffusion_cli import diffusion
 from tsa_compile.tools.eval_cli import evaluate
 from tsa_compile.tools.gate_cli import gate
@@ -19,6 +20,7 @@ from tsa_compile.tools.lookahead_cli import lookahead
 from tsa_compile.tools.option_values import numbers
 from tsa_compile.tools.reach_cli import reach
 from tsa_compile.tools.warm_cli import warm
+from tsa_compile.tools.zoo_cli import zoo
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
 app.add_typer(bench, name="bench")
@@ -171,38 +173,6 @@ def export_command(
         console.print(f"wrote {file}", markup=False, soft_wrap=True)
 
 
-@app.command()
-def zoo(
-    only: Annotated[str | None, typer.Option(help="models whose name contains this; several, comma separated")] = None,
-    processes: Annotated[int, typer.Option(help="models checked at the same time", min=1)] = 1,
-    json: JsonFile = None,
-    markdown: Annotated[str | None, typer.Option(help="write the support table to this file")] = None,
-    results: Annotated[list[str] | None, typer.Option(help="show this --json file instead of running; several times")] = None,
-) -> None:
-    """Check tiny random models of every family: what is replaced, what stays dense and why, and that all outputs are right."""
-    from tsa_compile.progress import track
-    from tsa_compile.tools.zoo import all_entries, support_table
-    from tsa_compile.tools.zoo.jobs import jobs_of, run
-
-    if results:
-        runs = support_table.joined([support_table.read_json(path) for path in results])
-    else:
-        jobs = jobs_of(all_entries.select_entries(only))
-        checked = track(run(jobs, processes), "checking", len(jobs), console)
-        runs = [(support_table.environment(), [r for group in checked for r in group])]
-    found = [r for _, part in runs for r in part]
-    console.print(support_table.rich_table(found))
-    if json:
-        support_table.write_json(json, found)
-    if markdown:
-        Path(markdown).write_text(support_table.markdown(runs))
-    failures = [r for r in found if r.status == "failed"]
-    for r in failures:
-        console.print(f"failed: {r.model}, {r.implementation}, {r.scenario}: {r.detail}", markup=False)
-    if failures:
-        raise typer.Exit(1)
-
-
 app.command("eval")(evaluate)
 app.command()(tune)
 app.command()(reach)
@@ -211,6 +181,7 @@ app.command()(indexer)
 app.command()(lookahead)
 app.command()(warm)
 app.command()(diffusion)
+app.command()(zoo)
 
 
 def main() -> None:

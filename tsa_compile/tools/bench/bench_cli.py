@@ -1,4 +1,4 @@
-"""`tsa-compile bench attention|prefill|export` and `tsa-compile tune`."""
+"""`tsa-compile bench`: attention, decode, steps, acceptance, prefill, export; the other commands have files of their own."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ def bench_attention(
     import time
 
     from tsa_compile.progress import track
-    from tsa_compile.tools.bench import attention_bench, cases, output
+    from tsa_compile.tools.bench import attention_bench, cases, output, timing
 
     found = cases.select_cases(only)
     pairs = [p.partition("=") for p in peer or []]
     peers = {name: attention_bench.load_peer(path) for name, _, path in pairs}
-    gpu, versions = _gpu()
+    gpu, versions = timing.gpu_and_versions()
     start, rows = time.monotonic(), list[attention_bench.AttentionRow]()
     for case in track(found, "timing", len(found), console):
         if seconds is not None and time.monotonic() - start > seconds:
@@ -73,12 +73,12 @@ def bench_decode_step(
     json: JsonFile = None,
 ) -> None:
     """Decode attention, every key or selected pages, beside SDPA; each result is checked in float64 before it is timed."""
-    from tsa_compile.tools.bench import decode, decode_cases, output
+    from tsa_compile.tools.bench import decode, decode_cases, output, timing
 
     swept = [part.strip() for part in sweep.split(",") if part]
     if unknown := set(swept) - {"exact", "attend", "select"}:
         raise typer.BadParameter(f"--sweep has no {', '.join(sorted(unknown))}; it takes exact, attend and select")
-    gpu, versions = _gpu()
+    gpu, versions = timing.gpu_and_versions()
     rows = list[decode.DecodeRow]()
     for case in decode_cases.CASES:
         if only is not None and not any(part.strip() in case.name for part in only.split(",")):
@@ -98,9 +98,9 @@ def bench_whole_steps(
     json: JsonFile = None,
 ) -> None:
     """Decode steps of a random-weight Llama-3.1-8B over a filled cache: replay, call and `generate()` beside the bytes' time."""
-    from tsa_compile.tools.bench import output, prefill, steps
+    from tsa_compile.tools.bench import output, prefill, steps, timing
 
-    gpu, versions = _gpu()
+    gpu, versions = timing.gpu_and_versions()
     model, rows = prefill.build_llama(layers), list[steps.StepRow]()
     for kind in compiler.split(","):
         for share in keep.split(","):
@@ -156,12 +156,12 @@ def bench_prefill(
     """Time to the first token of a random-weight Llama-3.1-8B, dense and transformed (by the default plan) in turns."""
     from tsa_compile.plan import as_plan
     from tsa_compile.policies.token_sparse import TokenSparse
-    from tsa_compile.tools.bench import output, prefill
+    from tsa_compile.tools.bench import output, prefill, timing
 
     if coverage is not None and keep is not None:
         raise ValueError("--coverage is of TokenSparse and --keep of BlockSparse: give one")
     policy = None if coverage is None else TokenSparse(coverage=coverage)
-    gpu, versions = _gpu()
+    gpu, versions = timing.gpu_and_versions()
     head = dict(environment=versions, ceilings=gpu, layers=layers, compiler=compiler, keep=keep, policy=as_plan(policy).to_dict())
     rows, model = list[prefill.PrefillRow](), prefill.build_llama(layers)
     for row in prefill.bench_prefill(model, numbers("--lengths", lengths, int), policy, repeats, compiler, keep):
@@ -182,9 +182,9 @@ def bench_export(
     ] = None,
 ) -> None:
     """Exported files on ONNX Runtime's CUDA provider against PyTorch: results, where nodes ran, times."""
-    from tsa_compile.tools.bench import exported, exported_files
+    from tsa_compile.tools.bench import exported, exported_files, timing
 
-    _gpu()
+    timing.check_gpu()
     models = list(exported_files.MODELS) if model is None else [m for m in model if m]
     if not (lengths or models):
         raise ValueError("nothing to export: neither lengths nor a model")
@@ -193,59 +193,7 @@ def bench_export(
         raise RuntimeError(f"failed: {result['failed']}")
 
 
-def tune(
-    head_dims: Annotated[str, typer.Option(help="comma separated")] = "64,128",
-    distributed: Annotated[bool, typer.Option("--distributed", help="of torchrun's ranks: what exchanges take")] = False,
-) -> None:
-    """Measure on this GPU from which length on the packed engine, and the default policy, are faster, and keep it."""
-    if distributed:
-        _tune_distributed()
-        return
-    from tsa_compile import pays
-    from tsa_compile.kernels.attend.tokens.engines import tuned_file
-    from tsa_compile.tools.bench.pays import measure as pays_of
-    from tsa_compile.tools.bench.tune import tune as measure
-
-    _gpu()
-    dims = [int(d) for d in head_dims.split(",")]
-    table = measure(dims)
-    console.print(f"packed from (tokens, by compute capability and head dim): {table}", markup=False)
-    console.print(f"written to {tuned_file()}", markup=False)
-    rows = pays_of(dims, tell=lambda row: console.print(f"{row}; pays from {row.pays_from}", markup=False))
-    pays.write(rows, pays.tuned_file())
-    console.print(f"written to {pays.tuned_file()}", markup=False)
-
-
-def _tune_distributed() -> None:
-    """Rank 0 prints the coefficients of `cache/route_cost.py`, and what they say of calls that they were not taken from."""
-    import dataclasses
-    import json
-
-    import torch.distributed as dist
-
-    from tsa_compile.tools.bench import tune_distributed as job
-
-    device = job.start()
-    link = job.measure(device)
-    sizes = [(rows, tokens) for rows in (1, 16) for tokens in (1024, 4096)]
-    times = [(*size, *job.predicted_and_measured(link, device, *size)) for size in sizes]
-    if dist.get_rank() == 0:
-        console.print(json.dumps(dataclasses.asdict(link)), markup=False, soft_wrap=True)
-        for rows, tokens, expected, taken in times:
-            console.print(f"{rows} rows, {tokens} tokens: {1e6 * expected:.0f} us by these, {1e6 * taken:.0f} us measured")
-
-
 def _sizes(cases: str) -> list[tuple[int, int]]:
     """(batch, length) of each of "batch x length, comma separated"."""
     pairs = [size.partition("x") for size in cases.split(",")]
     return [(int(batch), int(length)) for batch, _, length in pairs]
-
-
-def _gpu() -> tuple[dict[str, float], dict[str, str]]:
-    import torch
-
-    from tsa_compile.tools.bench import timing
-
-    if not torch.cuda.is_available():
-        raise ValueError("the benchmarks time a GPU, and PyTorch sees none")
-    return timing.ceilings(), timing.environment()

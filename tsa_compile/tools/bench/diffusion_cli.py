@@ -20,9 +20,7 @@ def bench_diffusion(
     from tsa_compile.tools.bench import diffusion, diffusion_cases, output, timing
     from tsa_compile.tools.diffusion.model import BlockLM
 
-    if not torch.cuda.is_available():
-        raise ValueError("the benchmarks time a GPU, and PyTorch sees none")
-    console, gpu, versions = Console(soft_wrap=True), timing.ceilings(), timing.environment()
+    console, (gpu, versions) = Console(soft_wrap=True), timing.gpu_and_versions()
     model = None
     if not attention:
         with torch.device("cuda"):

@@ -15,12 +15,9 @@ def bench_host(
     json: Annotated[str | None, typer.Option("--json", help="write the results to this file, after each row")] = None,
 ) -> None:
     """What one call of each default operator takes of the host, beside SDPA: one layer, 32/8 heads of 128, bfloat16."""
-    import torch
-
     from tsa_compile.tools.bench import host_time, output, timing
 
-    if not torch.cuda.is_available():
-        raise ValueError("the benchmarks time a GPU, and PyTorch sees none")
+    timing.check_gpu()
     console, versions, rows = Console(width=160), timing.environment(), []
     for row in host_time.bench_host(numbers("--lengths", lengths, int)):
         rows.append(row)

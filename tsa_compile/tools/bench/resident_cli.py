@@ -17,13 +17,9 @@ def bench_resident(
     json: Annotated[str | None, typer.Option("--json", help="write the results to this file")] = None,
 ) -> None:
     """Decode steps of a random-weight Llama-3.1-8B with its keys in host memory: a resident part against bringing pages anew."""
-    import torch
-
     from tsa_compile.tools.bench import output, prefill, resident, timing
 
-    if not torch.cuda.is_available():
-        raise ValueError("the benchmarks time a GPU, and PyTorch sees none")
-    gpu, versions = timing.ceilings(), timing.environment()
+    gpu, versions = timing.gpu_and_versions()
     model, rows = prefill.build_llama(layers), list[resident.ResidentRow]()
     for size in cases.split(","):
         batch, _, length = size.partition("x")

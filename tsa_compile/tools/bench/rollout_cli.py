@@ -17,13 +17,9 @@ def bench_rollout(
     json: Annotated[str | None, typer.Option("--json", help="write the results to this file")] = None,
 ) -> None:
     """Tokens a second of a rollout by a random-weight Llama-3.1-8B: published schedules of pages against exact decode."""
-    import torch
-
     from tsa_compile.tools.bench import output, prefill, rollouts, timing
 
-    if not torch.cuda.is_available():
-        raise ValueError("the benchmarks time a GPU, and PyTorch sees none")
-    console, gpu, versions = Console(soft_wrap=True), timing.ceilings(), timing.environment()
+    console, (gpu, versions) = Console(soft_wrap=True), timing.gpu_and_versions()
     rows = rollouts.bench_rollout(prefill.build_llama(layers), schedules.split(","), samples, past, new)
     console.print("\n".join(map(rollouts.told, rows)), markup=False, highlight=False)
     if json:

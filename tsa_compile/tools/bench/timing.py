@@ -81,6 +81,18 @@ def ceilings() -> dict[str, float]:
     return {"gemm_tflops": 2 * 8192**3 / product / 1e9, "copy_tbps": 2 * source.nbytes / copy / 1e9}
 
 
+def check_gpu() -> None:
+    """Raises a ValueError where there is no GPU to time."""
+    if not torch.cuda.is_available():
+        raise ValueError("the benchmarks time a GPU, and PyTorch sees none")
+
+
+def gpu_and_versions() -> tuple[dict[str, float], dict[str, str]]:
+    """(`ceilings`, `environment`), after `check_gpu`."""
+    check_gpu()
+    return ceilings(), environment()
+
+
 def environment() -> dict[str, str]:
     """GPU and versions, as every reported number needs them."""
     import triton
