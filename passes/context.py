@@ -16,7 +16,8 @@ from tsa_compile.passes.find.rope import Rotations
 from tsa_compile.passes.prove_mask.patterns import Pattern
 from tsa_compile.passes.prove_mask.proven import HeadTerm, ProvenMask
 from tsa_compile.passes.site import AttentionSite, Route
-from tsa_compile.policies.base import Policy, note
+from tsa_compile.policies.base import Policy
+from tsa_compile.policies.why_dense import note
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

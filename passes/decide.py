@@ -6,7 +6,7 @@ import dataclasses
 
 from tsa_compile.passes.context import Context, Decision
 from tsa_compile.passes.find.projected import why_not_projected
-from tsa_compile.policies.base import where_it_pays
+from tsa_compile.policies.why_dense import where_it_pays
 
 
 def decide_policy(context: Context) -> int:

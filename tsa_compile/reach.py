@@ -18,7 +18,8 @@ from tsa_compile.kernels.edges import Edges
 from tsa_compile.passes.check_reach import Reach, check_reach, depth_needed
 from tsa_compile.passes.site import PHASES, AttentionSite
 from tsa_compile.plan import Plan, as_plan
-from tsa_compile.policies.base import Policy, edges_of
+from tsa_compile.policies.base import Policy
+from tsa_compile.policies.why_dense import edges_of
 from tsa_compile.session import Session
 
 _ROWS = 32  # tokens of the call that finds the attentions; more than a verify step has

@@ -11,7 +11,8 @@ import tsa_compile as tsa
 from tests.api.tiny import tiny_llama, token_ids
 from tsa_compile.kernels.kept import key_blocks
 from tsa_compile.passes.site import AttentionSite, MaskFacts, Operands
-from tsa_compile.policies.base import call, from_dict, why_dense
+from tsa_compile.policies.base import call, from_dict
+from tsa_compile.policies.why_dense import why_dense
 
 SPARSE = tsa.BlockSparse(alpha=0.999, pool=32, window=1, sinks=0, last_dense=0)
 

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 import tsa_compile as tsa
 from tsa_compile.kernels.types import KvView, Operands
 from tsa_compile.passes.site import AttentionSite, MaskFacts
-from tsa_compile.policies.base import call, from_dict, why_dense
+from tsa_compile.policies.base import call, from_dict
+from tsa_compile.policies.why_dense import why_dense
 
 
 def operands(rows=1, **more):

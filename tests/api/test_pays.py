@@ -15,7 +15,8 @@ from tsa_compile import pays
 from tsa_compile.cache.names import cache_name
 from tsa_compile.kernels.types import Operands
 from tsa_compile.passes.site import AttentionSite, MaskFacts
-from tsa_compile.policies.base import call, where_it_pays
+from tsa_compile.policies.base import call
+from tsa_compile.policies.why_dense import where_it_pays
 from tsa_compile.recorder import record_kept
 
 SPARSE = tsa.BlockSparse(0.99, window=1, last_dense=0, pool=16, sinks=0)

@@ -12,7 +12,8 @@ from tests.api.tiny import SPARSE, Attention, Layers, token_ids
 from tsa_compile.kernels.edges import ALL_KEYS, Edges
 from tsa_compile.kernels.types import Operands
 from tsa_compile.passes.site import AttentionSite, MaskFacts
-from tsa_compile.policies.base import call, edges_of
+from tsa_compile.policies.base import call
+from tsa_compile.policies.why_dense import edges_of
 
 PAPER = tsa.TokenSparse.paper(coverage=0.9, window=8, min_tokens=8)
 NARROW = dataclasses.replace(PAPER, completion=tsa.Completion(12, 2, 4))

@@ -11,7 +11,8 @@ import tsa_compile as tsa
 from tests.cache.models import cache_name, tiny, token_ids
 from tsa_compile.kernels.types import KvView, Operands
 from tsa_compile.passes.site import AttentionSite, MaskFacts
-from tsa_compile.policies.base import call, from_dict, why_dense
+from tsa_compile.policies.base import call, from_dict
+from tsa_compile.policies.why_dense import why_dense
 from tsa_compile.session import attached
 from tsa_compile.steps import FIXED
 

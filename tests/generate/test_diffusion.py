@@ -13,7 +13,8 @@ from tsa_compile.generate.diffusion import diffuse
 from tsa_compile.generate.unmask import Sampling, take
 from tsa_compile.kernels.types import Keys, Operands
 from tsa_compile.passes.site import AttentionSite, MaskFacts
-from tsa_compile.policies.base import call, from_dict, why_dense
+from tsa_compile.policies.base import call, from_dict
+from tsa_compile.policies.why_dense import why_dense
 from tsa_compile.tools.diffusion.model import BlockLM, Sizes, training_loss, training_mask
 from tsa_compile.tools.diffusion.recall_task import RecallTask
 from tsa_compile.tools.diffusion.train import Recall, evaluate, train

@@ -13,7 +13,7 @@ import tsa_compile as tsa
 from tests.passes.graphs import KEEP_ALL, by_dynamo
 from tsa_compile.kernels.types import Operands
 from tsa_compile.passes.site import AttentionSite, MaskFacts
-from tsa_compile.policies.base import why_dense
+from tsa_compile.policies.why_dense import why_dense
 
 
 def causal(q, k, v):

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from tsa_compile.kernels.types import Operands
 from tsa_compile.passes.site import AttentionSite, MaskFacts
 from tsa_compile.plan import Plan
-from tsa_compile.policies.base import Policy, call, why_dense
+from tsa_compile.policies.base import Policy, call
 from tsa_compile.policies.dense import Dense
 from tsa_compile.policies.remembered import Remembered
+from tsa_compile.policies.why_dense import why_dense
 
 Tensor = torch.Tensor
 Watch = Callable[[AttentionSite, Any], None]

@@ -14,7 +14,8 @@ from tsa_compile.interface.mask import shaped_mask
 from tsa_compile.kernels.types import KvView, Operands
 from tsa_compile.passes.site import AttentionSite, MaskFacts
 from tsa_compile.plan import Plan
-from tsa_compile.policies.base import Policy, call, where_it_pays
+from tsa_compile.policies.base import Policy, call
+from tsa_compile.policies.why_dense import where_it_pays
 from tsa_compile.rules import layer_number
 
 log = logging.getLogger("tsa_compile")

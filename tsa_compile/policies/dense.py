@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from tsa_compile.kernels.edges import Edges
 from tsa_compile.passes.site import MASKS, PHASES, AttentionSite
-from tsa_compile.policies.base import Policy, own_edges, step
+from tsa_compile.policies.base import Policy, own_edges
+from tsa_compile.policies.why_dense import step
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,8 @@ import torch
 from tsa_compile.frontends.vllm.options import READS_ALL, Options
 from tsa_compile.passes.site import AttentionSite, MaskFacts
 from tsa_compile.plan import Plan
-from tsa_compile.policies.base import Policy, why_dense
+from tsa_compile.policies.base import Policy
+from tsa_compile.policies.why_dense import why_dense
 from tsa_compile.rules import layer_number
 
 log = logging.getLogger("vllm.tsa_compile")

@@ -18,8 +18,9 @@ from tsa_compile.kernels.common.ranks import view_of_mask
 from tsa_compile.kernels.compose_reference import select_tokens_reference
 from tsa_compile.kernels.types import Operands, TokenRule
 from tsa_compile.passes.site import AttentionSite, MaskFacts
-from tsa_compile.policies.base import Policy, call, why_dense
+from tsa_compile.policies.base import Policy, call
 from tsa_compile.policies.token_sparse import TokenSparse
+from tsa_compile.policies.why_dense import why_dense
 from tsa_compile.tools.zoo.entries import Entry
 from tsa_compile.tools.zoo.result import CheckFailed
 from tsa_compile.tools.zoo.scenarios import Scenario
