@@ -19,7 +19,7 @@ from tsa_compile.policies.block_sparse import BlockSparse
 from tsa_compile.policies.dense import Dense
 from tsa_compile.policies.token_sparse import TokenSparse
 from tsa_compile.reuse import Reuse, bind_reuse, read_reuse, route_of
-from tsa_compile.rules import Rule, bind
+from tsa_compile.rules import Rule, bind, check_policy, read_rules
 
 if TYPE_CHECKING:
     from tsa_compile.passes.site import AttentionSite, Route
@@ -72,8 +72,8 @@ class Plan:
         for phase in PHASES:
             policy = getattr(self, phase)
             if policy is not None:
-                _check_policy(f"Plan.{phase}", phase, policy)
-        object.__setattr__(self, "rules", tuple(_rule(f"Plan.rules[{n}]", r) for n, r in enumerate(_listed(self.rules))))
+                check_policy(f"Plan.{phase}", phase, policy)
+        object.__setattr__(self, "rules", read_rules(self.rules))
         object.__setattr__(self, "reuse", read_reuse(self.reuse) or None)
         if self.where not in WHERE:
             raise ValueError(f"Plan.where must be one of {WHERE}, got {self.where!r}")
@@ -201,32 +201,6 @@ def as_plan(policy_or_plan: Policy | Plan | Mapping[str, Any] | None) -> Plan:
 def default_policy(coverage: float | None = None) -> Policy:
     """The prefill policy of `transform(model)`; with a coverage, `TokenSparse` of it."""
     return BlockSparse() if coverage is None else TokenSparse(coverage=coverage)
-
-
-def _check_policy(field: str, phase: str, policy: object) -> None:
-    if not isinstance(policy, Policy):
-        raise TypeError(f"{field} must be a policy, got {type(policy).__name__}")
-    if phase not in policy.phases:
-        raise ValueError(f"{field}: {policy.name} is for {' and '.join(sorted(policy.phases))}, not for {phase}")
-
-
-def _listed(rules: Any) -> list[Any]:
-    if not isinstance(rules, (list, tuple)):
-        raise TypeError(f"Plan.rules must be a list of (modules, phase, policy), got {type(rules).__name__}")
-    return list(rules)
-
-
-def _rule(field: str, given: Any) -> Rule:
-    if not isinstance(given, (tuple, list)) or len(given) != 3:
-        raise TypeError(f"{field} must be (modules, phase, policy), got {given!r}")
-    modules, phase, policy = given
-    is_number = type(modules) is int and modules >= 0
-    if not is_number and not (isinstance(modules, str) and modules):
-        raise ValueError(f"{field}.modules must be a pattern or a layer's number, got {modules!r}")
-    if phase not in PHASES:
-        raise ValueError(f"{field}.phase must be one of {PHASES}, got {phase!r}")
-    _check_policy(f"{field}.policy", phase, policy)
-    return Rule(modules, phase, policy)
 
 
 def without_session(plan: Plan) -> Plan:

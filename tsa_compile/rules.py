@@ -5,8 +5,9 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from tsa_compile.passes.site import PHASES
 from tsa_compile.policies.base import Policy
 
 
@@ -30,6 +31,38 @@ class Rule(NamedTuple):
             return fnmatch.fnmatchcase(module, self.modules)
         number = layer_number(module)
         return self.modules == (index if number is None else number)
+
+
+def read_rules(given: Any) -> tuple[Rule, ...]:
+    """Rules from what users pass.
+
+    Raises:
+        ValueError, TypeError: a rule that is none; the message names it.
+    """
+    if not isinstance(given, (list, tuple)):
+        raise TypeError(f"Plan.rules must be a list of (modules, phase, policy), got {type(given).__name__}")
+    return tuple(_rule(f"Plan.rules[{n}]", rule) for n, rule in enumerate(given))
+
+
+def _rule(field: str, given: Any) -> Rule:
+    if not isinstance(given, (tuple, list)) or len(given) != 3:
+        raise TypeError(f"{field} must be (modules, phase, policy), got {given!r}")
+    modules, phase, policy = given
+    is_number = type(modules) is int and modules >= 0
+    if not is_number and not (isinstance(modules, str) and modules):
+        raise ValueError(f"{field}.modules must be a pattern or a layer's number, got {modules!r}")
+    if phase not in PHASES:
+        raise ValueError(f"{field}.phase must be one of {PHASES}, got {phase!r}")
+    check_policy(f"{field}.policy", phase, policy)
+    return Rule(modules, phase, policy)
+
+
+def check_policy(field: str, phase: str, policy: object) -> None:
+    """Raise a TypeError or ValueError that names the field, unless it holds a policy for the phase."""
+    if not isinstance(policy, Policy):
+        raise TypeError(f"{field} must be a policy, got {type(policy).__name__}")
+    if phase not in policy.phases:
+        raise ValueError(f"{field}: {policy.name} is for {' and '.join(sorted(policy.phases))}, not for {phase}")
 
 
 def layer_number(module: str) -> int | None:

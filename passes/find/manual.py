@@ -7,7 +7,8 @@ import torch.fx as fx
 from tsa_compile.passes.facts.names import SHAPE_READERS, Unreadable, arg, op_name, tensor, tensor_of
 from tsa_compile.passes.find.match import Layouts, Match
 from tsa_compile.passes.find.products import score_product, weighted_sum
-from tsa_compile.passes.find.score_steps import MAX_STEPS, PRODUCTS, SINKS, Scores, comes_from, walk_to_product
+from tsa_compile.passes.find.score_steps import MAX_STEPS, PRODUCTS, SINKS, comes_from, walk_to_product
+from tsa_compile.passes.find.scores import Scores
 
 _RESHAPES = frozenset(
     {"view", "getitem", "slice", "narrow", "flatten", "unflatten", "transpose", "permute", "squeeze", "unsqueeze"}
