@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from tsa_compile.call_rows import is_decode_step
 from tsa_compile.dynamo import skips
-from tsa_compile.steps import is_decode_step
 
 
 class RefuseTraces:

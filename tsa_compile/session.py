@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from tsa_compile import first_call
 from tsa_compile.backend import Backend
+from tsa_compile.call_rows import is_decode_step, prompt_rows
 from tsa_compile.context_calls import ContextCalls
 from tsa_compile.dynamo import called, isolated, lengths_vary, room, settings, skips, traced_by_others
 from tsa_compile.index_weights import attach_indexes, check_indexes, load_indexes
@@ -25,7 +26,7 @@ from tsa_compile.refuse_traces import RefuseTraces, refuse_to_be_traced
 from tsa_compile.report import Report
 from tsa_compile.speculation import Speculation
 from tsa_compile.step_loop import StepLoop
-from tsa_compile.steps import Steps, is_decode_step, prompt_rows
+from tsa_compile.steps import Steps
 
 log = logging.getLogger("tsa_compile")
 _ATTACHED: weakref.WeakKeyDictionary[nn.Module, RemovableHandle] = weakref.WeakKeyDictionary()

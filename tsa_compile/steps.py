@@ -14,9 +14,9 @@ import torch
 
 from tsa_compile.cache.entry import Prepared, prepare
 from tsa_compile.cache.fixed import device_of, masked_in_full, pinned
-from tsa_compile.cache.names import CACHES
 from tsa_compile.cache.pinned import PinnableRows
 from tsa_compile.cache.storage import Pool
+from tsa_compile.call_rows import fix_rows, rows_of
 from tsa_compile.cuda_graphs import Recording, Recordings
 from tsa_compile.partial_steps import begins, check_layers, check_replaced, keeping_of, settle, with_positions
 from tsa_compile.passes.site import VERIFY_ROWS
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 FIXED = "in one graph, on fixed buffers"
 REPLAYED = "replayed"
-_TOKENS = ("input_ids", "inputs_embeds", "decoder_input_ids")
 _SILENT = ("the call has no transformers cache", "gradients are enabled")  # nothing to tell the user
 
 
@@ -69,7 +68,7 @@ class Steps:
         states, keeping = self.of_plan(plan)
         prepared = prepare(args, kwargs, self.pool, states, keeping)
         self._tell(prepared)
-        rows = _rows_of(args, kwargs)
+        rows = rows_of(args, kwargs)
         verifies = 1 < rows <= VERIFY_ROWS and _verifies(plan) and _has_rows(prepared) and keeping is None
         if (rows != 1 and not verifies) or (keeping is not None and begins(prepared)):
             result = call(*args, **kwargs)
@@ -145,7 +144,7 @@ class Steps:
         recording = None if anew else self._recording(kwargs, cache, None if loop is None else loop.key)
         steps = 1 if loop is None else loop.steps
         for tensor in {**kwargs, **({} if recording is None else recording.inputs)}.values():
-            _fix_rows(tensor, rows)
+            fix_rows(tensor, rows)
         if recording is None:
             self._count(FIXED, steps)
             return call(**kwargs)
@@ -228,40 +227,6 @@ class Steps:
             self._told |= new
         for reason in sorted(new):
             self._backend.warn(f"the cache, or a layer of it, stays as it is: {reason}")
-
-
-def prompt_rows(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-    """Tokens of a call over no keys of its past; 0: unknown, or there may be such keys."""
-    caches = [kwargs.get(name) for name in CACHES]
-    if len(args) > 1 or any(x is not None and not (hasattr(x, "get_seq_length") and x.get_seq_length() == 0) for x in caches):
-        return 0
-    return _rows_of(args, kwargs)
-
-
-def is_decode_step(kwargs: Mapping[str, Any]) -> bool:
-    """Is it a call with one token, by the names that transformers has for them?"""
-    return _rows(_tokens(kwargs)) == 1
-
-
-def _tokens(kwargs: Mapping[str, Any]) -> Any:
-    return next((kwargs[name] for name in _TOKENS if kwargs.get(name) is not None), None)
-
-
-def _rows_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-    return _rows(args[0] if args else _tokens(kwargs))
-
-
-def _rows(tokens: Any) -> int:
-    """Tokens of each batch row; 0: unknown."""
-    return tokens.shape[1] if isinstance(tokens, torch.Tensor) and tokens.dim() >= 2 else 0
-
-
-def _fix_rows(tensor: Any, rows: int) -> None:
-    """A graph for just so many tokens: policies take a fixed number of query rows."""
-    if isinstance(tensor, torch.Tensor) and rows > 1:
-        for dim in range(1, tensor.dim()):
-            if tensor.shape[dim] == rows:
-                torch._dynamo.mark_static(tensor, dim)
 
 
 def _has_rows(prepared: Prepared) -> bool:

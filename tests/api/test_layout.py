@@ -43,6 +43,7 @@ PART_OF = {
     "step_loop": "session",
     "steps": "session",
     "partial_steps": "session",
+    "call_rows": "session",
     "context_calls": "session",
     "context_model": "session",
     "context_parts": "session",
