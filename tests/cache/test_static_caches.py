@@ -9,7 +9,7 @@ import torch
 
 import tsa_compile as tsa
 from tests.cache.static_models import BATCH, ROWS, VOCABULARY, GptFast, IndexCopy, OwnCache, TorchTune, continued, decoder
-from tsa_compile.cache.kv_state import KvStates
+from tsa_compile.cache.layer_states import KvStates
 from tsa_compile.session import attached
 
 PAGES = tsa.PageSparse(keep=0.7, sinks=0, recent=1)

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from tsa_compile.cache.kv_state import KvSize, KvState, KvStates
+from tsa_compile.cache.kv_state import KvSize, KvState
+from tsa_compile.cache.layer_states import KvStates
 from tsa_compile.cache.lease import Lease
 from tsa_compile.cache.storage import Buffers, Pool, Storage
 

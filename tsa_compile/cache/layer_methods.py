@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from tsa_compile.cache.buffered import Buffered, Pair, joined
-from tsa_compile.cache.kv_state import KvStates
+from tsa_compile.cache.layer_states import KvStates
 from tsa_compile.cache.pinned import PinnableRows
 from tsa_compile.cache.sliding import SlidingRows
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from tsa_compile.cache.kv_state import KvSize, KvState, KvStates
+from tsa_compile.cache.kv_state import KvSize, KvState
+from tsa_compile.cache.layer_states import KvStates
 
 
 class OwnBuffers:

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tsa_compile.cache.kv_state import KvSize, KvStates
+from tsa_compile.cache.kv_state import KvSize
+from tsa_compile.cache.layer_states import KvStates
 from tsa_compile.cache.place import Place
 
 FIRST = 1024
