@@ -20,6 +20,7 @@ from tsa_compile.kernels.types import Attended
 Tensor = torch.Tensor
 Corpus = Callable[[Tensor], tuple[Tensor, Tensor] | None]
 _corpus: contextvars.ContextVar[Corpus | None] = contextvars.ContextVar("_corpus", default=None)
+_at_hand: contextvars.ContextVar[bool] = contextvars.ContextVar("_at_hand", default=False)
 
 
 @contextlib.contextmanager
@@ -31,6 +32,16 @@ def sharing(corpus: Corpus) -> Iterator[None]:
         yield
     finally:
         _corpus.reset(token)
+
+
+@contextlib.contextmanager
+def at_hand() -> Iterator[None]:
+    """Inside, calls of `tsa::routed_attention` have every key here, and exchange nothing; a recording keeps what it recorded."""
+    token = _at_hand.set(True)
+    try:
+        yield
+    finally:
+        _at_hand.reset(token)
 
 
 def routed_attention(
@@ -54,10 +65,15 @@ def routed_attention(
         if indices is not None or travel:
             raise ValueError("tsa::routed_attention: a corpus that requests share is read whole, by queries that did not travel")
         own = _attend(q, k, v, None, None, start, lengths, key_mask, scale)
+        if _at_hand.get():
+            keys, values = (x.expand(q.shape[0], -1, -1, -1) for x in corpus)
+            return tuple(torch.ops.tsa.merge(*own, *_attend(q, keys, values, None, None, None, None, None, scale)))
         everyone = q.shape[0] * rank_and_size(group)[1]
         keys, values = (x.expand(everyone, -1, -1, -1) for x in corpus)
         part = routed_attention(q, keys, values, None, None, None, None, None, scale, True, group)
         return tuple(torch.ops.tsa.merge(*own, *part))
+    if _at_hand.get():
+        return tuple(_attend(q, k, v, indices, counts, start, lengths, key_mask, scale))
     facts = {"batch rows": q.shape[0], "heads": q.shape[1], "query rows": q.shape[2], "head dim": q.shape[3]}
     facts |= {"KV heads": k.shape[1], "value head dim": v.shape[3], "bytes of a number": q.element_size(), "travel": travel}
     check_agreement("tsa::routed_attention", facts, q.device, group)

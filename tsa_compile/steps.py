@@ -187,7 +187,9 @@ class Steps:
         if self._model_state.is_hooked():
             return None
         fixed = {n: x for n, x in kwargs.items() if not cache.layers[0].pinned.holds(x)}
-        return self.recordings.find(cache.layers, fixed, cache, self._backend.running, self._model_state.read(), kind)
+        return self.recordings.find(
+            cache.layers, fixed, cache, self._backend.running, self._model_state.read(), (kind, cache.layers[0].mode())
+        )
 
     def _count(self, how: str, steps: int = 1) -> None:
         with self._lock:

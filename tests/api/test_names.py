@@ -56,7 +56,7 @@ NAMES = {
     "Remembered": "source, keys=None, ratio=None, dense_layers=None, queries=None, share='kv_head'",
     "Resident": "keep=None, pages=None, interval=64, layers=None, ensemble='max', sinks=1, recent=4, strict=False, sample=0, "
     "index='mean', threshold=None",
-    "Routed": "inner=Exact(), group=None",
+    "Routed": "inner=Exact(), group=None, link=None, steps=256",
     # What is done to a model.
     "transform": (
         "model, policy_or_plan=None, *, compiler='eager', fullgraph=False, inductor_options=None, front='auto', warm=False"

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import tsa_compile as tsa
 from tests.cache.models import cache_name, tiny, token_ids
 from tests.cache.test_generate import MODES, generate
 from tests.ranks import run_ranks
+from tsa_compile.cache.route_cost import Link
 from tsa_compile.kernels.common.spread import rows_held
 from tsa_compile.policies.base import from_dict
 from tsa_compile.session import attached
@@ -21,6 +24,8 @@ from tsa_compile.steps import FIXED
 
 transformers = pytest.importorskip("transformers")
 SPARSE = tsa.PageSparse(keep=0.4, recent=1)
+SLOW = Link(probe=1e-6, bandwidth=1e9, attend=1e-9, merge=1e-6, splice=1.0)  # a second for each key that comes
+FAST = Link(probe=1e-3, bandwidth=1e12, attend=1e-9, merge=1e-6, splice=0.0)  # each exchange takes a millisecond
 KEYS = torch.ones(2, 200, dtype=torch.long)
 KEYS[0, :37] = 0  # padding: two pages and a part
 LONG = dict(input_ids=token_ids(200, 2) * KEYS, attention_mask=KEYS, max_new_tokens=8)
@@ -38,7 +43,30 @@ def routed_answers() -> Any:
     cache = transformers.DynamicCache(config=model.config)
     sparse = torch.stack(generate(model, **LOGITS, **{cache_name(model): cache}).logits)
     held = [(layer.keys.shape[2], layer.buffers.states["page_sums"]["sums"].shape[2]) for layer in cache.layers]
-    return exact, sparse, held, cache.get_seq_length(), tsa.report(model), refusals(model, cache)
+    length, report, refused = cache.get_seq_length(), tsa.report(model), refusals(model, cache)
+    return exact, sparse, held, length, report, refused, [by_link(model, link) for link in (SLOW, FAST)], unlike(model)
+
+
+def by_link(model: Any, link: Link) -> Any:
+    """What was decided, the rows that are held, and the tokens; then after a crop and a second turn."""
+    attached(model).plan = tsa.Plan(prefill=tsa.Dense(), decode=tsa.Routed(link=link))
+    cache = transformers.DynamicCache(config=model.config)
+    found, layer = [generate(model, **LONG, **{cache_name(model): cache})], cache.layers[0]
+    told = [(layer.way, layer.keys.shape[2], layer.count())]
+    cache.crop(-30)
+    told.append((layer.way, layer.keys.shape[2], layer.count()))
+    more = torch.cat([found[0][:, :177], token_ids(40, 2, seed=1)], 1)
+    mask = torch.nn.functional.pad(KEYS, (0, 17), value=1)
+    found.append(generate(model, input_ids=more, attention_mask=mask, max_new_tokens=4, **{cache_name(model): cache}))
+    return [*told, (layer.way, layer.keys.shape[2], layer.count())], found
+
+
+def unlike(model: Any) -> str:
+    """Ranks that were given other numbers."""
+    attached(model).plan = tsa.Plan(prefill=tsa.Dense(), decode=tsa.Routed(link=(SLOW, FAST)[dist.get_rank()]))
+    with pytest.raises(ValueError, match="ranks of group") as error:
+        generate(model, **LONG)
+    return str(error.value)
 
 
 def refusals(model: Any, cache: Any) -> list[str]:
@@ -71,7 +99,7 @@ def test_tokens_are_those_of_one_process():
     answers = run_ranks(2, routed_answers, limit=200)
     for rank, found in enumerate(answers):
         assert not isinstance(found, str), found
-        exact, sparse, held, length, report, refused = found
+        exact, sparse, held, length, report, refused, decided, unlike_links = found
         assert torch.equal(exact, want)
         assert torch.equal(sparse, answers[0][1])
         assert not torch.allclose(sparse, dense, rtol=1e-3, atol=1e-4)
@@ -83,6 +111,13 @@ def test_tokens_are_those_of_one_process():
         assert refused[0].startswith("a decode step cannot run on this cache: the cache is not empty")
         assert "attention weights are asked for" in refused[1]
         assert "the plan's keys are all in buffers, and layers [0] of the cache" in refused[2]
+        for (told, tokens), way in zip(decided, ("route", "fetch"), strict=True):
+            rows = [rows_held(n, rank, 2) if way == "route" else n for n in (207, 177, 220)]
+            kept = None if way == "route" else way  # cropped rows are another sequence; what was fetched stays
+            assert told == [(way, rows[0], 207), (kept, rows[1], 177), (way, rows[2], 220)]
+            assert torch.equal(tokens[0], want)
+            assert torch.equal(tokens[1], decided[0][1][1])
+        assert "a decode step of Routed: ranks of group '0' differ in the cheapest way: 0 on rank 0, 1 on rank 1" in unlike_links
 
 
 def test_without_a_group_or_a_session_it_is_an_error():
@@ -111,6 +146,10 @@ def as_implementation(plan: tsa.Plan) -> Any:
     [
         ({"inner": tsa.Dense()}, r"Routed.inner must be Exact\(\) or a PageSparse, got Dense"),
         ({"group": ""}, "Routed.group must be the name of a process group, or None, got ''"),
+        ({"link": {}}, "Routed.link must be a tsa_compile.cache.route_cost.Link, or None, got {}"),
+        ({"link": SLOW, "inner": SPARSE}, r"Routed.link is for inner=Exact\(\)"),
+        ({"link": SLOW, "steps": 0}, "Routed.steps must be an int >= 1, got 0"),
+        ({"link": dataclasses.replace(SLOW, recompute=1e-6)}, "Routed.link.recompute must be None"),
     ],
 )
 def test_a_bad_value_is_named(fields, message):
@@ -119,7 +158,7 @@ def test_a_bad_value_is_named(fields, message):
 
 
 def test_round_trip():
-    for policy in (tsa.Routed(), tsa.Routed(SPARSE, group="3")):
+    for policy in (tsa.Routed(), tsa.Routed(SPARSE, group="3"), tsa.Routed(link=FAST, steps=9)):
         assert from_dict(policy.to_dict()) == policy
 
 

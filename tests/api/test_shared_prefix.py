@@ -14,11 +14,13 @@ import tsa_compile as tsa
 from tests.cache.models import cache_name, tiny, token_ids
 from tests.cache.test_generate import generate
 from tests.ranks import run_ranks
+from tsa_compile.cache.route_cost import Link
 from tsa_compile.cache.shared_prefix import share_prefix
 from tsa_compile.steps import FIXED
 
 transformers = pytest.importorskip("transformers")
 CORPUS, NEW = 200, 6
+FAST = Link(probe=1e-3, bandwidth=1e12, attend=1e-9, merge=1e-6, splice=0.0)  # each exchange takes a millisecond
 
 
 @pytest.fixture(autouse=True)
@@ -38,8 +40,8 @@ def requests(rank: int) -> dict[str, Any]:
     return dict(input_ids=ids, attention_mask=mask, max_new_tokens=NEW)
 
 
-def answers(layers: int) -> Any:
-    model = tsa.transform(tiny("llama", layers), tsa.Plan(prefill=tsa.Dense(), decode=tsa.Routed()))
+def answers(layers: int, link: Link | None) -> Any:
+    model = tsa.transform(tiny("llama", layers), tsa.Plan(prefill=tsa.Dense(), decode=tsa.Routed(link=link)))
     name, corpus = cache_name(model), transformers.DynamicCache(config=model.config)
     with torch.no_grad():
         model(token_ids(CORPUS), **{name: corpus})
@@ -51,6 +53,8 @@ def answers(layers: int) -> Any:
     assert mine.get_seq_length() == requests(dist.get_rank())["input_ids"].shape[1] + NEW - 1
     assert mine.layers[0].keys.shape[2] == mine.get_seq_length() - CORPUS
     assert corpus.get_seq_length() == CORPUS
+    assert corpus.layers[0].way == (None if link is None else "fetch")
+    assert corpus.layers[0].keys.shape[2] == (held if link is None else CORPUS)
     assert torch.equal(mine.layers[0].as_plain().keys[:, :, :CORPUS].amax(0), mine.layers[0].as_plain().keys[0, :, :CORPUS])
     return found, held, tsa.report(model), errors(model, corpus, mine)
 
@@ -71,10 +75,11 @@ def errors(model: Any, corpus: Any, mine: Any) -> list[str]:
 
 
 @pytest.mark.slow  # tests/kernels/test_routed.py has the attention
-@pytest.mark.parametrize(("ranks", "layers"), [(2, 1), (4, 2)])
-def test_tokens_are_those_of_one_process(ranks, layers):
+@pytest.mark.parametrize(("ranks", "layers", "link"), [(2, 1, None), (4, 2, None), (2, 1, FAST)], ids=["2", "4", "fetched"])
+def test_tokens_are_those_of_one_process(ranks, layers, link):
+    """Queries go to the corpus, or the corpus comes to every rank, once."""
     plain = tiny("llama", layers)
-    for rank, found in enumerate(run_ranks(ranks, answers, layers, limit=200)):
+    for rank, found in enumerate(run_ranks(ranks, answers, layers, link, limit=200)):
         assert not isinstance(found, str), found
         tokens, held, report, refused = found
         want = generate(plain, **requests(rank))

@@ -19,7 +19,7 @@ links = st.builds(
 )
 works = st.builds(
     Work, *[st.integers(1, n) for n in (64, 5000, 8, 6, 20)], st.just(8), st.just(2), st.just(64),
-    reuse=st.none() | st.integers(1, 25),
+    reuse=st.none() | st.integers(1, 25), here=st.just(1),
 )  # fmt: skip
 
 
@@ -32,8 +32,10 @@ def by_hand(link, work):
             spent["fetch"] += link.probe
         for _ in range(work.layers):
             if fresh:
-                spent["fetch"] += work.tokens * (2 * work.kv_heads * work.head_dim * work.itemsize / link.bandwidth + link.splice)
-                spent["recompute"] += float("inf") if link.recompute is None else work.tokens * link.recompute
+                spent["fetch"] += (work.tokens - work.here) * (
+                    2 * work.kv_heads * work.head_dim * work.itemsize / link.bandwidth + link.splice
+                )
+                spent["recompute"] += float("inf") if link.recompute is None else (work.tokens - work.here) * link.recompute
             moved = work.rows * work.heads * (2 * work.head_dim * work.itemsize + 4)
             held = -(-work.tokens // work.holders)
             spent["route"] += link.probe + moved / link.bandwidth + work.rows * held * link.attend + work.holders * link.merge

@@ -58,6 +58,10 @@ class PinnableRows(Rows):
         """What is to be done around a step of the cache's layers; yields whether the step must run anew, and not be replayed."""
         return contextlib.nullcontext(False)
 
+    def mode(self) -> str | None:
+        """Steps of different modes do different things with the same buffers, and are recorded apart."""
+        return None
+
     def own_mask(self, mask: torch.Tensor | None, new: int) -> torch.Tensor | None:
         """What a step of `new` rows sees of the buffers, by its padding mask `[B, n]`: the same, where these hold every row."""
         return mask

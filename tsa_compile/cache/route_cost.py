@@ -44,12 +44,13 @@ class Work:
 
     Args:
         rows: query rows of a step.
-        tokens: keys that are elsewhere and that every row reads.
+        tokens: keys that every row reads.
         holders: ranks among which these are spread evenly; they attend at the same time.
         layers: of the model.
         steps: decode steps that ask.
         reuse: steps after which the keys that are wanted are others, so that they are fetched or computed again; None: never.
         heads, kv_heads, head_dim, itemsize: of the model and its dtype.
+        here: of the keys, those that who asks has already: they do not travel.
     """
 
     rows: int
@@ -62,6 +63,7 @@ class Work:
     head_dim: int
     itemsize: int = 2
     reuse: int | None = None
+    here: int = 0
 
     @property
     def row_bytes(self) -> int:
@@ -76,7 +78,7 @@ class Work:
 
 def seconds(link: Link, work: Work) -> dict[str, float]:
     """What each of `WAYS` takes for all steps and layers; infinite where it was not measured."""
-    calls, layer_tokens = work.steps * work.layers, work.tokens * work.layers
+    calls, layer_tokens = work.steps * work.layers, (work.tokens - work.here) * work.layers
     times = 1 if work.reuse is None else -(-work.steps // work.reuse)
     travel = link.probe + work.rows * work.row_bytes / link.bandwidth + work.holders * link.merge
     each_holder = work.rows * -(-work.tokens // work.holders) * link.attend

@@ -16,9 +16,10 @@ import torch
 from tsa_compile.cache.buffered import Pair, joined
 from tsa_compile.cache.lease import Lease
 from tsa_compile.cache.part_methods import PartMethods
+from tsa_compile.cache.route_choice import decide
 from tsa_compile.cache.sharded import Shard, SpreadMethods
 from tsa_compile.cache.storage import Pool
-from tsa_compile.kernels.routed import sharing
+from tsa_compile.kernels.routed import at_hand, sharing
 
 
 class SharedMethods(PartMethods):
@@ -60,8 +61,11 @@ class SharedMethods(PartMethods):
     @contextlib.contextmanager
     def around_step(self, layers: Sequence[Any]) -> Iterator[bool]:
         """Attentions ask for the shared rows by the address of a request's own; so no step is recorded."""
+        prefixes = [layer.prefix for layer in layers]
+        decide(prefixes, self.settled().keys.shape[0], 1)  # each holder attends for the requests of all ranks
         held = {layer.settled().keys.data_ptr(): layer.prefix.views() for layer in layers}
-        with sharing(lambda keys: held.get(keys.data_ptr())):
+        here = at_hand() if prefixes[0].way == "fetch" else contextlib.nullcontext()
+        with sharing(lambda keys: held.get(keys.data_ptr())), here:
             yield True
 
     def as_plain(self) -> Any:
