@@ -33,7 +33,8 @@ def bench_lossless(
     console, rows = Console(soft_wrap=True), list[lossless_contract.LosslessRow]()
     if len(sizes := numbers("--lengths", lengths, int)) != 2:
         raise ValueError(f"--lengths must be the shortest and the longest prompt, got {lengths!r}")
-    setting, names = lossless.Setting(prompts, batch, *sizes, new, gamma, keys), drafts.split(",")
+    shortest, longest = sizes
+    setting, names = lossless.Setting(prompts, batch, shortest, longest, new, gamma, keys), drafts.split(",")
     measured = lossless.state_of(state, model, setting)
     with progress(Console(stderr=True)) as start:
         for dtype in dtypes.split(","):
