@@ -12,6 +12,7 @@ from tests.cache.static_models import BATCH, ROWS, VOCABULARY, GptFast, IndexCop
 from tsa_compile.cache.layer_states import KvStates
 from tsa_compile.session import attached
 
+EXACT, ALL_PAGES = tsa.Exact(), tsa.PageSparse(keep=1.0)
 PAGES = tsa.PageSparse(keep=0.7, sinks=0, recent=1)
 OWN = "static cache of the model's own"
 SLOW = pytest.mark.slow
@@ -39,20 +40,26 @@ def kept(model: torch.nn.Module, layer: OwnCache) -> KvStates:
 
 
 @pytest.mark.parametrize("padding", [None, pytest.param((0, 5), marks=SLOW)])
-@pytest.mark.parametrize("kind", [GptFast, TorchTune, pytest.param(IndexCopy, marks=SLOW)])
-def test_tokens_are_those_without_a_transform(kind, padding):
+@pytest.mark.parametrize(
+    ("kind", "policy"),
+    [
+        (GptFast, EXACT),
+        (TorchTune, ALL_PAGES),
+        *(pytest.param(*case, marks=SLOW) for case in ((GptFast, ALL_PAGES), (TorchTune, EXACT), (IndexCopy, ALL_PAGES))),
+    ],
+)
+def test_tokens_are_those_without_a_transform(kind, policy, padding):
     """Page sums are made once behind a prompt, and from then on each step brings its own page up to date."""
     model = decoder(kind)
     want = continued(model, prompt(45), 6, padding)
-    for policy, remark in ((tsa.Exact(), OWN), (tsa.PageSparse(keep=1.0), f"{OWN}, page sums kept beside it")):
-        tsa.transform(model, tsa.Plan(decode=policy))
-        assert torch.equal(continued(model, prompt(45), 6, padding), want)
-        assert decode_rows(model) == [(policy.name, True, remark)] * 2
-        if policy != tsa.Exact():
-            check_sums(model, padding)
-            continued(model, prompt(46), 2, padding)  # the next request, in the same buffers
-            assert kept(model, model.layers[0]).rebuilt == 2
-        tsa.restore(model)
+    tsa.transform(model, tsa.Plan(decode=policy))
+    assert torch.equal(continued(model, prompt(45), 6, padding), want)
+    remark = OWN if policy == EXACT else f"{OWN}, page sums kept beside it"
+    assert decode_rows(model) == [(policy.name, True, remark)] * 2
+    if policy != EXACT:
+        check_sums(model, padding)
+        continued(model, prompt(46), 2, padding)  # the next request, in the same buffers
+        assert kept(model, model.layers[0]).rebuilt == 2
 
 
 def step_graph(model: torch.nn.Module) -> torch.fx.Graph:
