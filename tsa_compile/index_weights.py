@@ -110,9 +110,9 @@ def check_indexes(model: nn.Module, plan: Plan) -> None:
     for phase in ("decode", "draft"):
         if _needs_index(getattr(plan, phase)) and not known:
             raise ValueError(f"Plan.{phase}: HeadSplit.mass needs weights; Plan.weights names none")
-    for policy in {plan.decode, *(rule.policy for rule in plan.rules)}:
-        if isinstance(policy, Resident):
-            policy.check_index(lookaheads(model))
+    for named in {plan.decode, *(rule.policy for rule in plan.rules)}:
+        if isinstance(named, Resident):
+            named.check_index(lookaheads(model))
 
 
 def _needs_index(policy: object) -> bool:

@@ -77,7 +77,8 @@ class LookaheadIndex(LearnedIndex):
 
     @classmethod
     def rebuilt(cls, told: Mapping[str, Any], weights: Mapping[str, Tensor], rotation: Rotation) -> LookaheadIndex:
-        return cls(int(told["kv_heads"]), *(weights[name] for name in cls.tensors), rotation)
+        down, up, weight, offset = (weights[name] for name in cls.tensors)
+        return cls(int(told["kv_heads"]), down, up, weight, offset, rotation)
 
 
 def lookaheads(model: nn.Module) -> dict[int, LookaheadIndex]:

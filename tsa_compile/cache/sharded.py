@@ -76,7 +76,8 @@ class SpreadMethods(PartMethods):
 
     def __init__(self, shard: Shard, **kwargs: Any) -> None:
         self.shard = self.kept = shard
-        self.where, self.way = f"are {shard}", None
+        self.where = f"are {shard}"
+        self.way: str | None = None
         super().__init__(**kwargs)
 
     @property

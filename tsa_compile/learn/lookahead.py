@@ -64,7 +64,7 @@ def train_lookahead(
         raise ValueError(f"plan: its decode must be a Resident, got {policy!r}")
     texts = texts_of(model, prompts, policy.interval)
     layers = _layers(model, policy, training)
-    key = {"prompts and model": fingerprint(model, [{"input_ids": x} for x in texts]), "layers": sorted(layers)}
+    key: dict[str, Any] = {"prompts and model": fingerprint(model, [{"input_ids": x} for x in texts]), "layers": sorted(layers)}
     key |= {"interval": policy.interval, "sinks": policy.sinks, "recent": policy.recent}
     held = TrainingState(state, {**key, **dataclasses.asdict(training)}, layers)
     updates = max(1, training.epochs * len(texts))

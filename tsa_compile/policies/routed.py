@@ -106,7 +106,7 @@ class Routed(OverGroup):
 
 def _group_of(model: Any) -> int:
     """Query heads of a KV head, by the model's config."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     heads, kv_heads = (getattr(text, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
     if not heads:
