@@ -1,26 +1,18 @@
-"""DistillSparse: the adapter is in the sparse policy alone, which it brings to the dense one; rows at once are the steps."""
+"""DistillSparse: the adapter is in the sparse policy alone, which it brings to the dense one."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-import tsa_compile as tsa
 from tests.api.tiny import tiny_llama
 from tsa_compile.generate.rollout import Rollouts
 from tsa_compile.generate.scoring import behind, left_padded
 from tsa_compile.learn.gate import schedule_plan
-from tsa_compile.rl.sparse_rows import keys_read, sparse_logits
+from tsa_compile.learn.sparse_rows import sparse_logits
 
 NEW = 24
 SPARSE = schedule_plan((1,), dense_layers=1)
-POLICIES = [
-    tsa.PageSparse(schedule=(1, 3), sinks=1, recent=2),
-    tsa.PageSparse(keep=(0.5, 0.3)),
-    tsa.PageSparse(pages=5, sinks=0, recent=1),
-    tsa.PageSparse(keep=1.0),
-    tsa.Exact(),
-]
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -30,33 +22,6 @@ def seeded(seed: int) -> torch.Generator:
 @pytest.fixture
 def prompts():
     return [torch.randint(2, 128, (n,), generator=seeded(1)) for n in (96, 77)]
-
-
-@pytest.mark.parametrize("policy", POLICIES, ids=str)
-def test_rows_read_what_the_operators_choose(policy):
-    """Row by row, by `tsa::select_pages` over a cache of so many rows; a left-padded batch."""
-    q, k = torch.randn(2, 4, 150, 8), torch.randn(2, 2, 150, 8)
-    there = torch.arange(150) >= torch.tensor([[0], [37]])
-    found = keys_read(policy, q, k, there, 100, 0.3)
-    for row in (100, 111, 112, 127, 128, 149):
-        want = torch.zeros(2, 2, 150, dtype=torch.bool)
-        want[..., : row + 1] = there[:, None, : row + 1]
-        if isinstance(policy, tsa.PageSparse):
-            read = torch.zeros(2, 2, 160, dtype=torch.bool).unflatten(-1, (10, 16))
-            for b, g, pages in chosen(policy, q[:, :, row : row + 1], k[:, :, : row + 1], there[:, : row + 1], 0.3):
-                read[b, g, pages] = True
-            want &= read.flatten(2)[..., :150]
-        assert torch.equal(found[:, :, row - 100], want), row
-
-
-def chosen(policy, q, k, there, scale):
-    """(row of the batch, KV head, pages) by the operators of a decode step."""
-    length = k.shape[2]
-    sums, counts = torch.ops.tsa.page_sums(k, None, 1, None, None, there)
-    view = (counts, None, 1, None, None, length)
-    logits, parts = torch.ops.tsa.page_scores(q, sums, *view, scale)
-    pages, number = torch.ops.tsa.select_pages(logits, parts, *view, 2, *policy.budget, policy.sinks, policy.recent)
-    return [(b, g, pages[b, g, : number[b, g]].long()) for b in range(2) for g in range(2)]
 
 
 @pytest.fixture

@@ -1,5 +1,5 @@
-"""The command line: `tsa-compile demo|explain|compare|warm|reach|calibrate|gate|indexer|lookahead|eval|export|zoo|bench`, `tune`
-and `diffusion`."""
+"""The command line: `tsa-compile demo|explain|compare|warm|reach|calibrate|gate|indexer|lookahead|distill|eval|export`,
+`zoo`, `bench`, `tune` and `diffusion`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.console import Console
 from tsa_compile.tools.bench.bench_cli import Repeats, bench
 from tsa_compile.tools.bench.tune_cli import tune
 from tsa_compile.tools.diffusion.diffusion_cli import diffusion
+from tsa_compile.tools.distill_cli import distill
 from tsa_compile.tools.eval_cli import evaluate
 from tsa_compile.tools.gate_cli import gate
 from tsa_compile.tools.indexer_cli import indexer
@@ -179,6 +180,7 @@ app.command()(reach)
 app.command()(gate)
 app.command()(indexer)
 app.command()(lookahead)
+app.command()(distill)
 app.command()(warm)
 app.command()(diffusion)
 app.command()(zoo)

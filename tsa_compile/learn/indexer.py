@@ -93,7 +93,7 @@ def _train(
     first = [functools.partial(_measure, model, ids, layers) for ids in texts[: training.start_texts]]
     updates = training.epochs * len(texts)
     steps = [functools.partial(_update, model, texts[n % len(texts)], layers, training, n, updates) for n in range(updates)]
-    held.run([*first, *steps], "KL", progress)
+    held.run([*first, *steps], "index: KL", progress)
     _begin(layers, training)
     return held.losses
 

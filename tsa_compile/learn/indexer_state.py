@@ -1,4 +1,4 @@
-"""What the training of an index has done so far, in a file: an interrupted call goes on where it stopped."""
+"""What a training has done so far, in a file: an interrupted call goes on where it stopped."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FORMAT = "tsa_compile.indexer 1"
 
 
 class Learner(Protocol):
-    """One attention's weights and what their training needs."""
+    """Weights, and what their training needs."""
 
     def state(self) -> dict[str, Any]: ...
 
@@ -48,15 +48,15 @@ class TrainingState:
         """Each piece of `work`, which returns its losses, but for what is done already.
 
         Args:
-            what: the losses are, for the progress bar.
+            what: is done, and the losses are, for the progress bar.
             progress: show it, on stderr.
         """
         with progress_bar(show=progress) as start:
-            advance = start(f"index: {what}", len(work))
+            advance = start(what, len(work))
             for number, piece in enumerate(work):
                 if number >= self.done:
                     self.did(number + 1, piece())
-                advance(f"index: {what} {self.losses[-1]:.3f}" if self.losses else None)
+                advance(f"{what} {self.losses[-1]:.3f}" if self.losses else None)
 
     def did(self, done: int, losses: list[float]) -> None:
         """So many pieces of work are done."""

@@ -70,7 +70,7 @@ def train_lookahead(
     updates = max(1, training.epochs * len(texts))
     update = functools.partial(_update, model, layers=layers, policy=policy, training=training, of=updates)
     work = [functools.partial(update, texts[n % len(texts)], number=n) for n in range(updates)]
-    held.run(work, "loss", progress)
+    held.run(work, "index: loss", progress)
     weights, indexes = Path(out).with_suffix(".safetensors"), {path: _trained(layer) for path, layer in layers.items()}
     save_indexes(weights, indexes.items())
     numbers = tuple(sorted(layer.number for layer in layers.values()))

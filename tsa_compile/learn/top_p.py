@@ -7,12 +7,12 @@ import torch
 Tensor = torch.Tensor
 
 
-def top_p(x: Tensor, mass: float) -> Tensor:
+def top_p(x: Tensor, mass: float | Tensor) -> Tensor:
     """bool, like `x`: along the last dim the fewest entries that hold `mass` of its sum; of equal ones the first.
 
     Args:
         x: float32, not negative; what is not finite counts as 0.
-        mass: in (0, 1].
+        mass: in [0, 1], 0: none; or such numbers `[..., 1]`.
     """
     x = torch.where(x.isfinite(), x, 0.0).contiguous()
     bits = x.view(torch.int32)  # as integers the bits of such floats keep their order

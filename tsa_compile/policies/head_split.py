@@ -113,7 +113,7 @@ class HeadSplit(Policy):
         lists, owners = self._lists(emit, site, state, (start, lengths), capacity)
         group = site.heads // site.kv_heads
         heads = [[h for h in range(g * group, (g + 1) * group) if h not in self.retrieval] for g in range(site.kv_heads)]
-        sinks, recent = ([n if local else 0 for local in heads] for n in (_touched(self.sinks), _touched(self.window)))
+        sinks, recent = ([n if local else 0 for local in heads] for n in (touched(self.sinks), touched(self.window)))
         if self.mass is None:
             recent = [ALL if len(local) < group else n for local, n in zip(heads, recent, strict=True)]
         return Pages(*emit(torch.ops.tsa.join_pages.default, *lists, start, lengths, capacity, owners, sinks, recent))
@@ -148,7 +148,7 @@ class HeadSplit(Policy):
         sums, counts, capacity = PageSparse(pages=1).index_of(emit, site, state)
         pages = (counts, *where(emit, site), capacity)
         logits, parts = emit(torch.ops.tsa.page_scores.default, site.operands.q, sums, *pages, site.scale)
-        rule = (site.kv_heads, keep, [0], 0.0, _touched(self.sinks), _touched(self.window))
+        rule = (site.kv_heads, keep, [0], 0.0, touched(self.sinks), touched(self.window))
         return Pages(*emit(torch.ops.tsa.select_pages.default, logits, parts, *pages, *rule))
 
     def attend(self, emit: Emit, site: AttentionSite, selection: Selection | None) -> Any:
@@ -163,7 +163,7 @@ class HeadSplit(Policy):
         return emit(torch.ops.tsa.page_attention.default, *read, x.key_mask, site.scale, *masks, windows, self.sinks)[0]
 
 
-def _touched(tokens: int) -> int:
+def touched(tokens: int) -> int:
     """Pages that so many consecutive tokens may lie in."""
     return 0 if tokens == 0 else (tokens - 2) // PAGE + 2
 

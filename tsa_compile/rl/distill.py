@@ -9,24 +9,21 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import nn
 
 from tsa_compile.generate.rollout import Rollout, untrained
 from tsa_compile.generate.scoring import behind
+from tsa_compile.learn.adapter import ATTENTION, Adapter
+from tsa_compile.learn.sparse_rows import sparse_logits
 from tsa_compile.plan import Plan
-from tsa_compile.rl.sparse_rows import sparse_logits
 
 Tensor = torch.Tensor
-NAME = "sparse_rollout"
 
 
 class SparseAdapter:
-    """Put into a model before its trainer is made; give it to `SparseRollouts(adapter=...)`.
-
-    The model's linear layers `targets` lie inside of PEFT's afterwards, under names with "base_layer"; `remove` undoes that.
+    """Put into a model before its trainer is made; give it to `SparseRollouts(adapter=...)`. `remove` undoes that.
 
     Args:
         model: a decoder of transformers, all of whose weights may be trained; not a wrapper of PEFT.
@@ -45,35 +42,23 @@ class SparseAdapter:
         model: nn.Module,
         *,
         rank: int = 16,
-        targets: Sequence[str] = ("q_proj", "k_proj", "v_proj", "o_proj"),
+        targets: Sequence[str] = ATTENTION,
         weight: float = 1.0,
         lr: float = 1e-4,
         clip: tuple[float, float] = (0.2, 0.28),
         rows_at_once: int = 1,
     ) -> None:
-        from peft import LoraConfig, inject_adapter_in_model
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-            raise ValueError("the model has adapters already; an adapter for sparse rollouts goes with training of full weights")
-        own = {id(p): p.requires_grad for p in model.parameters()}
-        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(targets)), model, NAME)
-        self._layers: list[Any] = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-        for p in model.parameters():
-            p.requires_grad_(own.get(id(p), True))
-        self.parameters = [p for p in model.parameters() if id(p) not in own]
-        self._switch(False)
+        self._lora = Adapter(model, rank, targets)
+        self._lora.thaw()
+        self.parameters = self._lora.parameters
         self.model, self.weight, self.clip, self.rows_at_once = model, weight, clip, rows_at_once
         self._optimizer = torch.optim.AdamW(self.parameters, lr=lr, weight_decay=0.0)
 
     @contextlib.contextmanager
     def decoding(self) -> Iterator[None]:
         """Inside, the adapter is on."""
-        self._switch(True)
-        try:
+        with self._lora.on():
             yield
-        finally:
-            self._switch(False)
 
     def learn(
         self, found: Rollout, prompts: Tensor, mask: Tensor, advantages: Tensor, plan: Plan, temperature: float = 1.0
@@ -121,12 +106,4 @@ class SparseAdapter:
 
     def remove(self) -> None:
         """The model as it was; the adapter's weights are lost."""
-        for path, module in list(self.model.named_modules()):
-            if any(module is layer for layer in self._layers):
-                parent, _, name = path.rpartition(".")
-                setattr(self.model.get_submodule(parent), name, module.base_layer)
-        self._layers = []
-
-    def _switch(self, on: bool) -> None:
-        for layer in self._layers:
-            layer.enable_adapters(on)
+        self._lora.remove()
