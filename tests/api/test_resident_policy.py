@@ -12,6 +12,7 @@ import torch
 import tsa_compile as tsa
 from tests.cache.models import cache_name, tiny, token_ids
 from tests.cache.test_generate import MODES, generate
+from tsa_compile.cache import host_pages
 from tsa_compile.policies.base import from_dict
 from tsa_compile.session import attached
 from tsa_compile.steps import FIXED
@@ -42,7 +43,7 @@ def quiet() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("quiet")
-def test_tokens_of_every_page_and_of_a_few():
+def test_tokens_of_every_page_and_of_a_few(monkeypatch):
     dense = torch.stack(generate(model_of(), **LOGITS).logits)
     model = tsa.transform(model_of(), plan(pages=8, interval=8, strict=True))
 
@@ -67,6 +68,25 @@ def test_tokens_of_every_page_and_of_a_few():
     report = tsa.report(model)
     assert report.steps == {FIXED: 3 * 19}
     assert not report.warnings
+    attached(model).plan = plan(pages=8, interval=8, strict=True)
+    logits = after_short_memory(model, monkeypatch)
+    torch.testing.assert_close(logits, dense[1], rtol=1e-4, atol=1e-5)
+
+
+def after_short_memory(model: Any, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
+    """The host has no memory for a prompt: an error that says so, and with memory the same cache goes on."""
+    cache = transformers.DynamicCache(config=model.config)
+    given = {"attention_mask": KEYS, "position_ids": (KEYS.cumsum(1) - 1).clamp_min(0), cache_name(model): cache}
+    with torch.no_grad(), monkeypatch.context() as short:
+        short.setattr(host_pages, "available_memory", lambda: 1000)
+        with pytest.raises(host_pages.HostMemoryError, match=r"GiB of host memory for 68 more pages of a layer, batch 2"):
+            model(LONG["input_ids"], **given)
+    assert cache.get_seq_length() == 1100
+    first = generate(model_of(), **{**LONG, "max_new_tokens": 1})[:, -1:]
+    mask = torch.nn.functional.pad(KEYS, (0, 1), value=1)
+    with torch.no_grad():
+        step = {"attention_mask": mask, "position_ids": mask.sum(1, keepdim=True) - 1, cache_name(model): cache}
+        return model(first, **step).logits[:, -1]
 
 
 def test_outside_of_a_session_it_is_an_error():

@@ -79,7 +79,7 @@ def errors(model: Any, corpus: Any, mine: Any) -> list[str]:
 def test_tokens_are_those_of_one_process(ranks, layers, link):
     """Queries go to the corpus, or the corpus comes to every rank, once."""
     plain = tiny("llama", layers)
-    for rank, found in enumerate(run_ranks(ranks, answers, layers, link, limit=200)):
+    for rank, found in enumerate(run_ranks(ranks, answers, layers, link, limit=560)):
         assert not isinstance(found, str), found
         tokens, held, report, refused = found
         want = generate(plain, **requests(rank))

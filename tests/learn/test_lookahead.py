@@ -28,7 +28,7 @@ transformers = pytest.importorskip("transformers")
 POLICY = tsa.Resident(keep=0.4, interval=16, recent=2)
 PLAN = tsa.Plan(prefill=tsa.Dense(), decode=POLICY)
 QUICK = LookaheadTraining(rank=32, rows=32, epochs=2, reuse=2, lr=1e-2)
-MARGIN = 0.15  # of recall, over first weights; measured: 0.225
+MARGIN = 0.15  # of recall, over first weights; measured: 0.186
 
 
 def test_labels_are_the_pages_that_enough_layers_need():
