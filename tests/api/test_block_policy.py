@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
@@ -11,29 +12,38 @@ import tsa_compile as tsa
 from tests.api.tiny import tiny_llama, token_ids
 from tsa_compile.kernels.kept import key_blocks
 from tsa_compile.passes.site import AttentionSite, MaskFacts, Operands
+from tsa_compile.plan import as_plan
 from tsa_compile.policies.base import call, from_dict
 from tsa_compile.policies.why_dense import why_dense
+from tsa_compile.session import attached
 
 SPARSE = tsa.BlockSparse(alpha=0.999, pool=32, window=1, sinks=0, last_dense=0)
 
 
-def logits(policy, ids, mask, fullgraph=True):
-    torch.manual_seed(0)
-    model = tiny_llama()
-    if policy is not None:
-        tsa.transform(model, policy, fullgraph=fullgraph)
+@pytest.fixture(scope="module")
+def model():
+    """Traced once: `logits` switches its plan."""
+    return tsa.transform(tiny_llama(), SPARSE, fullgraph=True)
+
+
+def logits(model, ids, mask=None, policy=None):
+    """By the policy; None: by the dense model, which a copy is."""
+    if policy is None:
+        model = copy.deepcopy(model)
+    else:
+        attached(model).plan = as_plan(policy)
     with torch.no_grad():
         return model(input_ids=ids, attention_mask=mask, use_cache=False).logits
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_alpha_zero_is_the_dense_model(padded):
+def test_alpha_zero_is_the_dense_model(model, padded):
     ids = token_ids(330, batch=2)
     mask = torch.ones_like(ids)
     mask[1, : 150 if padded else 0] = 0
-    want = logits(None, ids, mask)[mask.bool()]
-    torch.testing.assert_close(logits(tsa.BlockSparse(alpha=0), ids, mask)[mask.bool()], want, rtol=1e-4, atol=1e-5)
-    sparse = logits(SPARSE, ids, mask)[mask.bool()]
+    want = logits(model, ids, mask)[mask.bool()]
+    torch.testing.assert_close(logits(model, ids, mask, tsa.BlockSparse(alpha=0))[mask.bool()], want, rtol=1e-4, atol=1e-5)
+    sparse = logits(model, ids, mask, SPARSE)[mask.bool()]
     assert sparse.isfinite().all()
     assert not torch.allclose(sparse, want, atol=1e-5)
 
@@ -68,30 +78,27 @@ def test_the_share_of_a_bitmap():
     assert key_blocks(top, (torch.empty(1, 1, 1, 8), torch.empty(1, 1, 4160, 8)), {})[0].tolist() == [65]
 
 
-def test_later_tokens_do_not_reach_back_beyond_their_row_block():
+def test_later_tokens_do_not_reach_back_beyond_their_row_block(model):
     """Rows before the block that holds the first changed token are equal; so is everything with `last_dense=0`."""
     ids = token_ids(400)
     changed = ids.clone()
     changed[:, 300:] = (changed[:, 300:] + 7) % 100
-    one, two = (logits(SPARSE, x, torch.ones_like(x)) for x in (ids, changed))
+    one, two = (logits(model, x, torch.ones_like(x), SPARSE) for x in (ids, changed))
     assert torch.equal(one[:, :256], two[:, :256])
     assert not torch.equal(one[:, 300:], two[:, 300:])
 
 
-def test_without_lookahead_no_row_depends_on_a_later_token():
+def test_without_lookahead_no_row_depends_on_a_later_token(model):
     """Wherever the change begins, and wherever the prompt ends."""
-    model, ids = tiny_llama(), token_ids(400)
-    run = lambda ids: model(input_ids=ids, use_cache=False).logits  # noqa: E731
-    with torch.no_grad():
-        dense = run(ids)
-        tsa.transform(model, dataclasses.replace(SPARSE, lookahead=False), fullgraph=True)
-        whole = run(ids)
-        assert not torch.allclose(whole[:, 256:], dense[:, 256:], atol=1e-4)
-        for first in (1, 130, 256, 301, 399):
-            changed = ids.clone()
-            changed[:, first:] = (changed[:, first:] + 7) % 100
-            assert torch.equal(run(changed)[:, :first], whole[:, :first])
-        torch.testing.assert_close(run(ids[:, :301]), whole[:, :301], rtol=1e-5, atol=1e-5)
+    ids, policy = token_ids(400), dataclasses.replace(SPARSE, lookahead=False)
+    run = lambda ids: logits(model, ids, torch.ones_like(ids), policy)  # noqa: E731
+    whole = run(ids)
+    assert not torch.allclose(whole[:, 256:], logits(model, ids)[:, 256:], atol=1e-4)
+    for first in (1, 130, 256, 301, 399):
+        changed = ids.clone()
+        changed[:, first:] = (changed[:, first:] + 7) % 100
+        assert torch.equal(run(changed)[:, :first], whole[:, :first])
+    torch.testing.assert_close(run(ids[:, :301]), whole[:, :301], rtol=1e-5, atol=1e-5)
 
 
 def test_plans_carry_it():

@@ -26,7 +26,7 @@ def logits(model, ids, mask=None):
 
 @pytest.mark.parametrize("policy", [BRIDGE, tsa.Bridge.overlapping(16, 5, offset=8)], ids=str)
 def test_a_model_with_it_is_the_model_with_its_mask(policy):
-    model, ids = tiny_llama(num_hidden_layers=1), token_ids(75, 2)
+    model, ids = tiny_llama(), token_ids(75, 2)
     want = logits(model, ids, policy.guaranteed(None).mask(75).expand(2, 1, -1, -1))
     got = logits(tsa.transform(model, policy), ids)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)

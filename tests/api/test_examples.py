@@ -67,7 +67,7 @@ def test_hugging_face(monkeypatch, capsys, tmp_path):
 @pytest.mark.slow  # tests/generate/test_speculative.py does the same
 def test_speculative(monkeypatch, capsys, tmp_path):
     """With a random model, and a tokenizer that reads bytes."""
-    tiny_llama(vocab_size=300, num_hidden_layers=1).save_pretrained(tmp_path)
+    tiny_llama(vocab_size=300).save_pretrained(tmp_path)
     _save_byte_tokenizer(tmp_path)
     (tmp_path / "text.txt").write_text("many words " * 20)
     out = run("speculative.py", monkeypatch, capsys, str(tmp_path), str(tmp_path / "text.txt"))
@@ -110,7 +110,8 @@ def test_resident(monkeypatch, capsys):
 def test_grpo_sparse(monkeypatch, capsys, tmp_path):
     """Three steps, with a random model, and a tokenizer that reads bytes."""
     pytest.importorskip("trl", reason="the extra `rl` is not installed")
-    tiny_llama(vocab_size=300, max_position_embeddings=4096, eos_token_id=1).save_pretrained(tmp_path / "model")
+    model = tiny_llama(num_hidden_layers=2, vocab_size=300, max_position_embeddings=4096, eos_token_id=1)
+    model.save_pretrained(tmp_path / "model")
     _save_byte_tokenizer(tmp_path / "model", eos_token="A")
     sizes = ["--context", "700", "--steps", "3", "--prompts", "2", "--samples", "4", "--new", "8", "--micro", "8"]
     where = [str(tmp_path / "out"), "--model", str(tmp_path / "model"), "--schedule", "8", "--dense-layers", "1", "--adapter"]

@@ -210,17 +210,22 @@ assert all(s.replaced for s in tsa.report(model).sites if s.policy == "HeadSplit
 """
 
 
-def test_a_fresh_process_loads_the_plan_and_its_weights(model, weights, tmp_path):
+@pytest.mark.parametrize("process", ["this", pytest.param("other", marks=pytest.mark.slow)])
+def test_a_fresh_model_loads_the_plan_and_its_weights(model, weights, tmp_path, monkeypatch, process):
     plain, plan = tiny("llama"), weights.parent / "plan.json"
     plain.save_pretrained(tmp_path)
     plan_of(weights).save(plan)
     assert json.loads(plan.read_text())["weights"] == "index.safetensors"
     ids, cache = token_ids(150), transformers.DynamicCache(config=model.config)
     torch.save(ids, tmp_path / "ids.pt")
-    files = map(str, (tmp_path, plan, tmp_path / "ids.pt"))
-    root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", FRESH, *files], cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    files = [*map(str, (tmp_path, plan, tmp_path / "ids.pt"))]
+    if process == "this":
+        monkeypatch.setattr(sys, "argv", ["-c", *files])
+        exec(FRESH, {})
+    else:
+        root = Path(__file__).parents[2]
+        done = subprocess.run([sys.executable, "-c", FRESH, *files], cwd=root, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
     with torch.no_grad():
         model(ids[:, :-1], **{cache_name(model): cache})
         want = model(ids[:, -1:], **{cache_name(model): cache}).logits

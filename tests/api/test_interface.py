@@ -16,7 +16,7 @@ SPARSE = tsa.TokenSparse(coverage=0.6, window=16, min_tokens=32, completion=None
 
 def llama():
     torch.manual_seed(0)
-    return tiny_llama()
+    return tiny_llama(num_hidden_layers=2)
 
 
 def padded(batch=2, length=300, padding=40):

@@ -1,6 +1,7 @@
 """The folders: who may import whom, what must import without the optional packages, and the package called `kernels`."""
 
 import ast
+import functools
 import os
 import subprocess
 import sys
@@ -66,24 +67,25 @@ OPTIONAL = (
 )
 
 
-def imports(path: Path):
+@functools.cache
+def imports(path: Path) -> list[tuple[str, bool]]:
     """(module, inside a function or a TYPE_CHECKING block) for every import of a file."""
-    tree = ast.parse(path.read_text())
-    for parent in ast.walk(tree):
-        for node in ast.iter_child_nodes(parent):
-            node.parent = parent
-    for node in ast.walk(tree):
-        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-        if isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            names = [node.module]
+    return list(below(ast.parse(path.read_text()), False))
+
+
+def below(parent: ast.AST, lazy: bool):
+    """`imports` of a statement's blocks."""
+    for node in ast.iter_child_nodes(parent):
+        if isinstance(node, ast.Import):
+            yield from ((a.name, lazy) for a in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"relative import of {node.module}"
             if node.module == "tsa_compile":
-                names = [f"tsa_compile.{a.name}" for a in node.names if a.name != "__version__"]
-        lazy, at = False, node
-        while hasattr(at, "parent"):
-            at = at.parent
-            lazy |= isinstance(at, (ast.FunctionDef, ast.If))
-        yield from ((name, lazy) for name in names)
+                yield from ((f"tsa_compile.{a.name}", lazy) for a in node.names if a.name != "__version__")
+            else:
+                yield node.module, lazy
+        elif isinstance(node, (ast.stmt, ast.ExceptHandler, ast.match_case)):
+            yield from below(node, lazy or isinstance(node, (ast.FunctionDef, ast.If)))
 
 
 def part_of(module: str) -> str:
@@ -156,12 +158,6 @@ def test_everything_imports_without_the_optional_packages():
     hide = f"import sys; [sys.modules.__setitem__(m, None) for m in {OPTIONAL}]; "
     code = "import tsa_compile, tsa_compile.backend, tsa_compile.frontends.cli, tsa_compile.export, tsa_compile.passes.pipeline"
     run(hide + code + "; import torch; torch.ops.tsa.select_tokens")
-
-
-def test_transformers_imports_from_the_checkout():
-    pytest.importorskip("transformers")
-    code = "import transformers; from transformers import AutoModelForCausalLM, LlamaForCausalLM; print('ok')"
-    assert "ok" in run(code)
 
 
 def test_no_top_level_package_shadows_another():

@@ -150,7 +150,7 @@ def test_autocast_around_the_call():
         with torch.autocast("cpu", torch.bfloat16):
             inside = model(input_ids=ids).logits
         outside = model(input_ids=ids).logits
-        assert [s.replaced for s in tsa.report(model).sites] == [True] * 4
+        assert [s.replaced for s in tsa.report(model).sites] == [True] * 2
         tsa.restore(model)
         torch.testing.assert_close(outside, model(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
         with torch.autocast("cpu", torch.bfloat16):
@@ -192,7 +192,7 @@ def test_a_model_in_training_mode():
     tsa.transform(model, SPARSE)
     with torch.no_grad():
         model(input_ids=ids)
-    assert len(tsa.report(model).replaced) == 2
+    assert len(tsa.report(model).replaced) == 1
 
 
 def test_inputs_that_require_gradients_stay_dense_and_get_them():
@@ -279,7 +279,7 @@ def test_compiling_a_transformed_model_is_a_clear_error():
         torch.compile(model, backend="eager")(input_ids=token_ids(40))
     with torch.no_grad():
         model(input_ids=token_ids(40))  # the model itself still works
-    assert len(tsa.report(model).replaced) == 2
+    assert len(tsa.report(model).replaced) == 1
 
 
 def test_a_model_compiled_by_others_is_refused():

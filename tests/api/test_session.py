@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import tsa_compile as tsa
-from tests.api.tiny import KEEP_ALL, LAYERS, SPARSE, tiny_llama, token_ids
+from tests.api.tiny import KEEP_ALL, SPARSE, tiny_llama, token_ids
 from tsa_compile import session as sessions
 from tsa_compile.dynamo import settings
 from tsa_compile.recorder import record_kept
@@ -77,7 +77,7 @@ def attn(*layers):
 
 
 def test_a_plan_is_switched_without_a_trace():
-    model, ids = tiny_llama(), token_ids(60)
+    model, ids = tiny_llama(num_hidden_layers=2), token_ids(60)
     session = Session(model, tsa.Plan(prefill=SPARSE))
     with torch.no_grad():
         sparse, dense = session(input_ids=ids).logits, model(input_ids=ids).logits
@@ -198,7 +198,7 @@ def test_hooks_added_later_are_obeyed():
     with torch.no_grad():
         model(input_ids=ids)
         model.register_forward_hook(lambda m, a, o: seen.append("root"))
-        model.model.layers[1].self_attn.o_proj.register_forward_hook(lambda m, a, o: o * 0)
+        model.model.layers[0].self_attn.o_proj.register_forward_hook(lambda m, a, o: o * 0)
         got = model(input_ids=ids).logits
         assert seen == ["root"]
         tsa.restore(model)
@@ -207,7 +207,7 @@ def test_hooks_added_later_are_obeyed():
     assert torch._dynamo.config.recompile_limit == 8
 
 
-@pytest.mark.parametrize(("threads", "seconds"), [(4, 5), pytest.param(8, 60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("threads", "seconds"), [(4, 2), pytest.param(8, 60, marks=pytest.mark.slow)])
 def test_calls_are_answered_while_others_compile(threads, seconds):
     """Also a cold model from several threads; results are those of one thread."""
     models = [tsa.transform(tiny_llama(), KEEP_ALL) for _ in range(2)]
@@ -282,8 +282,8 @@ def test_recordings_see_their_own_model_and_thread():
             thread = threading.Thread(target=lambda: one(input_ids=ids))
             thread.start()
             thread.join()
-    assert [m for m, _ in kept_tokens.by_module()] == [f"model.layers.{n}.self_attn" for n in range(LAYERS)]
-    assert len(all_tokens.shares()) == 2 * LAYERS
+    assert [m for m, _ in kept_tokens.by_module()] == ["model.layers.0.self_attn"]
+    assert len(all_tokens.shares()) == 2
 
 
 def test_a_compile_over_ours_is_noticed(caplog):
@@ -337,7 +337,7 @@ def test_the_backend_reports(caplog):
         compiled(input_ids=token_ids(40))
     for target in (compiled, model):
         report = tsa.report(target)
-        assert len(report.replaced) == LAYERS
+        assert len(report.replaced) == 1
         assert report.graphs == 1
 
 

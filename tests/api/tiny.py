@@ -12,17 +12,16 @@ import tsa_compile as tsa
 
 SPARSE = tsa.TokenSparse(coverage=0.3, window=8, pool=3, min_tokens=8, min_queries=0, completion=tsa.Completion(4, 2, 4))
 KEEP_ALL = tsa.TokenSparse.paper(coverage=0.0, window=1, pool=1, min_tokens=1, min_queries=0)
-LAYERS = 2
 
 
 def tiny_llama(**overrides: Any) -> Any:
-    """A random Llama: 2 layers, 4/2 heads of 16, 128 token ids."""
+    """A random Llama: 1 layer (each doubles what a trace costs), 4/2 heads of 16, 128 token ids."""
     transformers = pytest.importorskip("transformers")
     config = dict(
         vocab_size=128,
         hidden_size=64,
         intermediate_size=96,
-        num_hidden_layers=LAYERS,
+        num_hidden_layers=1,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,

@@ -50,7 +50,7 @@ def test_prefill_and_decode_serve_a_prompt_without_pytorch(tmp_path):
 
 def test_native_for_a_file_that_is_there(tmp_path):
     request = Request("onnx", tmp_path / "m.onnx", PLAN, tokens=40, check=False)
-    export_model(tiny_llama(num_hidden_layers=1), request, Console(quiet=True))
+    export_model(tiny_llama(), request, Console(quiet=True))
     (library,) = export_file(request.out, dataclasses.replace(request, native=True), Console(quiet=True))
     assert session(request.out, library).get_inputs()[0].name == "input_ids"
     with pytest.raises(ValueError, match="is an ONNX file already"):

@@ -120,8 +120,8 @@ def difference(site, machine, runner, *operands):
 def test_launches_equal_the_reference(site, machine, form, masked):
     settings = getattr(site, form)
     runner = session(site, machine, settings, masked)
-    for batch, q_len, k_len in [(1, 1, 1), (2, 40, 40), (2, 90, 90), (1, 30, 140)]:
-        q, k, v = site.operands(batch, q_len, k_len, dim=DIM, v_dim=V_DIM)
+    for batch, q_len, k_len, heads in [(1, 1, 1, 4), (2, 40, 40, 2), (2, 90, 90, 2), (1, 30, 140, 4)]:
+        q, k, v = site.operands(batch, q_len, k_len, heads, heads // 2, DIM, V_DIM)
         mask = site.ragged_mask(batch, k_len) if masked else None
         assert difference(site, machine, runner, q, k, v, mask, settings) < 1e-4, (batch, q_len, k_len)
 

@@ -35,7 +35,7 @@ class Logits(nn.Module):
         return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
 
 
-def llama(layers=2, **changes):
+def llama(layers=1, **changes):
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = transformers.LlamaConfig(vocab_size=128, num_hidden_layers=layers, **{**sizes, **changes})
     return Logits(transformers.LlamaForCausalLM(config).eval())
@@ -52,6 +52,10 @@ def padded(batch, length):
     return ids(batch, length), mask
 
 
+def opset_of(path):
+    return [i.version for i in onnx.load(path).opset_import if i.domain == ""]
+
+
 @pytest.mark.parametrize(
     ("inputs", "policy"),
     [
@@ -66,18 +70,19 @@ def test_llama_equals_pytorch_at_unseen_sizes(tmp_path, policy, inputs):
     args = inputs(2, 100)
     args = args if isinstance(args, tuple) else (args,)
     made = export.onnx(model, args, path, policy=policy, dynamic_shapes=(DYNAMIC,) * len(args))
-    assert made.nodes == tuple(f"model.model.layers.{i}.self_attn.token_sparse_attention" for i in range(2))
+    assert made.nodes == ("model.model.layers.0.self_attn.token_sparse_attention",)
+    assert opset_of(path) == [21]
     for batch, length in UNSEEN:
         other = inputs(batch, length)
         assert export.check(path, model, other if isinstance(other, tuple) else (other,), atol=1e-5).worst < 1e-5
 
 
 def gpt2():
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=128, n_embd=64, n_layer=2, n_head=4))
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=128, n_embd=64, n_layer=1, n_head=4))
 
 
 def qwen3():
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 32}
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "head_dim": 32}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(vocab_size=128, **sizes, **heads))
 
@@ -85,7 +90,7 @@ def qwen3():
 @pytest.mark.parametrize("make", [gpt2, qwen3])
 def test_other_architectures(tmp_path, make):
     model, path = Logits(make().eval()), tmp_path / "m.onnx"
-    assert len(export.onnx(model, (ids(2, 100),), path, policy=PAPER, dynamic_shapes=(DYNAMIC,)).nodes) == 2
+    assert len(export.onnx(model, (ids(2, 100),), path, policy=PAPER, dynamic_shapes=(DYNAMIC,)).nodes) == 1
     assert export.check(path, model, (ids(2, 150),), atol=1e-5).worst < 1e-5
 
 
@@ -106,11 +111,10 @@ def test_a_plan_mixes_dense_and_both_forms(tmp_path):
     assert export.check(path, model, (ids(1, 200),), atol=1e-5).worst < 1e-5
 
 
-@pytest.mark.parametrize("opset", [21, 23])
-def test_opsets(tmp_path, opset):
-    model, path = llama(layers=1), tmp_path / "m.onnx"
-    export.onnx(model, (ids(2, 100),), path, policy=PAPER, dynamic_shapes=(DYNAMIC,), opset=opset)
-    assert [i.version for i in onnx.load(path).opset_import if i.domain == ""] == [opset]
+def test_another_opset(tmp_path):
+    model, path = llama(), tmp_path / "m.onnx"
+    export.onnx(model, (ids(2, 100),), path, policy=PAPER, dynamic_shapes=(DYNAMIC,), opset=23)
+    assert opset_of(path) == [23]
     assert export.check(path, model, (ids(3, 120),), atol=1e-5).worst < 1e-5
 
 
@@ -126,7 +130,7 @@ def test_the_custom_form_runs_on_the_native_library(tmp_path):
 
 
 def test_an_exported_program_is_taken_as_it_is(tmp_path):
-    model, args = llama(layers=1), (ids(2, 100),)
+    model, args = llama(), (ids(2, 100),)
     with torch.no_grad():
         program = torch.export.export(model, args, dynamic_shapes=(DYNAMIC,), strict=False)
     export.onnx(program, args, tmp_path / "m.onnx", policy=PAPER)
@@ -135,7 +139,7 @@ def test_an_exported_program_is_taken_as_it_is(tmp_path):
 
 def test_a_fixed_length_is_a_capacity_that_is_checked(tmp_path):
     """Without dynamic sizes the graph has one length; rank, dtype and length of the inputs are refused by name."""
-    model, path = llama(layers=1), tmp_path / "m.onnx"
+    model, path = llama(), tmp_path / "m.onnx"
     export.onnx(model, (ids(1, 80),), path, policy=PAPER)
     runner = make_session(path)
     runner.run(None, {"input_ids": ids(1, 80).numpy()})
@@ -163,20 +167,20 @@ class Decode(nn.Module):
 
 def test_the_decode_graph_stays_dense(tmp_path):
     model, path = Decode(llama().model), tmp_path / "m.onnx"
-    past = tuple(torch.randn(2, 2, 70, 16) for _ in range(4))
+    past = tuple(torch.randn(2, 2, 70, 16) for _ in range(2))
     args = (ids(2, 1), *past)
     shapes = ({0: DYNAMIC[0]}, tuple({0: DYNAMIC[0], 2: DYNAMIC[0]} for _ in past))
     with pytest.raises(export.ExportError, match="no attention site was replaced"):
         export.onnx(model, args, path, policy=PAPER, dynamic_shapes=shapes)
     made = export.onnx(model, args, path, policy=PAPER, dynamic_shapes=shapes, require_sites=False)
     assert made.nodes == ()
-    other = (ids(3, 1), *(torch.randn(3, 2, 200, 16) for _ in range(4)))
+    other = (ids(3, 1), *(torch.randn(3, 2, 200, 16) for _ in range(2)))
     result = export.check(path, model, other, atol=1e-5)
-    assert len(result.differences) == 5
+    assert len(result.differences) == 3
 
 
 def test_a_transformed_model_exports_with_its_policy_said_again(tmp_path):
-    model = tsa.transform(llama(layers=1), PAPER)
+    model = tsa.transform(llama(), PAPER)
     with pytest.raises(ValueError, match="pass the policy or plan again"):
         export.onnx(model, (ids(1, 80),), tmp_path / "m.onnx")
     export.onnx(model, (ids(1, 80),), tmp_path / "m.onnx", policy=PAPER)
@@ -196,17 +200,17 @@ def test_a_transformed_model_exports_with_its_policy_said_again(tmp_path):
 )
 def test_requests_that_cannot_be_met(tmp_path, options, error, message):
     with pytest.raises(error, match=message):
-        export.onnx(llama(layers=1), (ids(1, 80),), tmp_path / "m.onnx", **{"policy": PAPER, **options})
+        export.onnx(llama(), (ids(1, 80),), tmp_path / "m.onnx", **{"policy": PAPER, **options})
     assert not (tmp_path / "m.onnx").exists()
 
 
 def test_float64_is_refused_by_name(tmp_path):
     with pytest.raises(export.ExportError, match=r"token_sparse_attention\w*: q is torch\.float64"):
-        export.onnx(llama(layers=1).double(), (ids(1, 80),), tmp_path / "m.onnx", policy=PAPER)
+        export.onnx(llama().double(), (ids(1, 80),), tmp_path / "m.onnx", policy=PAPER)
 
 
 def test_check_finds_other_weights_and_foreign_files(tmp_path):
-    model, path = llama(layers=1), tmp_path / "m.onnx"
+    model, path = llama(), tmp_path / "m.onnx"
     export.onnx(model, (ids(1, 80),), path, policy=PAPER)
     with torch.no_grad():
         model.model.lm_head.weight += 0.1

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.api.tiny import LAYERS, tiny_llama
+from tests.api.tiny import tiny_llama
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,7 +41,7 @@ def in_process(*args: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("model")
-    tiny_llama().save_pretrained(path)
+    tiny_llama(num_hidden_layers=2).save_pretrained(path)
     return str(path)
 
 
@@ -49,7 +49,7 @@ def test_explain_prints_json(folder):
     done = in_process("explain", folder, "--tokens", "100", "--json")
     assert done.returncode == 0, done.stderr
     sites = json.loads(done.stdout)["sites"]
-    assert [s["replaced"] for s in sites] == [True] * LAYERS
+    assert [s["replaced"] for s in sites] == [True] * 2
 
 
 def test_warm_says_what_was_compiled(folder):
@@ -88,13 +88,14 @@ def test_explain_under_a_plan_in_a_narrow_terminal(folder, tmp_path, monkeypatch
     monkeypatch.setattr("tsa_compile.frontends.cli.console.width", 80)
     done = in_process("explain", folder, "--tokens", "100", "--plan", str(tmp_path / "policy.json"))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("TokenSparse") == LAYERS
+    assert done.stdout.count("TokenSparse") == 2
     assert "…" not in done.stdout
     done = in_process("explain", folder, "--tokens", "100", "--plan", str(tmp_path / "policy.json"), "--json")
-    assert [s["reason"] for s in json.loads(done.stdout)["sites"]] == ["up to 1152 tokens are all kept"] * LAYERS
+    assert [s["reason"] for s in json.loads(done.stdout)["sites"]] == ["up to 1152 tokens are all kept"] * 2
 
 
 def test_explain_prints_a_table(folder):
+    """By a process in the checkout, whose folder `kernels` must not take the place of Hugging Face's package for transformers."""
     done = command("explain", folder, "--tokens", "100")
     assert done.returncode == 0, done.stderr
     assert "2 of 2 attention sites replaced" in done.stdout

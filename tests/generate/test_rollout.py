@@ -30,7 +30,7 @@ def seeded(seed: int) -> torch.Generator:
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    return tiny_llama(initializer_range=0.12)
+    return tiny_llama(num_hidden_layers=2, initializer_range=0.12)
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +167,7 @@ def test_the_cache_of_the_next_rollout_lies_where_that_of_the_last_one_lay(model
 def test_adapters_are_seen_and_nothing_is_compiled_for_their_updates(prompts):
     peft = pytest.importorskip("peft")
     torch._dynamo.reset()
-    base = tiny_llama(initializer_range=0.12)
+    base = tiny_llama(num_hidden_layers=2, initializer_range=0.12)
     wrapped = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])).eval()
     rollouts = Rollouts(wrapped, EXACT, batch=3, look_every=4)
     rollouts(prompts, 1, new_tokens=6, generator=seeded(2))
@@ -206,9 +206,9 @@ def test_training_mode_and_what_is_in_force_end_with_the_rollout(prompts):
     assert model._compiled_call_impl is None
 
 
-def test_no_number_of_prompts_is_traced_after_the_first_rollout(model, prompts):
+def test_no_number_of_prompts_is_traced_after_the_first_rollout(prompts):
     torch._dynamo.reset()
-    rollouts = Rollouts(model, EXACT, batch=3, ends=ENDS, look_every=2)
+    rollouts = Rollouts(tiny_llama(initializer_range=0.12), EXACT, batch=3, ends=ENDS, look_every=2)
     rollouts(prompts[:1], 3, new_tokens=4)
     graphs = len(rollouts.session.backend.graphs)
     rollouts(prompts, 1, new_tokens=4)  # three prompts are read together
@@ -243,7 +243,7 @@ def test_what_is_wrong_is_named(model, prompts):
     ):
         with pytest.raises(ValueError, match=message):
             rollouts(given, **options)
-    sliding = Rollouts(tiny("mistral"), EXACT)
+    sliding = Rollouts(tiny("mistral", layers=1), EXACT)
     with pytest.raises(ValueError, match="rows of a rollout end and begin apart"):
         sliding(prompts, new_tokens=1)
     tsa.transform(model, EXACT)
@@ -269,7 +269,7 @@ def test_steps_are_replayed_on_a_gpu_and_read_new_weights(plan, prompts):
     """From the second rollout on nothing is traced, and every step but the first ones of a cache is a replay."""
     torch._dynamo.reset()
     torch.manual_seed(0)
-    model = tiny_llama(initializer_range=0.12).cuda()
+    model = tiny_llama(num_hidden_layers=2, initializer_range=0.12).cuda()
     rollouts = Rollouts(model, plan, batch=3, ends=ENDS, look_every=4, rows_at_once=2)
     for seed in range(3):
         before = rollouts.session.steps.counts().get(FIXED, 0), len(rollouts.session.backend.graphs)

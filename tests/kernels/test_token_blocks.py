@@ -16,6 +16,7 @@ from tsa_compile.export.common import ExportError
 from tsa_compile.export.trace import trace
 from tsa_compile.kernels.select.threshold_pages.reference import select_key_blocks_reference, unpack_bits
 from tsa_compile.policies.base import from_dict
+from tsa_compile.session import attached
 
 _spec = importlib.util.spec_from_file_location("sparse_prefill_cases", Path(__file__).with_name("test_sparse_prefill.py"))
 cases = importlib.util.module_from_spec(_spec)
@@ -174,11 +175,11 @@ def test_a_transformed_model_runs_both_sparsities():
     mask = torch.ones_like(ids)
     mask[1, :30] = 0
     logits = {}
+    session = attached(tsa.transform(model, POLICY, fullgraph=True))
     for name, inner in (("none", None), ("all", dataclasses.replace(INNER, alpha=0.0)), ("some", INNER)):
-        tsa.transform(model, dataclasses.replace(POLICY, inner=inner), fullgraph=True)
+        session.plan = tsa.Plan(dataclasses.replace(POLICY, inner=inner))
         with torch.no_grad():
             logits[name] = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
-        tsa.restore(model)
     torch.testing.assert_close(logits["all"], logits["none"], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(logits["some"], logits["none"], atol=1e-5)
 

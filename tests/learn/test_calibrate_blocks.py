@@ -124,7 +124,7 @@ def test_alphas_by_head_lose_less_than_one_at_no_more_pairs(model, prompts):
 @pytest.mark.parametrize("share", ["group", pytest.param("head", marks=pytest.mark.slow)])
 def test_tables_are_those_of_each_head(share, prompts):
     torch.manual_seed(0)
-    llama, base = tiny_llama(max_position_embeddings=1024), dataclasses.replace(BASE, share=share)
+    llama, base = tiny_llama(num_hidden_layers=2, max_position_embeddings=1024), dataclasses.replace(BASE, share=share)
     given = {"input_ids": prompts[0].reshape(1, -1), "use_cache": False, "logits_to_keep": LAST}
     meter = BlockMeter(llama, base, LAST)
     assert meter.find_layers(given) == ["model.layers.0.self_attn", "model.layers.1.self_attn"]

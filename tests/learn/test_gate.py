@@ -63,7 +63,7 @@ def test_a_schedule_by_name_is_its_entries():
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    return tiny_llama(initializer_range=0.12)
+    return tiny_llama(num_hidden_layers=2, initializer_range=0.12)
 
 
 @pytest.fixture(scope="module")

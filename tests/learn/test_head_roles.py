@@ -19,7 +19,7 @@ SPAN, PLANTED = 8, (1, 2)  # layer, query head
 def model():
     """One head has large weights, alike for queries and keys, where rotation is slow, so that a repeated token finds itself."""
     torch.manual_seed(0)
-    made = tiny_llama(head_dim=16, rope_parameters={"rope_type": "default", "rope_theta": 1e8})
+    made = tiny_llama(num_hidden_layers=2, head_dim=16, rope_parameters={"rope_type": "default", "rope_theta": 1e8})
     layer, head = PLANTED
     attention = made.model.layers[layer].self_attn
     with torch.no_grad():

@@ -76,7 +76,7 @@ def test_the_learning_rate_rises_and_falls():
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    return tiny_llama(head_dim=16, initializer_range=0.3)
+    return tiny_llama(num_hidden_layers=2, head_dim=16, initializer_range=0.3)
 
 
 @pytest.fixture(scope="module", autouse=True)

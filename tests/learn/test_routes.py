@@ -13,6 +13,7 @@ from tests.cache.models import cache_name
 from tsa_compile.learn import routes
 from tsa_compile.learn.anchors import best_anchors, greedy_anchors, similarity, top_pages, weights_of
 from tsa_compile.learn.attention_masses import recorded
+from tsa_compile.session import attached
 
 LAST = 6
 
@@ -147,17 +148,18 @@ def test_alike_layers_are_found_and_the_plan_runs(model, texts):
     assert both.prefill == blocks
     assert both.reuse == plan.reuse + tuple(entry._replace(phase="prefill") for entry in plan.reuse)
     logits = []
-    for chosen in (plan, tsa.Plan(prefill=tsa.Dense(), decode=POLICY)):
-        torch._dynamo.reset()
-        tsa.transform(model, chosen)
-        try:
+    torch._dynamo.reset()
+    session = attached(tsa.transform(model, plan))
+    try:
+        for chosen in (plan, tsa.Plan(prefill=tsa.Dense(), decode=POLICY)):
+            session.plan = chosen  # the same trace
             given = {cache_name(model): tsa.Cache(model, 1, 200)}
             with torch.no_grad():
                 model(input_ids=texts[0][None, :-1], **given)
                 logits.append(model(input_ids=texts[0][None, -1:], **given).logits)
             assert tsa.report(model).warnings == []
-        finally:
-            tsa.restore(model)
+    finally:
+        tsa.restore(model)
     torch.testing.assert_close(*logits)  # alike layers select alike
 
 

@@ -4,6 +4,7 @@ reason, or what replaces the site computes the changed attention."""
 from __future__ import annotations
 
 import hypothesis
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -13,8 +14,6 @@ from tests.passes.mutants import Mutant, all_mutants
 from tests.passes.test_masks import HEADS, inputs, unpack
 from tsa_compile.backend import Backend
 from tsa_compile.plan import Plan
-
-EXAMPLES, DISTINCT = 240, 200
 
 
 def eager(mutant: Mutant, x: Tensor, pad: Tensor) -> Tensor | None:
@@ -60,14 +59,15 @@ def living() -> list[tuple[Mutant, tuple[Tensor, Tensor], Tensor]]:
     return found
 
 
-def test_no_mutant_gives_a_wrong_answer():
+@pytest.mark.parametrize("examples", [120, pytest.param(240, marks=pytest.mark.slow)])
+def test_no_mutant_gives_a_wrong_answer(examples):
     """The counts at the end say that the suite has teeth: how many graphs, and how many would be wrong were the change missed."""
     graphs, replaced, dense, unlike_the_base = set(), 0, 0, 0
     population = living()
 
     phases = [hypothesis.Phase.generate]  # there is nothing to shrink
 
-    @hypothesis.settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None, phases=phases)
+    @hypothesis.settings(max_examples=examples, deadline=None, derandomize=True, database=None, phases=phases)
     @hypothesis.given(st.sampled_from(population))
     def check(drawn: tuple[Mutant, tuple[Tensor, Tensor], Tensor]) -> None:
         nonlocal replaced, dense, unlike_the_base
@@ -87,7 +87,7 @@ def test_no_mutant_gives_a_wrong_answer():
 
     check()
     print(f"{len(graphs)} graphs of {len(population)} mutants: {replaced} replaced, {dense} dense, {unlike_the_base} changed")
-    assert len(graphs) >= DISTINCT
-    assert replaced >= 30
-    assert dense >= 100
-    assert unlike_the_base >= 150
+    assert len(graphs) >= examples * 5 / 6
+    assert replaced >= examples / 8
+    assert dense >= examples * 5 / 12
+    assert unlike_the_base >= examples * 5 / 8

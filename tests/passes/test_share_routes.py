@@ -216,7 +216,8 @@ def test_a_prefill_shares_one_selection(policy, heads):
         for layer in (first.self_attn.o_proj, first.mlp.down_proj):
             layer.weight.zero_()
     ids, found = token_ids(400), []
-    for reuse in (None, [(1, 0, heads, "prefill")], [(1, 0, heads and (0, 1), "prefill")]):
+    maps = [heads] if heads is None else [heads, (0, 1)]  # the second: as if there were no map
+    for reuse in (None, *([(1, 0, each, "prefill")] for each in maps)):
         session = Session(model, tsa.Plan(prefill=policy, reuse=reuse))
         with torch.no_grad():
             found.append(session(ids, use_cache=False).logits)

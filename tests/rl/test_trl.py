@@ -18,6 +18,10 @@ from tsa_compile.rl.trl import SparseGRPO, SparseRollouts, check_trainer, weight
 EXACT = tsa.Plan(prefill=tsa.Dense(), decode=tsa.Exact())
 
 
+def made_model():
+    return tiny_llama(num_hidden_layers=2, initializer_range=0.12, eos_token_id=1)
+
+
 def test_weights_multiply_each_term_of_the_clipped_loss():
     ratio, advantages, weights = torch.rand(4, 6) * 2, torch.randn(4), torch.rand(4, 5) * 2
 
@@ -86,7 +90,7 @@ def test_training_through_the_gate(parts, form):
 
         made["peft_config"] = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     made["args"].max_steps = 5
-    model = tiny_llama(initializer_range=0.12, eos_token_id=1)
+    model = made_model()
     gate = RolloutGate([(0,), (2,)], threshold=0.999, dense_layers=1, least=20)
     rollouts = SparseRollouts(gate, batch=8, look_every=4)
     trainer = Trainer(model=model, rollout_func=rollouts, **made)
@@ -133,7 +137,7 @@ def test_weights_reach_the_gradient(parts):
 
     def after(**change):
         torch.manual_seed(0)
-        model = tiny_llama(initializer_range=0.12, eos_token_id=1)
+        model = made_model()
         rollouts = SparseRollouts(schedule_plan((0,), dense_layers=1), batch=8, **change)
         kind = Trainer if change.get("cap") is not None else Trainer.__mro__[2]
         trainer = kind(model=model, rollout_func=rollouts, **made)
@@ -141,7 +145,7 @@ def test_weights_reach_the_gradient(parts):
         return torch.cat([p.detach().flatten() for p in model.parameters()]), rollouts
 
     torch.manual_seed(0)
-    begin = torch.cat([p.detach().flatten() for p in tiny_llama(initializer_range=0.12, eos_token_id=1).parameters()])
+    begin = torch.cat([p.detach().flatten() for p in made_model().parameters()])
     dropped, rollouts = after(cap=1e-6, drop=True)
     assert rollouts.history[0]["over_cap"] == 1.0
     assert torch.equal(dropped, begin)
@@ -158,7 +162,7 @@ def test_an_adapter_is_trained_beside_and_is_in_no_step_of_the_trainer(parts):
 
     Trainer, made = parts
     torch.manual_seed(0)
-    model = tiny_llama(initializer_range=0.12, eos_token_id=1)
+    model = made_model()
     adapter = SparseAdapter(model, rank=2, lr=1e-2)
     rollouts = SparseRollouts(schedule_plan((0,), dense_layers=1), batch=8, adapter=adapter)
     trainer = Trainer(model=model, rollout_func=rollouts, **made)

@@ -26,7 +26,7 @@ def test_windows_are_flat():
 
 
 def test_the_command_writes_a_page(tmp_path, capsys):
-    tiny_llama().save_pretrained(tmp_path / "model")
+    tiny_llama(num_hidden_layers=2).save_pretrained(tmp_path / "model")
     (tmp_path / "plan.json").write_text(json.dumps(TokenSparse.paper().to_dict()))
     reach_cli.reach(str(tmp_path / "model"), tmp_path / "plan.json", 2000, "prefill", str(tmp_path / "page.html"))
     assert "token 1 cannot depend on token 0" in capsys.readouterr().out

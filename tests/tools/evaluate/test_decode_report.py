@@ -31,7 +31,7 @@ OPTIONS = DecodeOptions(
 def runner():
     torch._dynamo.reset()
     torch.manual_seed(0)
-    return DecodeRunner(tiny_llama(vocab_size=258, hidden_size=32, max_position_embeddings=4096))
+    return DecodeRunner(tiny_llama(num_hidden_layers=2, vocab_size=258, hidden_size=32, max_position_embeddings=4096))
 
 
 @pytest.fixture(autouse=True)

@@ -57,7 +57,7 @@ def test_the_interval_of_paired_differences():
 @pytest.mark.parametrize("plan", [None, tsa.Plan(tsa.TokenSparse(coverage=0.0, window=1, pool=1, min_tokens=1))])
 def test_a_padded_batch_answers_as_each_prompt_alone(plan):
     torch.manual_seed(0)
-    runner = Runner(tiny_lm().eval())
+    runner = Runner(tiny_lm(layers=1).eval())
     rows = [torch.randint(2, 250, (n,)).tolist() for n in (70, 41, 56)]
     ids, mask = left_padded(rows, torch.device("cpu"))
     batch = runner.prefill(ids, plan, mask=mask)
@@ -68,7 +68,7 @@ def test_a_padded_batch_answers_as_each_prompt_alone(plan):
 
 def test_answers_of_a_batch_are_those_of_generate(tmp_path):
     torch.manual_seed(0)
-    model, tokenizer = tiny_lm().eval(), byte_tokenizer(False)
+    model, tokenizer = tiny_lm(layers=1).eval(), byte_tokenizer(False)
     model.generation_config.eos_token_id = None
     prompter, runner = Prompter(tokenizer), Runner(model)
     inputs = ["what is it? " * n for n in (2, 9, 5)]
@@ -84,7 +84,7 @@ def test_answers_of_a_batch_are_those_of_generate(tmp_path):
 
 def test_an_answer_ends_when_nothing_can_change_its_score(tmp_path):
     torch.manual_seed(0)
-    runner, prompter = Runner(tiny_lm().eval()), Prompter(byte_tokenizer(False))
+    runner, prompter = Runner(tiny_lm(layers=1).eval()), Prompter(byte_tokenizer(False))
     write(tmp_path, "ruler/qa_1", ["a" * 50, "b" * 60], [""])  # the empty answer is named by any text
     found = RulerCell("ruler/qa_1", tmp_path, runner, prompter, LENGTH, 2, 2).measure(None)
     assert found["score"] == 1.0

@@ -28,6 +28,6 @@ def byte_tokenizer(chat: bool) -> Any:
     return tokenizer
 
 
-def tiny_lm() -> Any:
-    """4 layers, 4/2 heads of 8, 258 token ids, 4096 positions."""
-    return tiny_llama(vocab_size=258, hidden_size=32, num_hidden_layers=4, max_position_embeddings=4096)
+def tiny_lm(layers: int = 4) -> Any:
+    """4/2 heads of 8, 258 token ids, 4096 positions."""
+    return tiny_llama(vocab_size=258, hidden_size=32, num_hidden_layers=layers, max_position_embeddings=4096)
