@@ -235,7 +235,7 @@ def test_what_is_wrong_is_named(model, texts, trained, tmp_path):
             train_lookahead(model, texts, plan, tmp_path / "x.json", training, progress=False)
     learned = dataclasses.replace(POLICY, index="learned")
     with pytest.raises(ValueError, match=r"Resident.index='learned' needs weights; Plan.weights names none"):
-        tsa.transform(tiny_llama(), tsa.Plan(decode=learned))
+        tsa.transform(tiny_llama(num_hidden_layers=2), tsa.Plan(decode=learned))
     plan = dataclasses.replace(trained[1], decode=dataclasses.replace(learned, layers=(0, 2)))
     with pytest.raises(ValueError, match=r"Resident.layers: no learned index for layers \[2\]; the weights are for \[0, 1\]"):
         tsa.transform(tiny_llama(num_hidden_layers=3, head_dim=16), plan)

@@ -14,7 +14,7 @@ TOPICS, WORDS = 4, 30
 def topic_model(seed: int = 0) -> Any:
     """A Llama of 2 layers, 4/2 heads of 16: queries and keys by the same projection, and like embeddings for a topic's words."""
     torch.manual_seed(seed)
-    model = tiny_llama(head_dim=16, max_position_embeddings=2048)
+    model = tiny_llama(num_hidden_layers=2, head_dim=16, max_position_embeddings=2048)
     with torch.no_grad():
         topic = torch.randn(TOPICS, 64)
         words = model.model.embed_tokens.weight
