@@ -34,7 +34,7 @@ RECIPE = Distillation(rank=8, steps=STEPS, epochs=12, lr=1e-2)
 def made_model():
     """The same at every call, and sharper than models are at first: its heads disagree."""
     torch.manual_seed(0)
-    return tiny_llama(head_dim=16, initializer_range=0.2)
+    return tiny_llama(num_hidden_layers=2, head_dim=16, initializer_range=0.2)
 
 
 @pytest.fixture(scope="module")
