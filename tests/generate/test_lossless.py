@@ -1,7 +1,7 @@
 """100 prompts of a real model (SmolLM2-135M, float32, on a CPU): speculation gives the tokens of the untouched model.
 
 Behind pieces of real text of 32 to 96 tokens, twenty in a batch; drafts read few keys, so that many of them are refused.
-`tsa-compile bench lossless` is the same, and for half precision. A quarter of an hour; a run that was cut goes on from the file
+`tsa-compile bench lossless` is the same, and for half precision. Half an hour or more; a run that was cut goes on from the file
 that TSA_LOSSLESS names.
 """
 
