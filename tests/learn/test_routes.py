@@ -163,6 +163,19 @@ def test_alike_layers_are_found_and_the_plan_runs(model, texts):
     torch.testing.assert_close(*logits)  # alike layers select alike
 
 
+def test_what_is_not_read_of_the_index_is_read_of_pages(model, texts):
+    """Three of four layers read no means, each a 32nd of all that a layer keeps."""
+    asked = tsa.PageSparse(keep=0.25)
+    assert routes.widened(asked, 0.25).keep == pytest.approx(0.25 + 0.75 / 32)
+    assert routes.widened(asked, 1.0) == asked
+    assert routes.widened(tsa.PageSparse(keep=0.99), 0.1).keep == 1.0
+    for other in (POLICY, tsa.PageSparse(schedule=(3,)), tsa.PageSparse(keep=0.25, kind="basis")):
+        assert routes.widened(other, 0.25) == other
+    for same_bytes, keep in ((True, 0.25 + 0.5 / 32), (False, 0.25)):
+        plan = routes.plan_routes(model, texts[:1], asked, 2, last=LAST, same_bytes=same_bytes, progress=False)
+        assert plan.decode == tsa.PageSparse(keep=keep)
+
+
 @pytest.mark.slow
 def test_anchors_by_loss_are_those_that_cost_nothing(model, texts):
     torch._dynamo.reset()

@@ -68,6 +68,7 @@ def plan_routes(
     quantile: float = 0.0,
     max_span: int | None = None,
     prefill: Policy | None = None,
+    same_bytes: bool = True,
     progress: bool = True,
 ) -> Plan:
     """A plan in which `anchors` layers select in decode steps, and the others read the pages of the nearest one before them.
@@ -81,6 +82,7 @@ def plan_routes(
         last: tokens at the end of a text that are looked at, or decoded.
         quantile: of these, in [0, 1), whose similarity counts; 0: the worst token's.
         max_span: layers that read one anchor at most, itself included, by similarity; None: any number.
+        same_bytes: layers that do not select read no page means; the `keep` of all grows by so many bytes. False: it stays.
         prefill: a policy of prefill whose lists are shared by the same anchors and heads; None: prefill is dense.
         progress: show a progress bar on stderr.
 
@@ -96,10 +98,10 @@ def plan_routes(
         raise ValueError(f"prefill must be a policy whose lists others can read, got {prefill}")
     if not 0 <= quantile < 1:
         raise ValueError(f"quantile must be in [0, 1), got {quantile!r}")
-    share, table = _budget(policy)
+    _budget(policy)
     texts = texts_of(model, prompts, last)
     with progress_bar(show=progress) as start:
-        routes = _measured(model, texts, policy, share, table, last, quantile, start)
+        routes, policy = _measured(model, texts, policy, anchors if same_bytes else None, last, quantile, start)
         notes: dict[str, Any] = {"made by": "tsa_compile.learn.routes", "method": method}
         if method == "similarity":
             chosen = best_anchors(weights_of(routes.similar, routes.importance), anchors, max_span)
@@ -124,24 +126,38 @@ def _budget(policy: PageSparse) -> tuple[int, list[int]]:
     return share_bits(keep[0]), table
 
 
+def widened(policy: PageSparse, selecting: float) -> PageSparse:
+    """The policy whose `keep` reads, if a share `selecting` of the layers reads page means, as many bytes as if all did.
+
+    A page's mean is a sixteenth of its keys, a thirty-second of keys and values. Policies of numbers of pages stay as they are.
+    """
+    share = policy.budget[0][0]
+    if not share or not policy.by_means:
+        return policy
+    return dataclasses.replace(policy, keep=min(1.0, share + (1 - selecting) / (2 * PAGE)))
+
+
 def _measured(
-    model: nn.Module, texts: Sequence[Tensor], policy: PageSparse, share: int, table: list[int], last: int, quantile: float,
-    start: Start,
-) -> Routes:  # fmt: skip
+    model: nn.Module, texts: Sequence[Tensor], policy: PageSparse, widen_for: int | None, last: int, quantile: float, start: Start
+) -> tuple[Routes, PageSparse]:
+    """What the texts show, and the policy, whose `keep` is widened for so many layers that select, if any."""
     advance = start("similarity of layers", len(texts))
-    similar, importance, paths = [], [], []
+    similar, importance, paths, asked = [], [], [], policy
     for ids in texts:
         with recorded(model, last) as seen, torch.no_grad():
             model(input_ids=ids, use_cache=False)
         paths = list(seen.masses)
         if len({x.shape for x in seen.masses.values()}) != 1:
             raise ValueError("layers with different numbers of KV heads share no selection")
+        if widen_for is not None:
+            policy = widened(asked, min(1.0, widen_for / len(paths)))
+        share, table = _budget(policy)
         forced, wanted = _always_read(ids.shape[1], policy, share, table, last)
         masses = torch.stack(list(seen.masses.values()))
         similar.append(similarity(masses, forced.to(masses.device), wanted.to(masses.device), quantile).cpu())
         importance.append([seen.importance.get(path, 1.0) for path in paths])
         advance()
-    return Routes(paths, torch.stack(similar).mean(0), torch.tensor(importance).mean(0))
+    return Routes(paths, torch.stack(similar).mean(0), torch.tensor(importance).mean(0)), policy
 
 
 def _always_read(length: int, policy: PageSparse, share: int, table: list[int], last: int) -> tuple[Tensor, Tensor]:

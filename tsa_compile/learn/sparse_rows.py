@@ -90,7 +90,7 @@ def _attend(
         raise ValueError(f"{type(module).__name__}: attention with {special[0]} has no sparse rows with gradients")
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     prefill, policy = (plan.policy_at(paths[id(module)], phase, module.layer_idx) for phase in ("prefill", "decode"))
-    parts = [_prompt(prefill, *(x[:, :, :first] for x in (q, k, v)), there[:, :first], padded, scale)]
+    parts = [_prompt(prefill, q[:, :, :first], k[:, :, :first], v[:, :, :first], there[:, :first], padded, scale)]
     if first < q.shape[2]:
         index = getattr(module, NAME, None)
         seen = keys_read(policy, q, k, there, first, scale, index if isinstance(index, HeadIndex) else None)
