@@ -40,7 +40,8 @@ def faults(fetched: bool) -> Any:
     return str(wrong.value), short, str(dead.value), cache.get_seq_length(), cache.layers[0].keys.shape[2]
 
 
-@pytest.mark.parametrize("fetched", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow  # two ranks that trace; tests/kernels/test_routed.py has the operator's faults
+@pytest.mark.parametrize("fetched", [False, True])
 def test_two_ranks(fetched):
     """A rank dies between two steps; with `link`, before the keys are fetched. The others' cache is as it was."""
     left, ended = run_ranks(2, faults, fetched, limit=200)
