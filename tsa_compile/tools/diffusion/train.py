@@ -68,12 +68,14 @@ def prefix_at(task: RecallTask, done: float) -> int:
 
 
 def _batch(task: RecallTask, batch: int, generator: torch.Generator, text: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(ids, noise); with text the noise covers its blocks too, at a rate of its own for each row."""
-    noise = task.noise(batch, generator)
+    """(ids, noise); with text the noise covers its blocks too, at a rate of its own for each row, but for facts, which nothing
+    foretells."""
+    ids, noise = task.sample(batch, generator, text), task.noise(batch, generator)
     if text is not None:
         rate = torch.rand(batch, 1, generator=generator)
-        noise = torch.cat([torch.rand(batch, task.prefix, generator=generator) < rate, noise], 1)
-    return task.sample(batch, generator, text), noise
+        prose = ids[:, : task.prefix] >= task.first_filler
+        noise = torch.cat([prose & (torch.rand(batch, task.prefix, generator=generator) < rate), noise], 1)
+    return ids, noise
 
 
 @dataclasses.dataclass(frozen=True)
