@@ -158,6 +158,8 @@ def test_weights_reach_the_gradient(parts):
 @pytest.mark.slow
 def test_an_adapter_is_trained_beside_and_is_in_no_step_of_the_trainer(parts):
     pytest.importorskip("peft", reason="the extra `rl` is not installed")
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     from tsa_compile.rl.distill import SparseAdapter
 
     Trainer, made = parts
@@ -168,11 +170,13 @@ def test_an_adapter_is_trained_beside_and_is_in_no_step_of_the_trainer(parts):
     trainer = Trainer(model=model, rollout_func=rollouts, **made)
     own = {id(p) for p in adapter.parameters}
     before = [p.clone() for p in model.parameters()]
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    assert layers
     switched = []
     compute = trainer._compute_loss
 
     def watched(model_, inputs):
-        switched.append(any(not layer.disable_adapters for layer in adapter._layers))
+        switched.append(any(not layer.disable_adapters for layer in layers))
         return compute(model_, inputs)
 
     trainer._compute_loss = watched
