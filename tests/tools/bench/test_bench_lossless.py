@@ -64,6 +64,8 @@ def test_what_the_contract_allows():
     ):
         assert row_of("float32", "pages", exact, got, exact).held is float32
         assert row_of("bfloat16", "pages", exact, got, exact).held is bfloat16
+        assert row_of("float32", "exact", exact, got, exact).held is float32
+        assert row_of("bfloat16", "exact", exact, got, exact).held  # of the untouched model, in half precision, nothing is asked
     found = row_of("bfloat16", "pages", exact, got, exact)
     assert found.divergences == (Divergence(0, 2, 3, 9, 0.05), Divergence(1, 1, 5, 9, 0.3))
     assert (found.prompts, found.equal) == (2, 0)
