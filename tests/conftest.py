@@ -1,6 +1,7 @@
 """Without a GPU, Triton kernels run through Triton's interpreter; tests marked `gpu` are skipped with a reason."""
 
 import functools
+import gc
 import importlib.util
 import os
 import tempfile
@@ -38,6 +39,13 @@ def _patch_the_language_once() -> None:
 
 if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
     _patch_the_language_once()
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays, so the garbage collector, which traces start again and again, need not look at it."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

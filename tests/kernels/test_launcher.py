@@ -139,10 +139,10 @@ def test_new_lengths_compile_nothing(gpu, jit):
 def test_kernels_that_come_and_go(gpu, monkeypatch):
     """Neither a new kernel at the address of one that is gone, nor a table that was emptied, leads to another kernel."""
     monkeypatch.setattr(launcher, "KEPT", 3)
-    for _ in range(10):
+    for _ in range(5):
         launch(JITFunction(kernel), (1,), (WIDE, None, WIDE), (7, 16, 0.5), BLOCK=16)
         gc.collect()
-    assert len(gpu.compiled) == 10
+    assert len(gpu.compiled) == 5
 
 
 def test_what_runs_is_held(gpu, jit):
