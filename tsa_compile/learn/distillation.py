@@ -13,6 +13,7 @@ from torch import nn
 from tsa_compile.learn.adapter import ATTENTION, Adapter
 from tsa_compile.learn.sparse_rows import sparse_logits
 from tsa_compile.plan import Plan
+from tsa_compile.policies.base import check_int
 
 Tensor = torch.Tensor
 
@@ -43,8 +44,7 @@ class Distillation:
 
     def __post_init__(self) -> None:
         for name in ("rank", "likeliest", "steps", "epochs"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise ValueError(f"Distillation.{name} must be an int >= 1, got {getattr(self, name)!r}")
+            check_int(self, name, 1)
         if not self.lr > 0:
             raise ValueError(f"Distillation.lr must be above 0, got {self.lr}")
 

@@ -6,6 +6,7 @@ import dataclasses
 import math
 
 from tsa_compile.learn.indexer_start import INITS
+from tsa_compile.policies.base import check_int
 
 WARM_UP = 0.1  # of the updates
 
@@ -41,8 +42,7 @@ class Training:
 
     def __post_init__(self) -> None:
         for name, low in (("start_texts", 1), ("epochs", 0), ("rows", 1), ("reuse", 1)):
-            if type(getattr(self, name)) is not int or getattr(self, name) < low:
-                raise ValueError(f"Training.{name} must be an int >= {low}, got {getattr(self, name)!r}")
+            check_int(self, name, low)
         if self.width is not None and (type(self.width) is not int or self.width < 1):
             raise ValueError(f"Training.width must be an int >= 1, or None, got {self.width!r}")
         if not 0 < self.mass < 1 or self.init not in INITS or not self.lr > 0:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from tsa_compile.policies.base import check_int
+
 
 @dataclasses.dataclass(frozen=True)
 class LookaheadTraining:
@@ -40,11 +42,12 @@ class LookaheadTraining:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, low in (("rank", 1), ("heads", 1), ("agree", 1), ("rows", 1), ("epochs", 0), ("reuse", 1), ("negatives", 1)):
-            value, may_be_none = getattr(self, name), name in ("rank", "heads", "agree")
-            if not (value is None and may_be_none) and (type(value) is not int or value < low):
-                none = ", or None" if may_be_none else ""
-                raise ValueError(f"LookaheadTraining.{name} must be an int >= {low}{none}, got {value!r}")
+        for name, low in (("rows", 1), ("epochs", 0), ("reuse", 1), ("negatives", 1)):
+            check_int(self, name, low)
+        for name in ("rank", "heads", "agree"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"LookaheadTraining.{name} must be an int >= 1, or None, got {value!r}")
         if not 0 < self.top_p < 1 or not self.gamma >= 0 or not self.lr > 0:
             numbers = f"{self.top_p}, {self.gamma}, {self.lr}"
             raise ValueError(f"LookaheadTraining.top_p must be in (0, 1), gamma at least 0 and lr above 0, got {numbers}")

@@ -1,16 +1,17 @@
-"""The user's prompts as keyword arguments of the model, and a fingerprint of both."""
+"""The user's prompts as keyword arguments of the model, a fingerprint of both, and the texts that are held back from training."""
 
 from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 Tensor = torch.Tensor
+T = TypeVar("T")
 
 
 def as_inputs(model: nn.Module, prompts: Iterable[Any], last: int, longer_than: int) -> list[dict[str, Any]]:
@@ -71,3 +72,15 @@ def versions(model: nn.Module) -> dict[str, str]:
         "model": type(model).__name__, "device": device, "dtype": str(parameter.dtype).removeprefix("torch."),
         "torch": torch.__version__, "tsa_compile": __version__,
     }  # fmt: skip
+
+
+def held_back(texts: Sequence[T], number: int) -> tuple[Sequence[T], Sequence[T]]:
+    """(the texts to train on, the last `number`, which are measured).
+
+    Raises:
+        ValueError: `number` is negative, or none is left to train on.
+    """
+    if not 0 <= number < len(texts):
+        raise ValueError(f"{len(texts)} texts, of which {number} are held out: none is left to train on")
+    own = len(texts) - number
+    return texts[:own], texts[own:]

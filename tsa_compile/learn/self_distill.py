@@ -22,7 +22,7 @@ from tsa_compile.index_weights import attach_indexes, check_indexes, load_indexe
 from tsa_compile.learn.distillation import Distillation, Learner
 from tsa_compile.learn.indexer_settings import schedule
 from tsa_compile.learn.indexer_state import TrainingState
-from tsa_compile.learn.model_inputs import fingerprint
+from tsa_compile.learn.model_inputs import fingerprint, held_back
 from tsa_compile.learn.text_decoder import texts_of
 from tsa_compile.plan import Plan
 
@@ -63,9 +63,7 @@ def distill(
     if recipe.likeliest >= vocabulary:
         raise ValueError(f"Distillation.likeliest must be below the vocabulary's {vocabulary}, got {recipe.likeliest}")
     texts, folder = texts_of(model, prompts, recipe.steps), Path(out).with_suffix(".adapter")
-    if not 0 <= held_out < len(texts):
-        raise ValueError(f"{held_out} of {len(texts)} texts are held out: none is left to train on")
-    own, held = texts[: len(texts) - held_out], texts[len(texts) - held_out :]
+    own, held = held_back(texts, held_out)
     with _learner(model, own, plan, recipe) as (learner, key):
         done = TrainingState(state, key, {"adapter": learner})
         _train(learner, own, recipe, done, progress)
@@ -99,7 +97,7 @@ def _learner(
         remove()
 
 
-def _train(learner: Learner, texts: list[Tensor], recipe: Distillation, state: TrainingState, progress: bool) -> None:
+def _train(learner: Learner, texts: Sequence[Tensor], recipe: Distillation, state: TrainingState, progress: bool) -> None:
     """An update for each reading of a text."""
     updates = recipe.epochs * len(texts)
     works = [

@@ -18,6 +18,7 @@ from tsa_compile.learn.head_roles import head_roles
 from tsa_compile.learn.indexer import train_indexer
 from tsa_compile.learn.indexer_recall import FEW_PAGES, Recall, recalls
 from tsa_compile.learn.indexer_settings import Training
+from tsa_compile.learn.model_inputs import held_back
 from tsa_compile.learn.routes import divergence
 from tsa_compile.plan import Plan
 from tsa_compile.policies.dense import Dense
@@ -64,9 +65,7 @@ def pieces(texts: Iterable[Sequence[int]], lengths: Sequence[int]) -> list[list[
 
 def run(model: Any, texts: Sequence[Sequence[int]], request: Request, console: Console) -> dict[str, Any]:
     """Train and measure; prints tables, and writes `out`, its weights and `out` with ".measured.json"."""
-    if len(texts) <= request.held_out:
-        raise ValueError(f"{len(texts)} texts, of which {request.held_out} are held out: none is left to train on")
-    own, held = texts[: len(texts) - request.held_out], texts[len(texts) - request.held_out :]
+    own, held = held_back(texts, request.held_out)
     seconds: dict[str, float] = {}
     with _timed(seconds, "roles", console):
         roles = head_roles(model, own[:2], request.share, policy=HeadSplit((), window=request.window), prefill=request.prefill)

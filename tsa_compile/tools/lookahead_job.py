@@ -16,6 +16,7 @@ from tsa_compile.index_weights import load_indexes
 from tsa_compile.learn.lookahead import train_lookahead
 from tsa_compile.learn.lookahead_recall import lookahead_recall
 from tsa_compile.learn.lookahead_settings import LookaheadTraining
+from tsa_compile.learn.model_inputs import held_back
 from tsa_compile.plan import Plan
 
 
@@ -34,9 +35,7 @@ def run(
     Raises:
         ValueError: too few texts.
     """
-    if len(texts) <= held_out:
-        raise ValueError(f"{len(texts)} texts, of which {held_out} are held out: none is left to train on")
-    own, held = texts[: len(texts) - held_out], texts[len(texts) - held_out :]
+    own, held = held_back(texts, held_out)
     first = out.with_suffix(".first.json")
     train_lookahead(model, own[:1], plan, first, dataclasses.replace(training, epochs=0))
     made = train_lookahead(model, own, plan, out, training, state=state)
