@@ -10,6 +10,7 @@ import torch
 from tsa_compile.tools.diffusion.experiment import Experiment, lines, prose, run
 from tsa_compile.tools.diffusion.model import BlockLM, training_loss, training_mask
 from tsa_compile.tools.diffusion.recall_task import RecallTask
+from tsa_compile.tools.diffusion.train import Curriculum
 
 TINY = Experiment(
     keys=4, values=4, questions=2, prefix=16, width=16, layers=2, heads=2, kv_heads=1, mlp=16, steps=60, batch=4,
@@ -19,8 +20,8 @@ TINY = Experiment(
 
 def test_it_writes_its_results(tmp_path):
     told = []
-    found = run(TINY, tmp_path, "cpu", told=lambda step, loss: told.append((step, loss)))
-    assert [step for step, _ in told] == [50]
+    found = run(TINY, tmp_path, "cpu", told=lambda step, prefix, loss: told.append((step, prefix)))
+    assert told == [(50, 8)]  # not mastered within 60 steps
     data = json.loads((tmp_path / "results.json").read_text())
     assert set(data["results"]) == {"fixed", "adaptive"}
     assert set(data["results"]["fixed"]) == {"dense", "k 1", "k 4", "k 64, 5 queries"}
@@ -38,7 +39,7 @@ def test_it_writes_its_results(tmp_path):
 
 def test_training_stops_in_time(tmp_path):
     told = []
-    run(TINY, tmp_path, "cpu", seconds=0.0, told=lambda step, loss: told.append(step))
+    run(TINY, tmp_path, "cpu", seconds=0.0, told=lambda step, prefix, loss: told.append(step))
     assert told == []
 
 
@@ -57,16 +58,31 @@ def test_samples_have_their_facts_and_the_answers_to_the_questions():
     assert noise[:, 3:].any(1).all()
 
 
-def test_answers_count_as_much_as_all_prose():
+def test_the_loss_of_the_answers_is_apart_from_that_of_prose():
     task = TINY.task
     model, ids = BlockLM(TINY.sizes), task.sample(2, torch.Generator().manual_seed(0))
     mask, noise = training_mask(20, 4), torch.zeros(2, 20, dtype=torch.bool)
     noise[:, 18:] = True
-    answers = training_loss(model, ids, noise, mask)
+    answers, none = training_loss(model, ids, noise, mask)
+    assert answers > 0
+    assert none == 0
     noise[:, :16] = True
     both = training_loss(model, ids, noise, mask)
     noise[:, 18:] = False
-    torch.testing.assert_close(both - training_loss(model, ids, noise, mask), answers, rtol=1e-4, atol=1e-5)
+    alone = training_loss(model, ids, noise, mask)
+    assert alone.answers == 0
+    torch.testing.assert_close(both.prose, alone.prose)
+
+
+def test_a_prefix_doubles_when_it_is_mastered():
+    curriculum = Curriculum(RecallTask(keys=6, values=16, questions=4, prefix=60 + 4))
+    assert curriculum.prefix == 16
+    seen = []
+    for loss in [2.7, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 2.7, 0.1, 0.6]:
+        curriculum.saw(loss)
+        seen.append(curriculum.prefix)
+    assert seen[:8] == [16] * 8
+    assert sorted(set(seen)) == [16, 32, 64]
 
 
 @pytest.mark.parametrize("wrong", [dict(prefix=15), dict(prefix=4, keys=8), dict(questions=5)])

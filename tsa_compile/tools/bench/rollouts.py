@@ -50,12 +50,15 @@ class RolloutRow:
     replayed: float
 
 
-def bench_rollout(model: Any, schedules: list[str], batch: int, past: int, new: int, repeats: int = 3) -> list[RolloutRow]:
+def bench_rollout(
+    model: Any, schedules: list[str], batch: int, past: int, new: int, repeats: int = 3, compiler: str = "eager"
+) -> list[RolloutRow]:
     """Exact decode, then each schedule.
 
     Args:
         model: a decoder of transformers, on the device that is timed.
         new: tokens of a sample in the long run, more than `FEW`.
+        compiler: as of `transform`, for all of them.
 
     Raises:
         ValueError: `new` is too small, or a schedule is none.
@@ -63,7 +66,7 @@ def bench_rollout(model: Any, schedules: list[str], batch: int, past: int, new: 
     if new <= FEW:
         raise ValueError(f"new must be above {FEW}, got {new}")
     plans = {EXACT: Plan(prefill=Dense(), decode=Exact()), **{name: schedule_plan(name) for name in schedules}}
-    rollouts = Rollouts(model, plans[EXACT], batch=batch)
+    rollouts = Rollouts(model, plans[EXACT], batch=batch, compiler=compiler)
     prompt = torch.randint(1, model.config.vocab_size, (past,), device=model.device)
     took: dict[str, list[float]] = {name: [] for name in plans}
     replays: dict[str, list[float]] = {name: [] for name in plans}

@@ -23,7 +23,10 @@ def diffusion(
 
     console = Console(soft_wrap=True)
     chosen = experiment.Experiment(steps=steps, prefix=prefix, batch=batch, rate=rate)
-    told = lambda step, loss: console.print(f"step {step}: loss {loss:.3f}", highlight=False)  # noqa: E731
+
+    def told(step: int, prefix: int, loss: float) -> None:
+        console.print(f"step {step}, prefix {prefix}: loss of the answers {loss:.3f}", highlight=False)
+
     found = experiment.run(chosen, out, device, None if minutes is None else 60 * minutes, told)
     for loop, outcomes in found.items():
         console.print(f"{loop}:", *experiment.lines(outcomes), sep="\n  ", markup=False, highlight=False)

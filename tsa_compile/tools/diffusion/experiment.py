@@ -56,7 +56,11 @@ class Experiment:
 
 
 def run(
-    experiment: Experiment, out: Path, device: str, seconds: float | None = None, told: Callable[[int, float], None] | None = None
+    experiment: Experiment,
+    out: Path,
+    device: str,
+    seconds: float | None = None,
+    told: Callable[[int, int, float], None] | None = None,
 ) -> dict[str, dict[str, Outcome]]:
     """Train, measure, and write `model.pt`, `results.json` and `report.html` to the folder `out`.
 

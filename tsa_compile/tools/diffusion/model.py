@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -95,8 +95,15 @@ def training_mask(length: int, block: int, first: int = 0) -> Tensor:
     return torch.cat([noisy, torch.cat([torch.zeros_like(same)[:, first:], same | earlier], 1)])
 
 
-def training_loss(model: BlockLM, ids: Tensor, noise: Tensor, mask: Tensor, first: int = 0) -> Tensor:
-    """Mean cross entropy at the masked tokens of the last block, and that of the other blocks, if they are learned, added.
+class Losses(NamedTuple):
+    """Mean cross entropy at the masked tokens of the last block, and at those of the other blocks; 0 where there are none."""
+
+    answers: Tensor
+    prose: Tensor
+
+
+def training_loss(model: BlockLM, ids: Tensor, noise: Tensor, mask: Tensor, first: int = 0) -> Losses:
+    """One call over noisy and clean tokens.
 
     Args:
         ids: clean tokens `[B, L]`, whole blocks.
@@ -113,5 +120,5 @@ def training_loss(model: BlockLM, ids: Tensor, noise: Tensor, mask: Tensor, firs
 
     logits = model(torch.cat([noisy, ids], 1), torch.cat([at[first:], at]), attend)[:, : noisy.shape[1]]
     last = torch.arange(noise.shape[1], device=ids.device) >= noise.shape[1] - model.sizes.block
-    parts = (noise & last, noise & ~last) if noise.shape[1] > model.sizes.block else (noise,)
-    return sum((F.cross_entropy(logits[part].float(), learned[part]) for part in parts if part.any()), logits.new_zeros(()))
+    mean = lambda part: F.cross_entropy(logits[part].float(), learned[part], reduction="sum") / part.sum().clamp(min=1)  # noqa: E731
+    return Losses(mean(noise & last), mean(noise & ~last))

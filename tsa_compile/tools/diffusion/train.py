@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Mapping
 
@@ -16,30 +17,31 @@ from tsa_compile.tools.diffusion.model import BlockLM, Sizes, training_loss, tra
 from tsa_compile.tools.diffusion.recall_task import RecallTask
 
 Tensor = torch.Tensor
+LOOK_EVERY = 10  # steps between two looks at the loss: each waits for the device
 
 
 def train(
     task: RecallTask, sizes: Sizes, steps: int, batch: int, rate: float, seed: int = 0, device: str = "cpu",
-    text: Tensor | None = None, seconds: float | None = None, told: Callable[[int, float], None] | None = None,
+    text: Tensor | None = None, seconds: float | None = None, told: Callable[[int, int, float], None] | None = None,
 ) -> BlockLM:  # fmt: skip
     """A model that has learned the task; the same for the same arguments on the same machine, unless `seconds` end it.
 
-    Prefixes are short at first (`prefix_at`): among many tokens a fact is not found by chance, and nothing is learned.
+    Prefixes are short at first (`Curriculum`): among many tokens a fact is not found by chance, and nothing is learned.
 
     Args:
         steps, batch, rate: of AdamW; the rate rises and falls once (one cycle).
         text: see `RecallTask.sample`. Its blocks are learned too, if it is given.
         seconds: when to stop at the latest; None: after `steps`.
-        told: called every 50 steps with the step and the loss.
+        told: called every 50 steps with the step, the prefix and the loss of the answers.
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     model = BlockLM(sizes).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.2)
-    masks, start = dict[int, Tensor](), time.monotonic()
+    curriculum, masks, start = Curriculum(task), dict[int, Tensor](), time.monotonic()
     for step in range(steps):
-        now = dataclasses.replace(task, prefix=prefix_at(task, step / steps))
+        now = dataclasses.replace(task, prefix=curriculum.prefix)
         first = now.prefix if text is None else 0
         if now.prefix not in masks:
             masks = {now.prefix: training_mask(now.prefix + now.block, now.block, first).to(device)}
@@ -47,24 +49,33 @@ def train(
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             loss = training_loss(model, ids.to(device), noise.to(device), masks[now.prefix], first)
         optimizer.zero_grad()
-        loss.backward()
+        sum(loss).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
+        if step % LOOK_EVERY == LOOK_EVERY - 1:
+            curriculum.saw(loss.answers.item())
         if told is not None and step % 50 == 49:
-            told(step + 1, loss.item())
+            told(step + 1, now.prefix, loss.answers.item())
         if seconds is not None and time.monotonic() - start > seconds:
             break
     return model.eval()
 
 
-def prefix_at(task: RecallTask, done: float) -> int:
-    """Tokens of a prefix when the share `done` of the training is done: for the first half twice as many tokens as there are
-    keys, four times, and so on, each as long as the other; then `task.prefix`."""
-    shortest = -(-2 * task.keys // task.block) * task.block
-    lengths = [shortest << n for n in range(32) if shortest << n < task.prefix]
-    stage = int(2 * done * len(lengths))
-    return lengths[stage] if stage < len(lengths) else task.prefix
+class Curriculum:
+    """Prefixes that double, from twice as many tokens as there are keys to the task's, each time the last one is mastered: when
+    the mean loss of the answers is under a fifth of what guessing among the values has."""
+
+    def __init__(self, task: RecallTask) -> None:
+        self.longest, self.mastered = task.prefix, 0.2 * math.log(task.values)
+        self.prefix = min(task.prefix, -(-2 * task.keys // task.block) * task.block)
+        self.mean = math.inf
+
+    def saw(self, loss: float) -> None:
+        """The loss of one more batch."""
+        self.mean = loss if math.isinf(self.mean) else 0.8 * self.mean + 0.2 * loss
+        if self.mean < self.mastered and self.prefix < self.longest:
+            self.prefix, self.mean = min(2 * self.prefix, self.longest), math.inf
 
 
 def _batch(task: RecallTask, batch: int, generator: torch.Generator, text: Tensor | None) -> tuple[Tensor, Tensor]:
