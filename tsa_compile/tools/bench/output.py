@@ -50,7 +50,9 @@ def prefill_table(rows: Sequence[PrefillRow]) -> Table:
     for r in rows:
         ratio = f"{r.dense / r.sparse:.2f}x"
         memory = [f"{m / 1e9:.1f}" for m in (r.dense_memory, r.sparse_memory)]
-        sites, share = f"{r.replaced}/{r.sites}", f"{r.dense_attention / r.dense:.0%} -> {r.sparse_attention / r.sparse:.0%}"
+        sites, share = f"{r.replaced}/{r.sites}", f"{r.dense_attention / r.dense:.0%}"
+        if r.sparse_attention is not None:
+            share += f" -> {r.sparse_attention / r.sparse:.0%}"
         table.add_row(str(r.length), f"{r.dense:.1f}", f"{r.sparse:.1f}", ratio, share, f"{r.kept:.0%}", sites, *memory)
     return table
 

@@ -39,7 +39,8 @@ LLAMA_8B: dict[str, Any] = dict(
 class PrefillRow:
     """Times to the first token in milliseconds, peak memory in bytes, share of the tokens kept.
 
-    `dense_attention`, `sparse_attention`: the part of all layers' attention in them, timed alone on one layer's shapes.
+    `dense_attention`, `sparse_attention`: the part of all layers' attention in them, timed alone on one layer's shapes; None where
+    the share that is read was forced, which random rows do not show.
     """
 
     length: int
@@ -48,7 +49,7 @@ class PrefillRow:
     dense_memory: int
     sparse_memory: int
     dense_attention: float
-    sparse_attention: float
+    sparse_attention: float | None
     kept: float
     replaced: int
     sites: int
@@ -88,7 +89,7 @@ def bench_prefill(
     for length, chosen in policies.items():
         if keep is not None:
             session_of(model).plan = as_plan(chosen)
-        yield _row(dense, model, length, chosen or default_policy(), repeats)
+        yield _row(dense, model, length, (chosen or default_policy()) if keep is None else None, repeats)
     api.restore(model)
 
 
@@ -122,7 +123,7 @@ def session_of(model: Any) -> Session:
     return session
 
 
-def _row(dense: Any, sparse: Any, length: int, policy: Policy, repeats: int) -> PrefillRow:
+def _row(dense: Any, sparse: Any, length: int, policy: Policy | None, repeats: int) -> PrefillRow:
     works = [functools.partial(_prefill, model, length) for model in (dense, sparse)]
     dense_memory, sparse_memory = map(_peak, works)
     calls = max(repeats, 32768 // length)  # a short prompt's calls vary more
@@ -145,8 +146,8 @@ def _peak(work: Callable[[], Any]) -> int:
     return torch.cuda.max_memory_allocated()
 
 
-def attention_ms(config: Any, length: int, policy: Policy) -> tuple[float, float]:
-    """Milliseconds of all layers' attention, dense (SDPA) and by `policy`, on random q, k and v of one layer's shapes.
+def attention_ms(config: Any, length: int, policy: Policy | None) -> tuple[float, float | None]:
+    """Milliseconds of all layers' attention, dense (SDPA) and by `policy` if there is one, on random q, k and v of one layer's shapes.
 
     Short prompts' from CUDA graphs, as in a model the GPU is busy while a layer's kernels are launched.
     """
@@ -155,9 +156,11 @@ def attention_ms(config: Any, length: int, policy: Policy) -> tuple[float, float
     q, k, v = (torch.randn(1, length, h, dim, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for h in heads)
     site = AttentionSite.of(Operands(q, k, v), MaskFacts(causal=True))
     dense = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # noqa: E731
-    sparse = lambda: policy.attend(call, site, policy.select(call, site, None))  # noqa: E731
     layers, timed = config.num_hidden_layers, graph_ms if length < GRAPHED_BELOW else median_ms
-    return layers * timed(dense, 3), layers * timed(sparse, 3)
+    of_dense = layers * timed(dense, 3)
+    if policy is None:
+        return of_dense, None
+    return of_dense, layers * timed(lambda: policy.attend(call, site, policy.select(call, site, None)), 3)
 
 
 @torch.no_grad()
