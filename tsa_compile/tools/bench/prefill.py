@@ -39,8 +39,8 @@ LLAMA_8B: dict[str, Any] = dict(
 class PrefillRow:
     """Times to the first token in milliseconds, peak memory in bytes, share of the tokens kept.
 
-    `dense_attention`, `sparse_attention`: the part of all layers' attention in them, timed alone on one layer's shapes; None where
-    the share that is read was forced, which random rows do not show.
+    `dense_attention`, `sparse_attention`: the part of all layers' attention in them, timed alone on one layer's shapes; None
+    where the share that is read was forced, which random rows do not show.
     """
 
     length: int
@@ -147,7 +147,7 @@ def _peak(work: Callable[[], Any]) -> int:
 
 
 def attention_ms(config: Any, length: int, policy: Policy | None) -> tuple[float, float | None]:
-    """Milliseconds of all layers' attention, dense (SDPA) and by `policy` if there is one, on random q, k and v of one layer's shapes.
+    """Milliseconds of all layers' attention, dense (SDPA) and, if given, by `policy`, on random q, k, v of one layer's shapes.
 
     Short prompts' from CUDA graphs, as in a model the GPU is busy while a layer's kernels are launched.
     """
