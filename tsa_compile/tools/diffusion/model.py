@@ -8,8 +8,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Tensor = torch.Tensor
+# cuDNN's backward with a mask gives gradients that are not numbers at lengths of 64 beyond multiples of 128 (pytorch#196678)
+WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +119,8 @@ def training_loss(model: BlockLM, ids: Tensor, noise: Tensor, mask: Tensor, firs
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))  # with a mask no fused kernel takes groups
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        with sdpa_kernel(WITHOUT_CUDNN):
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
     logits = model(torch.cat([noisy, ids], 1), torch.cat([at[first:], at]), attend)[:, : noisy.shape[1]]
     last = torch.arange(noise.shape[1], device=ids.device) >= noise.shape[1] - model.sizes.block

@@ -26,10 +26,11 @@ def train(
 ) -> BlockLM:  # fmt: skip
     """A model that has learned the task; the same for the same arguments on the same machine, unless `seconds` end it.
 
-    Prefixes are short at first (`Curriculum`): among many tokens a fact is not found by chance, and nothing is learned.
+    Prefixes are short at first (`Curriculum`), in as many more rows: among many tokens a fact is not found by chance, and nothing
+    is learned.
 
     Args:
-        steps, batch, rate: of AdamW; the rate rises and falls once (one cycle).
+        steps, batch, rate: of AdamW, `batch` rows of the longest prefix; the rate rises and falls once (one cycle).
         text: see `RecallTask.sample`. Its blocks are learned too, if it is given.
         seconds: when to stop at the latest; None: after `steps`.
         told: called every 50 steps with the step, the prefix and the loss of the answers.
@@ -45,7 +46,8 @@ def train(
         first = now.prefix if text is None else 0
         if now.prefix not in masks:
             masks = {now.prefix: training_mask(now.prefix + now.block, now.block, first).to(device)}
-        ids, noise = _batch(now, batch, generator, text)
+        rows = batch * (task.prefix + task.block) // (now.prefix + task.block)
+        ids, noise = _batch(now, rows, generator, text)
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             loss = training_loss(model, ids.to(device), noise.to(device), masks[now.prefix], first)
         optimizer.zero_grad()
