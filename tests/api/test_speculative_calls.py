@@ -25,7 +25,9 @@ def tokens(model, ids, **options):
 BLOCKS = tsa.BlockSparse(0.999, pool=32, window=1, sinks=0, last_dense=0)
 
 
-@pytest.mark.parametrize(("policy", "most"), [(SPARSE, 0.9), (BLOCKS, 0.98)], ids=["tokens", "blocks"])
+@pytest.mark.parametrize(
+    ("policy", "most"), [pytest.param(SPARSE, 0.9, marks=pytest.mark.slow), (BLOCKS, 0.98)], ids=["tokens", "blocks"]
+)
 def test_the_tokens_are_those_without_candidates(policy, most):
     model, draft, ids = tiny_llama(num_hidden_layers=2), tiny_llama(), token_ids(100).repeat(1, 3)
     tsa.transform(model, policy)

@@ -86,9 +86,9 @@ HOLES[:, 25:28] = 0
 @pytest.mark.parametrize(
     ("call", "masked"),
     [
-        ({}, False),
+        pytest.param({}, False, marks=pytest.mark.slow),
         (BATCH, False),
-        ({**BATCH, "attention_mask": torch.ones_like(HOLES)}, False),
+        pytest.param({**BATCH, "attention_mask": torch.ones_like(HOLES)}, False, marks=pytest.mark.slow),
         ({**BATCH, "ids": BATCH["ids"] * HOLES, "attention_mask": HOLES}, True),
     ],
     ids=["one", "padded", "ones", "holes"],

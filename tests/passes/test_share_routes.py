@@ -200,7 +200,7 @@ TOKENS = tsa.TokenSparse(coverage=0.3, window=8, pool=3, min_tokens=8, completio
 
 
 @pytest.mark.parametrize("policy", [BLOCKS, pytest.param(TOKENS, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("heads", [None, (1, 0)], ids=["same heads", "swapped"])
+@pytest.mark.parametrize("heads", [pytest.param(None, marks=pytest.mark.slow), (1, 0)], ids=["same heads", "swapped"])
 def test_a_prefill_shares_one_selection(policy, heads):
     """Two layers with the same projections, or with their heads swapped, and a first one that adds nothing: own and shared
     selections are one."""

@@ -121,7 +121,10 @@ def test_without_the_package_the_error_says_what_to_install(tmp_path, monkeypatc
         ruler_data.load(tmp_path, "ruler/vt", Prompter(byte_tokenizer(False)), 512, 1)
 
 
-@pytest.mark.parametrize("task", ["niah_single_2", "niah_multikey_3", "vt", "cwe", "fwe", "qa_1"])
+LONG = [pytest.param(task, marks=pytest.mark.slow) for task in ("niah_single_2", "niah_multikey_3")]
+
+
+@pytest.mark.parametrize("task", [*LONG, "vt", "cwe", "fwe", "qa_1"])
 @pytest.mark.parametrize("chat", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_public_generators(task, chat, tmp_path):
     for package in ("long_context_eval", "wonderwords", "scipy", "numpy", "yaml"):
