@@ -194,6 +194,30 @@ def test_triton_scores_against_the_reference(dtype, heads, kv_heads, rows):
             torch.testing.assert_close(got[1][b, ..., :chunks], want[1][b, ..., :chunks], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("dim", "group", "parts"), [(26, 1, 1), (32, 7, 3), (10, 3, 40)])
+def test_any_share_of_a_list_by_blocks_and_words(dim, group, parts):
+    """Lists that are empty, one page, all in a chunk, or all pages; more parts than entries; rows of an odd number of bytes."""
+    pytest.importorskip("triton")
+    from tsa_compile.kernels.score.page_basis.host import CONFIG, refine_scores
+
+    k, q = keys(8, 1, 1600, dim), torch.randn(4, group, 1, dim, device=DEVICE)
+    table = torch.randperm(8, device=DEVICE).to(torch.int32).view(4, 2)
+    view = (table, 1600, int32(0, 5, 0, 0), int32(3200, 3000, 2100, 40))
+    sums, counts = tsa.page_sums(k, None, 1, None, None, None)
+    basis = tsa.page_basis(k, None, 1, None, None, None)
+    logits, _ = tsa.page_scores(q, sums, counts, *view, 3200, 0.3)
+    indices = torch.full((4, 1, 200), 10**6, dtype=torch.int32, device=DEVICE)
+    lists = [torch.arange(200), torch.arange(64, 128), torch.tensor([130]), torch.tensor([])]
+    for b, pages in enumerate(lists):
+        indices[b, 0, : len(pages)] = pages.to(indices)
+    given = (q, logits, counts, *basis, indices, int32(*map(len, lists)).view(4, 1), *view, 3200, 0.3)
+    got, want = refine_scores(*given, CONFIG._replace(tile=16, resident=parts)), refine_scores_reference(*given)
+    for b, pages in enumerate((200, 187, 131, 2)):
+        torch.testing.assert_close(got[0][b, ..., :pages], want[0][b, ..., :pages], rtol=1e-4, atol=1e-4)
+        chunks = -(-pages // 64)
+        torch.testing.assert_close(got[1][b, ..., :chunks], want[1][b, ..., :chunks], rtol=1e-4, atol=1e-4)
+
+
 def test_opcheck_and_wrong_arguments():
     q, k, mask, view, given, lists = case()
     torch.library.opcheck(tsa.page_basis.default, (k[:, :, :64], None, 1, None, None, mask[:, :64]))

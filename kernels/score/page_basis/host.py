@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
+from tsa_compile.kernels.common.launch import multiprocessors, split_count
 from tsa_compile.kernels.common.launcher import launch
-from tsa_compile.kernels.common.page_basis import RANK
 from tsa_compile.kernels.common.pages import CHUNK, PAGE
 from tsa_compile.kernels.common.sizes import cdiv, next_power_of_2
 from tsa_compile.kernels.common.tiles import precision
 
 Tensor = torch.Tensor
 BLOCK_M = 16  # query rows of a program, the least that its products take
-TILE = 16  # pages at a time
+COPIED = 2048  # logits that a program copies at a time
+
+
+class BasisConfig(NamedTuple):
+    """How a list is cut into programs; `tsa-compile bench decode --sweep refine` times others.
+
+    Args:
+        tile: pages at a time.
+        num_warps, num_stages: of a program.
+        resident: programs that a multiprocessor holds at a time.
+    """
+
+    tile: int = 32
+    num_warps: int = 8
+    num_stages: int = 2
+    resident: int = 2
+
+
+CONFIG = BasisConfig()
 
 
 def refine_scores(
@@ -30,6 +50,7 @@ def refine_scores(
     lengths: Tensor | None,
     capacity: int,
     scale: float,
+    config: BasisConfig = CONFIG,
 ) -> tuple[Tensor, Tensor]:
     """`tsa::refine_scores` by Triton. Nothing waits for the device; no length compiles anything."""
     from tsa_compile.kernels.score.page_basis.device import refine_scores_kernel
@@ -40,17 +61,24 @@ def refine_scores(
     parts = q.new_empty(batch, heads, rows, chunks, dtype=torch.float32)
     if refined.numel() == 0:
         return refined, parts
+    queries, half = min(BLOCK_M, next_power_of_2(group * rows)), dim // 2
+    words = half // 2 if half % 2 == 0 else half
     tiles_m, block_pages = cdiv(group * rows, BLOCK_M), max(1, block // PAGE)
-    strides = [n for x in (basis, coords, scales) for n in x.stride()[:2]]
-    tensors = (q, logits, counts, basis, coords, scales, refined, parts, indices, list_counts, blocks, start, lengths)
+    listed, programs = pages if indices is None else indices.shape[2], batch * kv_heads * tiles_m
+    slots = config.resident * (multiprocessors(q.device) if q.is_cuda else 1)  # 1: the interpreter
+    splits = split_count(programs, max(1, cdiv(listed, config.tile)), slots)
+    read = basis.view(torch.int16) if half % 2 == 0 else basis
+    strides = [n for x in (read, coords, scales) for n in x.stride()[:2]]
+    tensors = (q, logits, counts, read, coords, scales, refined, parts, indices, list_counts, blocks, start, lengths)
     numbers = (
         *q.stride(), counts.stride(0), *strides, 0 if blocks is None else blocks.stride(0),
         block_pages, max(1, basis.shape[2] // block_pages), kv_heads, group, rows, tiles_m, capacity, pages, chunks,
-        0 if indices is None else indices.shape[2], scale,
+        0 if indices is None else indices.shape[2], splits, scale,
     )  # fmt: skip
     launch(
-        refine_scores_kernel, (batch * kv_heads * tiles_m, chunks), tensors, numbers,
-        D=dim, HALF=max(16, next_power_of_2(dim // 2)), RANK=RANK, BLOCK_M=BLOCK_M, CHUNK=CHUNK, TILE=TILE,
-        PRECISION=precision(q.dtype), num_warps=4,
+        refine_scores_kernel, (programs, splits), tensors, numbers,
+        D=dim, WORDS=words, BLOCK_W=max(16, next_power_of_2(cdiv(half, 2))), BLOCK_M=BLOCK_M, Q=queries, CHUNK=CHUNK,
+        TILE=config.tile, STEP=max(CHUNK, COPIED // queries), STAGES=config.num_stages,
+        PRECISION=precision(q.dtype), num_warps=config.num_warps,
     )  # fmt: skip
     return refined, parts
