@@ -20,6 +20,7 @@ from tsa_compile.kernels.attend.decode import device, listed_device
 from tsa_compile.kernels.attend.decode.config import decode_config
 from tsa_compile.kernels.common.splits_device import merge_kernel
 from tsa_compile.kernels.score.page_index import device as scores
+from tsa_compile.kernels.score.page_index.host import CONFIG as SCORES, stages_of
 from tsa_compile.kernels.select.top_pages import bins_device, list_device, shares_device
 from tsa_compile.kernels.select.top_pages.host import CONFIG
 from tsa_compile.kernels.state.append_pages import device as append
@@ -55,6 +56,13 @@ def decode(capability, dtype, dim, v_dim, queries, swap=False, given=(), one=Fal
                      PRECISION="tf32x3" if dtype == "fp32" else "ieee") | more
     return compile_kernel(device.decode_kernel, capability, dtype, config.num_warps, config.num_stages, constants, bias=bias)
 
+def page_scores(capability, dtype, sums, dim, queries, **more):
+    stages = stages_of(64 * dim * (2 if sums == "bf16" else 4), SCORES.num_stages)
+    shape = dict(D=dim, BLOCK_D=dim, BLOCK_M=max(16, queries), Q=queries, CHUNK=64, STAGES=stages, q_sd=1,
+                 PRECISION="ieee" if sums == "bf16" else "tf32x3") | more
+    made = compile_kernel(scores.page_scores_kernel, capability, dtype, SCORES.num_warps, 3, shape, sums="*" + sums, **numbers)
+    assert stages == 1 or "cp.async.cg" in made.asm["ptx"]
+
 capability = int(sys.argv[1])
 numbers = {"keep": "*i64", "mass_bits": "i64", "logits": "*fp32", "parts": "*fp32", "scores": "*i32", "gathered": "*fp32",
            "indices": "*i32", "list_counts": "*i32", "table": "*i32", "pages": "i32", "sinks": "i32",
@@ -73,15 +81,18 @@ for early in (False, True) if capability >= 90 else (False,):  # starts of a lau
     shape = dict(keep=None, SMALL=CONFIG.small, BLOCK=CONFIG.block, EARLY=early)
     for mass in (False, True) if capability != 86 else (False,):
         compile_kernel(list_device.page_lists_kernel, capability, "bf16", CONFIG.warps, 3, shape | {"MASS": mass}, **numbers)
+page_scores(capability, "bf16", "bf16", 128, 4, start=None, blocks=None)
+page_scores(capability, "fp32", "fp32", 256, 16)
+page_scores(capability, "fp32", "fp32", 128, 16)
+page_scores(capability, "bf16", "bf16", 128, 64)
 if capability == 90:
     decode(90, "bf16", 128, 128, 4, swap=True, given=("lengths", "start", "key_mask"))
     decode(90, "fp32", 128, 128, 28, swap=True, given=("lengths",))
     for dtype, sums in (("bf16", "bf16"), ("bf16", "fp32")):
         none = dict(start=None, blocks=None, key_mask=None, k_sd=1, q_sd=1, D=128, BLOCK_D=128)
         compile_kernel(append.append_pages_kernel, 90, dtype, 4, 3, none | {"PAGES": 4}, sums="*" + sums, **numbers)
-        shape = dict(BLOCK_M=16, CHUNK=64, PRECISION="ieee" if sums == "bf16" else "tf32x3")
         del none["key_mask"], none["k_sd"]
-        compile_kernel(scores.page_scores_kernel, 90, dtype, 4, 1, none | shape, sums="*" + sums, **numbers)
+        page_scores(90, dtype, sums, 128, 16, **none)
     for mass in (False, True):
         none = dict(start=None, blocks=None, keep=None, QUERIES=4, BLOCK=2048, MASS=mass)
         compile_kernel(bins_device.top_pages_kernel, 90, "bf16", 8, 3, none, **numbers | {"scores": "*fp32"})

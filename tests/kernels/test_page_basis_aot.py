@@ -14,26 +14,27 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from tsa_compile.kernels.attend.completion import host as completion
 from tsa_compile.kernels.attend.completion.device import complete_pages_kernel
 from tsa_compile.kernels.score.page_basis.device import refine_scores_kernel
 from tsa_compile.kernels.score.page_basis.host import CONFIG
 from tsa_compile.kernels.state.append_basis.device import append_basis_kernel
 
 TYPES = { "coords": "*i8", "scales": "*bf16", "key_mask": "*i1", "scale": "fp32"}
-TYPES |= dict.fromkeys(("blocks", "start", "begin", "end", "lengths", "indices", "list_counts", "counts"), "*i32")
+TYPES |= dict.fromkeys(("blocks", "start", "begin", "end", "lengths", "indices", "list_counts", "counts", "kept"), "*i32")
 TYPES |= dict.fromkeys(("logits", "refined", "parts", "part", "part_lse", "lse"), "*fp32")
 SHARED = {80: 166912, 90: 232448, 120: 101376}
 capability, dtype = int(sys.argv[1]), sys.argv[2]
 precision = "tf32x3" if dtype == "fp32" else "ieee"
 
-def compile_kernel(kernel, warps, basis="*u8", **constants):
+def compile_kernel(kernel, warps, basis="*u8", stages=3, **constants):
     names = [p.name for p in kernel.params]
     pointers = ("q", "k", "out", "sums")
     signature = {n: "constexpr" if n in constants else (TYPES | {"basis": basis}).get(n, "*" + dtype if n in pointers else "i32")
                  for n in names}
     wide = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] == "*" or n.split("_")[-1][0] == "s"}
     made = triton.compile(ASTSource(kernel, signature, constants, wide), target=GPUTarget("cuda", capability, 32),
-                          options={"num_warps": warps})
+                          options={"num_warps": warps, "num_stages": stages})
     assert made.asm["cubin"] and made.metadata.shared <= SHARED[capability], made.metadata.shared
     print(kernel.__name__, dim, made.metadata.shared)
     return made
@@ -47,8 +48,12 @@ for dim in (64, 80, 128, 256):
         made = compile_kernel(refine_scores_kernel, CONFIG.num_warps, "*i16", **shape, **dict.fromkeys(without))
         assert dtype != "bf16" or dim != 128 or queries == 16 or "cp.async" in made.asm["ptx"]  # 16 bytes a thread, in flight
         assert "ld.global.b8" not in made.asm["ptx"]  # nor by single bytes
-    shape = dict(DV=dim, BLOCK_DV=triton.next_power_of_2(dim), BLOCK_M=16, CHUNK=64, PRECISION=precision)
-    compile_kernel(complete_pages_kernel, 4, **shape, blocks=None)
+    block, bytes_ = triton.next_power_of_2(dim), 4 if dtype == "fp32" else 2
+    stages = completion.stages_of(64 * block * bytes_, completion.CONFIG.num_stages)
+    for queries in (4, 16):
+        shape = dict(DV=dim, BLOCK_DV=block, BLOCK_M=16, Q=queries, CHUNK=64, PRECISION=precision)
+        made = compile_kernel(complete_pages_kernel, completion.CONFIG.num_warps, stages=stages, **shape, blocks=None)
+        assert "cp.async.cg" in made.asm["ptx"]
 shape = dict(D=26, WORDS=13, BLOCK_W=16, BLOCK_M=16, Q=1, CHUNK=64, TILE=CONFIG.tile, STEP=2048, STAGES=CONFIG.num_stages)
 compile_kernel(refine_scores_kernel, CONFIG.num_warps, **shape, PRECISION=precision)  # of bytes
 print("compiled")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
-from tsa_compile.kernels.common.launch import multiprocessors, split_count
+from tsa_compile.kernels.common.launch import even_split_count, multiprocessors
 from tsa_compile.kernels.common.launcher import launch
 from tsa_compile.kernels.common.pages import CHUNK, PAGE
 from tsa_compile.kernels.common.results import empty_result
@@ -13,8 +15,28 @@ from tsa_compile.kernels.common.tiles import precision
 
 Tensor = torch.Tensor
 BLOCK_M = 16  # query rows of a program, the least that its products take
-RESIDENT = 4  # programs that a multiprocessor holds at a time
 MERGED_AT_ONCE = 64  # parts of a query row
+
+
+class CompletionConfig(NamedTuple):
+    """How an index is cut into programs; `tsa-compile bench decode --sweep complete` times others.
+
+    Args:
+        num_warps, num_stages: of a program. Values wait for the number of keys, and so are copied a stage later.
+        resident: programs that a multiprocessor holds at a time.
+    """
+
+    num_warps: int = 4
+    num_stages: int = 5
+    resident: int = 4
+
+
+CONFIG = CompletionConfig()
+
+
+def stages_of(tile_bytes: int, stages: int) -> int:
+    """Stages of the loop over tiles of values: `stages` of up to 16 KB; of larger ones three, the least by which one is ahead."""
+    return stages if tile_bytes <= 16 << 10 else 3
 
 
 def complete_pages(
@@ -30,6 +52,7 @@ def complete_pages(
     start: Tensor | None,
     lengths: Tensor | None,
     capacity: int,
+    config: CompletionConfig = CONFIG,
 ) -> tuple[Tensor, Tensor]:
     """`tsa::complete_pages` by Triton. Nothing waits for the device; no length compiles anything."""
     from tsa_compile.kernels.attend.completion.device import complete_pages_kernel
@@ -40,13 +63,14 @@ def complete_pages(
     done, done_lse = empty_result(out, out), torch.empty_like(lse, memory_format=torch.contiguous_format)
     if out.numel() == 0:
         return done, done_lse
-    tiles_m, block_pages, block_dv = cdiv(group * rows, BLOCK_M), max(1, block // PAGE), next_power_of_2(dim)
+    tiles_m, block_pages, block_dv = cdiv(group * rows, BLOCK_M), max(1, block // PAGE), max(16, next_power_of_2(dim))
     programs = batch * kv_heads * tiles_m
-    slots = RESIDENT * (multiprocessors(out.device) if out.is_cuda else 1)  # 1: the interpreter
-    splits = split_count(programs, max(1, cdiv(pages, CHUNK)), slots)
+    slots = config.resident * (multiprocessors(out.device) if out.is_cuda else 1)  # 1: the interpreter
+    splits = even_split_count(programs, max(1, cdiv(pages, CHUNK)), slots)
     part = out.new_empty(batch * heads * rows * (splits + 1), dim, dtype=torch.float32)
     part_lse = part.new_empty(part.shape[0])
-    tensors = (out, lse, logits, sums, counts, part, part_lse, indices, list_counts, blocks, start, lengths)
+    kept = torch.empty(programs, pages, dtype=torch.int32, device=out.device)
+    tensors = (out, lse, logits, sums, counts, part, part_lse, kept, indices, list_counts, blocks, start, lengths)
     numbers = (
         *out.stride()[:3], *lse.stride()[:2], *sums.stride()[:3], counts.stride(0), 0 if blocks is None else blocks.stride(0),
         block_pages, max(1, sums.shape[2] // block_pages), kv_heads, group, rows, tiles_m, capacity, pages,
@@ -54,11 +78,13 @@ def complete_pages(
     )  # fmt: skip
     launch(
         complete_pages_kernel, (programs, splits), tensors, numbers,
-        DV=dim, BLOCK_DV=max(16, block_dv), BLOCK_M=BLOCK_M, CHUNK=CHUNK, PRECISION=precision(sums.dtype), num_warps=4,
+        DV=dim, BLOCK_DV=block_dv, BLOCK_M=BLOCK_M, Q=min(BLOCK_M, next_power_of_2(group * rows)), CHUNK=CHUNK,
+        PRECISION=precision(sums.dtype), num_warps=config.num_warps,
+        num_stages=stages_of(CHUNK * block_dv * sums.itemsize, config.num_stages),
     )  # fmt: skip
     launch(
         merge_kernel, (batch * heads * rows,), (part, part_lse, done, done_lse, None),
         (*done.stride()[:3], heads, rows, splits + 1),
-        DV=dim, BLOCK_DV=max(16, block_dv), BLOCK_S=MERGED_AT_ONCE, num_warps=4 if block_dv <= 128 else 8,
+        DV=dim, BLOCK_DV=block_dv, BLOCK_S=MERGED_AT_ONCE, num_warps=4 if block_dv <= 128 else 8,
     )  # fmt: skip
     return done, done_lse

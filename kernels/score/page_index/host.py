@@ -2,14 +2,38 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
+from tsa_compile.kernels.common.launch import even_split_count, multiprocessors
 from tsa_compile.kernels.common.launcher import launch
 from tsa_compile.kernels.common.pages import CHUNK, PAGE, pages_of
 from tsa_compile.kernels.common.sizes import cdiv, next_power_of_2
 from tsa_compile.kernels.common.tiles import precision
 
 Tensor = torch.Tensor
+
+
+class ScoreConfig(NamedTuple):
+    """How an index is cut into programs; `tsa-compile bench decode --sweep score` times others.
+
+    Args:
+        num_warps, num_stages: of a program.
+        resident: programs that a multiprocessor holds at a time.
+    """
+
+    num_warps: int = 4
+    num_stages: int = 3
+    resident: int = 4
+
+
+CONFIG = ScoreConfig()
+
+
+def stages_of(tile_bytes: int, stages: int) -> int:
+    """Stages of a loop over tiles of an index: `stages` of up to 16 KB; of larger ones so few that every GPU holds them."""
+    return stages if tile_bytes <= 16 << 10 else 2 if tile_bytes <= 32 << 10 else 1
 
 
 def page_scores(
@@ -22,6 +46,7 @@ def page_scores(
     lengths: Tensor | None,
     capacity: int,
     scale: float,
+    config: ScoreConfig = CONFIG,
 ) -> tuple[Tensor, Tensor]:
     """`tsa::page_scores` by Triton. Products run in the dtype of `sums`. Nothing waits for the device."""
     from tsa_compile.kernels.score.page_index.device import page_scores_kernel
@@ -33,16 +58,21 @@ def page_scores(
     parts = q.new_empty(batch, heads, rows, chunks, dtype=torch.float32)
     if logits.numel() == 0:
         return logits, parts
-    block_m = min(64, max(16, next_power_of_2(group * rows)))
+    block_d = max(16, next_power_of_2(dim))
+    block_m = min(64 if block_d * sums.itemsize <= 256 else 16, max(16, next_power_of_2(group * rows)))
     tiles_m, block_pages = cdiv(group * rows, block_m), max(1, block // PAGE)
+    programs = batch * kv_heads * tiles_m
+    splits = even_split_count(programs, chunks, config.resident * (multiprocessors(q.device) if q.is_cuda else 1))
     numbers = (
         *q.stride(), *sums.stride()[:3], counts.stride(0), 0 if blocks is None else blocks.stride(0),
-        block_pages, max(1, sums.shape[2] // block_pages), kv_heads, group, rows, tiles_m, capacity, pages, chunks, scale,
+        block_pages, max(1, sums.shape[2] // block_pages), kv_heads, group, rows, tiles_m, capacity, pages, chunks,
+        splits, scale,
     )  # fmt: skip
     tensors = (q, sums, counts, logits, parts, blocks, start, lengths)
     launch(
-        page_scores_kernel, (batch * kv_heads * tiles_m, chunks), tensors, numbers,
-        D=dim, BLOCK_D=max(16, next_power_of_2(dim)), BLOCK_M=block_m, CHUNK=CHUNK,
-        PRECISION=precision(sums.dtype), num_warps=4, num_stages=1,
+        page_scores_kernel, (programs, splits), tensors, numbers,
+        D=dim, BLOCK_D=block_d, BLOCK_M=block_m, Q=min(block_m, next_power_of_2(group * rows)),
+        CHUNK=CHUNK, STAGES=stages_of(CHUNK * block_d * sums.itemsize, config.num_stages), PRECISION=precision(sums.dtype),
+        num_warps=config.num_warps,
     )  # fmt: skip
     return logits, parts

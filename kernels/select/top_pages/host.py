@@ -28,7 +28,7 @@ class ListConfig(NamedTuple):
     small: int = 2048  # pages that a program holds to make a list; up to `block` if a row has more than `small`
     block: int = 8192  # at most 16,384; scores of longer rows are read at each look
     warps: int = 8
-    early: bool = False  # the second launch starts while the first runs, where the GPU can
+    early: bool = True  # the second launch starts while the first runs, where the GPU can: from compute capability 9.0 on
 
 
 CONFIG = ListConfig()

@@ -67,7 +67,7 @@ def test_variants_of_the_lists_are_compared_before_they_are_timed(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setattr(decode, "graph_ms", lambda work, repeats: float(len(work())))
     monkeypatch.setattr(select_variants, "VARIANTS", select_variants.VARIANTS[:1])
-    monkeypatch.setattr(select_variants, "EARLY", ())
+    monkeypatch.setattr(select_variants, "LATE", ())
     buffers = [Buffers.random(SMALL, "cpu")]
     assert len(decode.run_sweep(SMALL, buffers, "select", 1)) == 2
     wrong = {"wrong": lambda x, scores: tuple(t + 1 for t in decode.select(SMALL, x, scores))}
