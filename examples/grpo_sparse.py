@@ -1,8 +1,9 @@
 """GRPO with sparse rollouts beside dense ones: is the reward within what seeds of dense rollouts differ by?
 
 The task has a right answer: a number hidden in a long text, to be answered with the number alone. The same model is trained for
-as many steps with exact decode (four seeds) and with a schedule of pages (one seed, with weights in the loss and a gate).
-The curves go to OUT/grpo_sparse.html. A finished run is kept there, and not made again. Needs `pip install tsa-compile[rl]`.
+as many steps with exact decode (four seeds) and with a schedule of pages (one seed, with weights in the loss and a gate). Then
+all answer the same new prompts by exact decode. The curves go to OUT/grpo_sparse.html. A finished run is kept there, and not made
+again. Needs `pip install tsa-compile[rl]`.
 
 python examples/grpo_sparse.py OUT [--model FOLDER_OR_ID] [--schedule sparrow-1.7b-0.86] [--context 4000] [--steps 100] ...
 """
@@ -20,6 +21,7 @@ from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
 import tsa_compile as tsa
+from tsa_compile.generate.rollout import Rollouts
 from tsa_compile.rl.distill import SparseAdapter
 from tsa_compile.rl.rollout_gate import RolloutGate
 from tsa_compile.rl.trl import SparseGRPO, SparseRollouts
@@ -51,6 +53,7 @@ def options() -> argparse.Namespace:
     found.add_argument("--micro", type=int, default=4, help="samples of one backward")
     found.add_argument("--lr", type=float, default=1e-5)
     found.add_argument("--dense-seeds", type=int, default=4)
+    found.add_argument("--tests", type=int, default=32, help="prompts for all models after training")
     return found.parse_args()
 
 
@@ -101,14 +104,27 @@ def train(name: str, seed: int, given: argparse.Namespace) -> dict[str, Any]:
     trainer.train()
     rewards = [row["reward"] for row in trainer.state.log_history if "reward" in row]
     gated = [] if rollouts.gate is None else rollouts.gate.said
-    found = {"rewards": rewards, "rollouts": rollouts.history, "gate": gated, "seconds": time.monotonic() - began}
+    seconds = time.monotonic() - began
+    end = reward_of(model, tokenizer, given)
+    found = {"rewards": rewards, "end": end, "rollouts": rollouts.history, "gate": gated, "seconds": seconds}
     kept.write_text(json.dumps(found))
     return found
 
 
-def last_quarter(run: dict[str, Any]) -> float:
-    rewards = run["rewards"]
-    return statistics.fmean(rewards[-max(1, len(rewards) // 4) :])
+@torch.no_grad()
+def reward_of(model: Any, tokenizer: Any, given: argparse.Namespace) -> float:
+    """Mean reward of samples by exact decode, on prompts that no run is trained on."""
+    asked = questions(tokenizer, given.tests, given.context, seed=999)
+    if tokenizer.chat_template:
+        ids = [tokenizer.apply_chat_template(x, add_generation_prompt=True, return_dict=False) for x in asked["prompt"]]
+    else:
+        ids = [tokenizer(x).input_ids for x in asked["prompt"]]
+    drawn = Rollouts(model.eval(), EXACT, batch=given.prompts * given.samples, ends=[tokenizer.eos_token_id])
+    found = drawn(ids, given.samples, new_tokens=given.new)
+    texts = tokenizer.batch_decode(
+        [t[:n] for t, n in zip(found.tokens, found.lengths.tolist(), strict=True)], skip_special_tokens=True
+    )
+    return statistics.fmean(right(texts, [answer for answer in asked["answer"] for _ in range(given.samples)]))
 
 
 def page(runs: dict[str, dict[str, Any]], said: str) -> str:
@@ -128,11 +144,11 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     runs = {f"dense, seed {seed}": train("dense", seed, given) for seed in range(given.dense_seeds)}
     runs["sparse"] = train("sparse", 0, given)
-    ends = [last_quarter(run) for name, run in runs.items() if name != "sparse"]
-    sparse, mean = last_quarter(runs["sparse"]), statistics.fmean(ends)
+    ends = [run["end"] for name, run in runs.items() if name != "sparse"]
+    sparse, mean = runs["sparse"]["end"], statistics.fmean(ends)
     spread = 2 * statistics.stdev(ends) if len(ends) > 1 else 0.0
     within = "within" if abs(sparse - mean) <= spread else "outside"
-    said = f"reward of the last quarter: sparse {sparse:.3f}, {within} dense {mean:.3f} +- {spread:.3f} ({len(ends)} seeds)"
+    said = f"reward on new prompts: sparse {sparse:.3f}, {within} dense {mean:.3f} +- {spread:.3f} ({len(ends)} seeds)"
     for line in (said, *runs["sparse"]["gate"]):
         print(line)
     (given.out / "grpo_sparse.html").write_text(page(runs, said))

@@ -115,11 +115,12 @@ def test_grpo_sparse(monkeypatch, capsys, tmp_path):
     _save_byte_tokenizer(tmp_path / "model", eos_token="A")
     sizes = ["--context", "700", "--steps", "3", "--prompts", "2", "--samples", "4", "--new", "8", "--micro", "8"]
     where = [str(tmp_path / "out"), "--model", str(tmp_path / "model"), "--schedule", "8", "--dense-layers", "1", "--adapter"]
-    out = run("grpo_sparse.py", monkeypatch, capsys, *where, *sizes, "--dense-seeds", "2")
+    out = run("grpo_sparse.py", monkeypatch, capsys, *where, *sizes, "--dense-seeds", "2", "--tests", "3")
     assert "dense 0.000 +- 0.000 (2 seeds)" in out  # what answers at random is never right
     assert "polyline" in (tmp_path / "out" / "grpo_sparse.html").read_text()
     sparse = json.loads((tmp_path / "out" / "sparse-0.json").read_text())
     assert len(sparse["rewards"]) == 3
+    assert sparse["end"] == 0.0
     assert 0 < sparse["rollouts"][0]["acceptance"] < 1 - 1e-6
     assert json.loads((tmp_path / "out" / "dense-0.json").read_text())["rollouts"][0]["acceptance"] > 1 - 1e-4
 
