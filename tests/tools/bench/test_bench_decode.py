@@ -8,6 +8,7 @@ import torch
 from tsa_compile.tools.bench import decode, index_forms, select_variants
 from tsa_compile.tools.bench.decode_cases import CASES, ROUND_BYTES, Buffers, DecodeCase
 from tsa_compile.tools.bench.decode_forms import page_forms
+from tsa_compile.tools.bench.index_variants import index_variants
 
 SMALL = DecodeCase(2, 512, heads=4, kv_heads=2, dim=16, keep=0.25)
 
@@ -74,3 +75,15 @@ def test_variants_of_the_lists_are_compared_before_they_are_timed(monkeypatch):
     monkeypatch.setattr(decode, "select_variants", lambda case: wrong)
     with pytest.raises(RuntimeError, match=r"100\.0% of the pages of variant 'wrong' are others"):
         decode.run_sweep(SMALL, buffers, "select", 1)
+
+
+def test_variants_of_the_indexes_give_the_operators_results():
+    """Each variant that is timed, through Triton's interpreter."""
+    pytest.importorskip("triton")
+    x = Buffers.random(SMALL, "cpu")
+    x = dataclasses.replace(x, **{name: getattr(x, name).float() for name in ("q", "k", "v", "sums")})
+    for which in ("score", "refine", "complete"):
+        found = [form(x) for form in index_variants(SMALL, [x], which).values()]
+        assert len(found) > 5
+        for got in found[1:]:
+            torch.testing.assert_close(got, found[0], rtol=1e-4, atol=1e-4)

@@ -68,7 +68,9 @@ def bench_attention(
 @bench.command("decode")
 def bench_decode_step(
     only: Annotated[str | None, typer.Option(help="cases whose name contains this; several: 'B1 L32K,B8'")] = None,
-    sweep: Annotated[str, typer.Option(help="also time other tiles, stages and warps of: 'exact,attend,select'")] = "",
+    sweep: Annotated[
+        str, typer.Option(help="also time other tiles, stages, warps of: 'exact,attend,select,score,refine,complete'")
+    ] = "",
     repeats: Repeats = 15,
     json: JsonFile = None,
 ) -> None:
@@ -76,8 +78,8 @@ def bench_decode_step(
     from tsa_compile.tools.bench import decode, decode_cases, output, timing
 
     swept = [part.strip() for part in sweep.split(",") if part]
-    if unknown := set(swept) - {"exact", "attend", "select"}:
-        raise typer.BadParameter(f"--sweep has no {', '.join(sorted(unknown))}; it takes exact, attend and select")
+    if unknown := set(swept) - set(decode.SWEEPS):
+        raise typer.BadParameter(f"--sweep has no {', '.join(sorted(unknown))}; it takes {', '.join(decode.SWEEPS)}")
     gpu, versions = timing.gpu_and_versions()
     rows = list[decode.DecodeRow]()
     for case in decode_cases.CASES:

@@ -35,10 +35,12 @@ from tsa_compile.tools.bench.decode_forms import (
     teams_read,
 )
 from tsa_compile.tools.bench.index_forms import index_floors, index_forms
+from tsa_compile.tools.bench.index_variants import index_variants
 from tsa_compile.tools.bench.select_variants import Select, differing, select_variants
 from tsa_compile.tools.bench.timing import graph_ms
 
 Tensor = torch.Tensor
+SWEEPS = ("exact", "attend", "select", "score", "refine", "complete")
 TOLERANCE = 1e-2  # relative error in bf16
 VARIANTS = tuple(
     DecodeConfig(0, *numbers)  # block_n, num_warps, num_stages, resident, swap
@@ -70,7 +72,7 @@ def bench_decode(
 
     Args:
         copy_tbps: the rate of a device copy, bytes read plus written, in 10**12 a second.
-        sweep: also time variants of these kernels: "exact", "attend", "select".
+        sweep: also time variants of these kernels: "exact", "attend", "select", "score", "refine", "complete".
 
     Raises:
         RuntimeError: a result is wrong; nothing is timed then.
@@ -152,11 +154,13 @@ def sampled_reference(case: DecodeCase, x: Buffers, form: str) -> Tensor:
 
 
 def run_sweep(case: DecodeCase, buffers: Sequence[Buffers], which: str, repeats: int) -> dict[str, float]:
-    """Milliseconds a call of each variant of "exact", "attend" or "select"; NaN where the GPU lacks the shared memory."""
+    """Milliseconds a call of each variant of one of SWEEPS; NaN where the GPU lacks the shared memory."""
     from triton.runtime.errors import OutOfResources
 
     if which == "select":
         return sweep_select(case, buffers, repeats)
+    if which in ("score", "refine", "complete"):
+        return {name: round_ms(form, buffers, repeats) for name, form in index_variants(case, buffers, which).items()}
     lists = {id(x): select(case, x, score(case, x)) for x in buffers} if which == "attend" else {}
     queries, found = case.heads // case.kv_heads * case.rows, {}
     for variant in VARIANTS:
@@ -215,5 +219,7 @@ def told(row: DecodeRow) -> list[str]:
         lines.append(f"  {name:16} {ms * 1000:8.1f} us, {ms / dense:.3f} of SDPA{over}")
     for which, found in row.sweep.items():
         ranked = sorted((ms, name) for name, ms in found.items() if ms == ms)
-        lines += [f"  {which}: {ms * 1000:8.1f} us  {name}" for ms, name in (ranked if which == "select" else ranked[:6])]
+        lines += [
+            f"  {which}: {ms * 1000:8.1f} us  {name}" for ms, name in (ranked[:6] if which in ("exact", "attend") else ranked)
+        ]
     return lines
