@@ -39,7 +39,9 @@ def test_bases_are_as_near_as_the_reference(dtype, dim):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("heads", "rows", "dim"), [(8, 1, 128), (14, 1, 64), (32, 1, 80), (8, 5, 128)])
+@pytest.mark.parametrize(
+    ("heads", "rows", "dim"), [(8, 1, 128), (14, 1, 64), (32, 1, 80), (6, 1, 96), (2, 1, 256), (6, 1, 26), (8, 5, 128)]
+)
 def test_scores_and_completion(dtype, heads, rows, dim):
     _, k, v = cache(4096, heads=heads, dim=dim, dtype=dtype)
     q = torch.randn(2, heads, rows, dim, device="cuda").to(dtype)

@@ -37,9 +37,9 @@ def held_by(bits, above, step, MASS: tl.constexpr):
     if MASS:
         return tl.sum(tl.where(bits > above, shares_of(bits), 0))
     else:
-        number = (bits > above).to(tl.int64)
-        number += (bits > above + step).to(tl.int64) << 21
-        return tl.sum(number + ((bits > above + 2 * step).to(tl.int64) << 42))
+        two = tl.sum((bits > above).to(tl.int32) + ((bits > above + step).to(tl.int32) << 16))  # of at most 2**14 pages each
+        third = tl.sum((bits > above + 2 * step).to(tl.int32))
+        return (two & 0xFFFF).to(tl.int64) + ((two >> 16).to(tl.int64) << 21) + (third.to(tl.int64) << 42)
 
 
 @triton.jit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -39,8 +40,9 @@ def index_variants(case: DecodeCase, buffers: Sequence[Buffers], which: str) -> 
         firsts = {id(x): first(case, x, scores[id(x)]) for x in buffers}
 
         def refine(x: Buffers, config: page_basis.BasisConfig) -> object:
-            view = (None, 1, None, x.lengths, case.length, case.scale)
-            return page_basis.refine_scores(x.q, scores[id(x)][0], x.counts, *bases[id(x)], *firsts[id(x)], *view, config=config)
+            index: Any = (scores[id(x)][0], x.counts, *bases[id(x)], *firsts[id(x)])
+            given: Any = (x.q, *index, None, 1, None, x.lengths, case.length, case.scale, config)
+            return page_basis.refine_scores(*given)
 
         return {label(c): lambda x, c=c: refine(x, c) for c in REFINE}  # type: ignore[misc]
     values = {id(x): torch.ops.tsa.page_sums(x.v, None, 1, None, None, None)[0] for x in buffers}
