@@ -66,7 +66,7 @@ def bench_rollout(
     if new <= FEW:
         raise ValueError(f"new must be above {FEW}, got {new}")
     plans = {EXACT: Plan(prefill=Dense(), decode=Exact()), **{name: schedule_plan(name) for name in schedules}}
-    rollouts = Rollouts(model, plans[EXACT], batch=batch, compiler=compiler)
+    rollouts = Rollouts(model, plans[EXACT], batch=batch, rows_at_once=1, compiler=compiler)
     prompt = torch.randint(1, model.config.vocab_size, (past,), device=model.device)
     took: dict[str, list[float]] = {name: [] for name in plans}
     replays: dict[str, list[float]] = {name: [] for name in plans}
