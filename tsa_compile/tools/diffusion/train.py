@@ -51,7 +51,7 @@ def train(
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             loss = training_loss(model, ids.to(device), noise.to(device), masks[now.prefix], first)
         optimizer.zero_grad()
-        sum(loss).backward()
+        (loss.answers + loss.prose).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
