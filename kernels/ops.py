@@ -346,7 +346,7 @@ OPERATORS = (
         check=key_block_checks.padding_range,
         fake=fakes.padding_range,
         reference="common.view:padding_range",
-        host="common.view:padding_range",
+        host="common.mask_range:mask_range",
     ),
     Operator(
         f"key_block_means(Tensor k, {_PADDING}, Tensor? blocks=None, int block=1, {_K_LEN}) -> (Tensor means, Tensor counts)",

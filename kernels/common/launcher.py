@@ -4,6 +4,9 @@ Triton looks at every argument of every launch: at types, whether pointers and n
 The same answers lead to the same compiled kernel, so here it is kept by what they depend on: numbers and constants as they are,
 tensors by device, dtype and alignment. What is new goes Triton's own way, which compiles if it must; and so, each time, do
 launches that a profiler wants to hear of, Triton's interpreter, CPU tensors, and ROCm, where the size of a storage counts, too.
+
+A remembered launch hands over addresses in place of tensors: of a tensor, Triton's launcher asks the driver each time whether the
+GPU can read it. It still does of tensors on another device than the first one's.
 """
 
 from __future__ import annotations
@@ -47,7 +50,7 @@ class Launch:
         self.grid = grid
         self._kernel, self._numbers, self._constants = kernel, numbers, constants
         self._programs = (*grid, 1, 1)[:3]
-        self._found: dict[Any, tuple[Any, ...]] = {}
+        self._found: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 
     def __call__(self, *tensors: Any) -> None:
         """Launches on the current stream of the device of the first tensor, which must be the current device.
@@ -56,13 +59,21 @@ class Launch:
             tensors: the first arguments of the kernel, among which may be descriptors (`Pieces`) and, but for the first, None.
         """
         device = tensors[0].get_device()
-        key = (device, *[(x.dtype, x.data_ptr() & 15) if x.__class__ is Tensor else _known(x) for x in tensors])
-        found = self._found.get(key)
+        key, given = [device], []
+        for x in tensors:
+            if x is None or not isinstance(x, Tensor):
+                key.append(None if x is None else x.known)
+                given.append(x)
+            else:
+                at = x.data_ptr()
+                key.append((x.dtype, at & 15))
+                given.append(at if x.get_device() == device else x)
+        found = self._found.get(tuple(key))
         if found is None or _is_heard():
-            return self._launch_by_triton(key, tensors)
+            return self._launch_by_triton(tuple(key), tensors)
         run, function, metadata, rest, _ = found
         stream = _driver().active.get_current_stream(device)
-        run(*self._programs, stream, function, metadata, None, None, None, *tensors, *rest)
+        run(*self._programs, stream, function, metadata, None, None, None, *given, *rest)
 
     def _launch_by_triton(self, key: tuple[Any, ...], tensors: tuple[Any, ...]) -> None:
         args = (*tensors, *self._numbers)
@@ -99,11 +110,6 @@ class Pieces:
         vars(made).update(self._fields)
         made.base, made.get_device = x, x.get_device
         return made
-
-
-def _known(x: Any) -> Any:
-    """What Triton's choice depends on, of an argument that is no plain tensor."""
-    return None if x is None else (x.dtype, x.data_ptr() & 15) if isinstance(x, Tensor) else x.known
 
 
 def _is_heard() -> bool:

@@ -95,6 +95,13 @@ def cases():
         yield (x, y, WIDE), (n, stride, scale)
 
 
+def is_same(own, argument):
+    """Are the arguments of two launches alike? An address stands for its tensor."""
+    if isinstance(argument, torch.Tensor):
+        return own is argument or own == argument.data_ptr()
+    return own is argument or (type(own) is type(argument) and own == argument)
+
+
 @pytest.mark.parametrize("form", ["a Launch for each", "launch"])
 def test_the_same_kernels_as_triton(gpu, jit, form):
     """In one go by Triton alone, and in two by launches: each time the same kernels with the same arguments."""
@@ -115,7 +122,7 @@ def test_the_same_kernels_as_triton(gpu, jit, form):
         for (function, grid, stream, args), (own, own_grid, own_stream, own_args) in zip(expected, gpu.launched, strict=True):
             assert (own, own_grid, own_stream) == (function, grid, stream)
             assert len(own_args) == len(args)
-            assert all(a is b or (type(a) is type(b) and a == b) for a, b in zip(own_args, args, strict=True))
+            assert all(is_same(a, b) for a, b in zip(own_args, args, strict=True))
     assert len(gpu.compiled) == kernels
 
 
@@ -124,7 +131,9 @@ def test_a_remembered_launch_is_not_triton_s(gpu, jit, monkeypatch):
     once(WIDE, None, WIDE)
     monkeypatch.setattr(JITFunction, "run", lambda *_, **__: pytest.fail("Triton was asked again"))
     once(WIDE, None, WIDE)
-    assert gpu.launched[0] == gpu.launched[1]
+    (*first, args), (*second, own_args) = gpu.launched
+    assert first == second
+    assert own_args == tuple(x.data_ptr() if isinstance(x, torch.Tensor) else x for x in args)
     with pytest.raises(pytest.fail.Exception):
         once(WIDE[1:], None, WIDE)
 
@@ -175,6 +184,15 @@ def test_each_device_has_kernels_and_streams_of_its_own(gpu, jit):
     OnGpu.where = 0
     assert [stream for _, _, stream, _ in gpu.launched] == [100, 101, 100, 101]
     assert len(gpu.compiled) == 2
+
+
+def test_tensors_elsewhere_are_left_to_triton(gpu, jit):
+    """It knows what a GPU can read: pinned memory of the host, not other memory of the host."""
+    gpu.device, x = 0, WIDE.as_subclass(OnGpu)
+    once = Launch(jit, (1,), (7, 16, 0.5), BLOCK=16)
+    for _ in range(2):
+        once(x, None, WIDE)
+    assert [gpu.launched[1][-1][i] for i in (0, 2)] == [WIDE.data_ptr(), WIDE]
 
 
 def test_hooks_of_a_profiler_hear_of_every_launch(gpu, jit):

@@ -9,6 +9,7 @@ import torch
 
 from tests.kernels.page_cases import SHAPES, dense_attention, make_case, moved, visible_keys
 from tsa_compile.kernels.attend.pages.reference import key_block_attention_reference
+from tsa_compile.kernels.common.mask_range import mask_range
 from tsa_compile.kernels.common.row_blocks import FLAGS, KEYS, keys_of_blocks, row_block_count, valid_keys, valid_range
 from tsa_compile.kernels.common.view import padding_range
 from tsa_compile.kernels.score.page_mass.reference import key_block_means_reference
@@ -270,3 +271,13 @@ def test_no_synchronisation_and_graph_replay():
     got.fill_(-7)
     graph.replay()
     assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("k_len", [1, 300, 8192, 8193])
+def test_the_range_of_a_mask(k_len):
+    """Of masks with holes, without any key, of rows far apart and of every other column."""
+    wide = torch.rand(7, 2 * k_len, device=DEVICE) < 0.3
+    wide[1:3], wide[3], wide[4, : k_len // 2], wide[5, k_len // 2 :] = False, True, False, False
+    for mask in (wide[:, :k_len], wide[::2, ::2], wide[:, :k_len].contiguous(), wide[:0]):
+        got, want = mask_range(mask), padding_range(mask)
+        assert all(map(torch.equal, got, want))
