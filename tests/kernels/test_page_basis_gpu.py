@@ -80,7 +80,7 @@ def step(q, k, v, basis, value_sums, sums, counts, lengths):
     return tsa.complete_pages(*attended, logits, value_sums, counts, *lists, *view, capacity)[0]
 
 
-def test_one_graph_serves_all_lengths_and_nothing_waits():
+def test_graph_replay_serves_all_lengths_and_nothing_waits():
     q, k, v = cache(4096)
     index = (tsa.page_basis(k, None, 1, None, None, None), tsa.page_sums(v, None, 1, None, None, None)[0])
     index = (*index, *tsa.page_sums(k, None, 1, None, None, None))
@@ -109,7 +109,7 @@ def test_one_graph_serves_all_lengths_and_nothing_waits():
     assert all((x[0, :, 1] != 0).any() and (x[1, :, 3] != 0).any() and not x[0, :, 0].any() for x in index[0][:2])
 
 
-def test_a_page_that_a_recorded_cache_fills():
+def test_graph_replay_of_a_cache_fills_a_page():
     """`tests/cache/test_page_bases.py` on a GPU: tokens are those of steps that make their state anew."""
     transformers = pytest.importorskip("transformers")
     import tsa_compile as api
