@@ -65,10 +65,12 @@ def do(llm: Any, task: dict[str, Any], file: str) -> dict[str, Any]:
 
 @torch.no_grad()
 def spread(model: torch.nn.Module) -> None:
-    """Matrices with a deviation of `SPREAD` in place of that of vLLM's random weights, which are even in +-0.001."""
-    for weight in model.parameters():
+    """Matrices with a deviation of `SPREAD` and norms of one, in place of vLLM's random weights, all of them even in +-0.001."""
+    for name, weight in model.named_parameters():
         if weight.dim() > 1:
             weight.mul_(SPREAD * 3**0.5 / 1e-3)
+        elif "norm" in name:
+            weight.fill_(1)
 
 
 @contextlib.contextmanager
