@@ -146,8 +146,8 @@ class Backend:
         whole = all(d.reason is None for d in form.decisions) and form.fallen is None and graph.is_whole
         return len(form.decisions) if whole else 0
 
-    def replayed(self) -> None:
-        """A recorded graph ran, which does not come by."""
+    def passed_by(self) -> None:
+        """Something ran that does not come by: a recorded graph, or a decode step that is the model's own."""
         self._thread.runs = self.runs + 1
 
     @contextlib.contextmanager
@@ -170,9 +170,11 @@ class Backend:
         return [form.fallen or decision.reason for form in forms for decision in form.decisions]
 
     def pays_from(self) -> int:
-        """Keys below which every attention that was traced is dense under the plan, as it does not pay; 0: there are none."""
+        """Keys below which every attention of prompts that was traced is dense under the plan, as it does not pay; 0: there
+        are none."""
         forms = [form for graph in self.graphs for form in graph.forms_under(self.plan, drafting=False)]
-        return min((d.site.dense_below for form in forms for d in form.decisions if d.reason is None), default=0)
+        prompts = [d for form in forms for d in form.decisions if d.reason is None and d.site.phase == "prefill"]
+        return min((d.site.dense_below for d in prompts), default=0)
 
     @property
     def report(self) -> Report:

@@ -79,6 +79,7 @@ class Report:
         speculation: what speculative generation came to; None: there was none.
         front: "trace", or "interface": a transformers model's own attention interface, without graphs.
         ranks: kept shares are of the heads of so many processes.
+        decode: of a transformed model whose plan names no policy for decode steps: what they are by default, and why.
     """
 
     sites: list[SiteReport] = dataclasses.field(default_factory=list)
@@ -92,6 +93,7 @@ class Report:
     speculation: Speculation | None = None
     front: str = "trace"
     ranks: int = 1
+    decode: str = ""
 
     @property
     def replaced(self) -> list[SiteReport]:
@@ -179,6 +181,8 @@ class Report:
             if self.prompts:
                 ran = ", ".join(f"{n} {how}" for how, n in self.prompts.items())
                 console.print(f"prompts: {ran}", markup=False, highlight=False)
+            if self.decode:
+                console.print(f"decode: {self.decode}", markup=False, highlight=False)
             if self.speculation is not None:
                 console.print(f"speculation: {self.speculation}", markup=False, highlight=False)
         return capture.get()

@@ -16,6 +16,7 @@ from tsa_compile import first_call
 from tsa_compile.backend import Backend
 from tsa_compile.call_rows import is_decode_step, prompt_rows
 from tsa_compile.context_calls import ContextCalls
+from tsa_compile.default_decode import DefaultDecode, default_decode, model_device
 from tsa_compile.dynamo import called, isolated, lengths_vary, room, settings, skips, traced_by_others
 from tsa_compile.index_weights import attach_indexes, check_indexes, load_indexes
 from tsa_compile.interface.front import front_of
@@ -63,12 +64,15 @@ class Session:
         if front_of(model) is not None:
             raise RuntimeError("the model is transformed by its attention interface; call tsa_compile.restore(model) before")
         self._indexes: tuple[str | None, Callable[[], None]] = (None, lambda: None)
-        self.backend = Backend(self._bound(plan, model), compiler, inductor_options, model)
+        self._device, self._given = model_device(model), plan
+        default = self._bound(plan, model)
+        self.backend = Backend(default.plan, compiler, inductor_options, model)
         self._compiled: Callable[..., Any] = torch.compile(isolated(model), backend=self.backend, fullgraph=fullgraph)
         self._any_length = any_length
         self._room = room(model)
         self._lock = threading.Lock()
         self.steps = Steps(self.backend, ModelState(model, RefuseTraces))
+        self.steps.default = default
         self.prompts = ContextCalls(self.backend, self.steps)
         self.calls = self.untraced = 0
         self.speculation: Speculation | None = None
@@ -81,10 +85,22 @@ class Session:
     @plan.setter
     def plan(self, plan: Plan) -> None:
         model = self.backend.model
-        self.backend.plan = plan if model is None else self._bound(plan, model)
+        self._given = plan
+        if model is None:
+            self.backend.plan = plan
+            return
+        self._device = model_device(model)
+        default = self._bound(plan, model)
+        self.backend.plan, self.steps.default = default.plan, default
 
-    def _bound(self, plan: Plan, model: nn.Module) -> Plan:
-        """The plan for this model, whose learned indexes are the model's."""
+    def follow_device(self) -> None:
+        """The plan's decode policy is by default that for the device where the model is now."""
+        model = self.backend.model
+        if model is not None and self._given.where == "pays" and model_device(model) != self._device:
+            self.plan = self._given
+
+    def _bound(self, plan: Plan, model: nn.Module) -> DefaultDecode:
+        """The plan for this model, whose learned indexes are the model's, with its default for decode steps."""
         if plan.weights not in (None, self._indexes[0]):
             self._indexes[1]()
             remove = attach_indexes(model, load_indexes(plan.weights))
@@ -92,7 +108,7 @@ class Session:
             weakref.finalize(self, remove)
         bound = plan.bind(model)
         check_indexes(model, bound)
-        return bound
+        return default_decode(bound, model)
 
     def close(self) -> None:
         """Let go of all graphs; the model's learned indexes go."""
@@ -120,6 +136,20 @@ class Session:
                 self.calls += loop.steps
         return result
 
+    def leaves(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        """Is it the model's own call: a decode step without a policy, or a prompt for which no policy pays?
+
+        Where others trace the call, so are decode steps that have a policy by default alone.
+        """
+        if not is_decode_step(kwargs) and not torch.compiler.is_dynamo_compiling():
+            self.follow_device()
+        if not self.plan.decodes or (self.steps.by_default and traced_by_others()):
+            return is_decode_step(kwargs) or self.does_not_pay(args, kwargs)
+        if self.steps.by_default and self.does_not_pay(args, kwargs):
+            self.steps.take_over(args, kwargs)
+            return True
+        return False
+
     def does_not_pay(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         """Is it a prompt that every attention that was traced would read all of? The model's own call does so sooner."""
         return self.plan.where == "pays" and 0 < prompt_rows(args, kwargs) < self.backend.pays_from()
@@ -136,6 +166,7 @@ class Session:
         report = self.backend.report
         report.calls, report.untraced, report.steps = self.calls, self.untraced, self.steps.counts()
         report.prompts, report.speculation = self.prompts.counts(), self.speculation
+        report.decode = "" if self.steps.default is None else self.steps.default.said
         return report
 
     def speculated(self, seen: Speculation) -> None:
@@ -158,7 +189,7 @@ class Entry:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """An error where others trace it, as that would inline the dense model without a word; but for decode steps, which are
         dense anyway: `generate()` with a static cache compiles them by itself."""
-        if not self.session.plan.decodes and (is_decode_step(kwargs) or self.session.does_not_pay(args, kwargs)):
+        if self.session.leaves(args, kwargs):
             return self._own(*args, **kwargs)
         if traced_by_others():
             refuse_to_be_traced()

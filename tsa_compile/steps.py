@@ -10,14 +10,14 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from tsa_compile.cache.entry import Prepared, prepare
 from tsa_compile.cache.fixed import device_of, masked_in_full, pinned
 from tsa_compile.cache.pinned import PinnableRows
 from tsa_compile.cache.storage import Pool
 from tsa_compile.call_rows import fix_rows, rows_of
 from tsa_compile.cuda_graphs import Recording, Recordings
+from tsa_compile.default_decode import OWN, DefaultDecode
+from tsa_compile.fixed_steps import why_not_fixed, why_own_step
 from tsa_compile.partial_steps import begins, check_layers, check_replaced, keeping_of, settle, with_positions
 from tsa_compile.passes.site import VERIFY_ROWS
 from tsa_compile.plan_states import Kinds, states_for
@@ -54,6 +54,8 @@ class Steps:
         self._counts: Counter[str] = Counter()
         self._told: set[str] = set()
         self._known_plan: tuple[Plan, Callable[[int], Kinds], Any] | None = None
+        self.default: DefaultDecode | None = None  # what decode steps are by default
+        self._not_recorded: weakref.WeakSet[Any] = weakref.WeakSet()  # caches whose steps were not, by default the model's own
 
     def counts(self) -> dict[str, int]:
         """How decode steps ran, and how many."""
@@ -67,15 +69,18 @@ class Steps:
             return call(*args, **kwargs)
         states, keeping = self.of_plan(plan)
         prepared = prepare(args, kwargs, self.pool, states, keeping)
-        self._tell(prepared)
         rows = rows_of(args, kwargs)
+        if self.by_default and rows == 1 and (own := self._why_own(prepared, args, kwargs)) is not None:
+            return self._own_step(own, args, kwargs)
+        if not self.by_default:
+            self._tell(prepared)
         verifies = 1 < rows <= VERIFY_ROWS and _verifies(plan) and _has_rows(prepared) and keeping is None
         if (rows != 1 and not verifies) or (keeping is not None and begins(prepared)):
             result = call(*args, **kwargs)
             if keeping is not None:
                 settle(prepared)
             return result
-        why = self._not_fixed(prepared, args, kwargs)
+        why = why_not_fixed(self._backend.model, prepared, args, kwargs)
         check_layers(prepared, keeping, why)
         if why is not None:
             self._count(why)
@@ -89,6 +94,35 @@ class Steps:
             check_replaced(self._backend, runs, sum(isinstance(layer, PinnableRows) for layer in prepared.cache.layers))
         return result
 
+    @property
+    def by_default(self) -> bool:
+        """Are this thread's decode steps `Exact` by default? Then all that it does not pay for is the model's own."""
+        return self.default is not None and self.default.pays_from is not None and self.default.plan is self._backend.plan
+
+    def take_over(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Before a prompt that is the model's own call: its cache becomes ours, for the steps behind it."""
+        prepare(args, kwargs, self.pool, *self.of_plan(self._backend.plan))
+
+    def _why_own(self, prepared: Prepared, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
+        """Why a step is the model's own by default; None: it is not."""
+        if self._backend.compiler != "eager":
+            return None  # Inductor is asked for all steps
+        if prepared.cache is not None and prepared.cache in self._not_recorded:
+            return "could not be recorded"
+        why = why_not_fixed(self._backend.model, prepared, args, kwargs)
+        if why is None and self._model_state.is_hooked():
+            why = "a forward hook"
+        assert self.default is not None
+        assert self.default.pays_from is not None
+        return why or why_own_step(prepared.cache.layers, self.recorded_on, self.default.pays_from)
+
+    def _own_step(self, why: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        model = self._backend.model
+        assert model is not None
+        self._count(f"{OWN}: {why}")
+        self._backend.passed_by()
+        return model._call_impl(*args, **kwargs)
+
     def loop(self, call: Callable[..., Any], kwargs: Mapping[str, Any], loop: StepLoop) -> Any | None:
         """`loop(call, advance, **kwargs)`: all its steps as if they were one; None: they do not run on fixed buffers.
 
@@ -101,7 +135,7 @@ class Steps:
         states, keeping = self.of_plan(plan)
         prepared = prepare((), kwargs, self.pool, states, keeping)
         self._tell(prepared)
-        if keeping is not None or self._not_fixed(prepared, (), kwargs) is not None:
+        if keeping is not None or why_not_fixed(self._backend.model, prepared, (), kwargs) is not None:
             return None
         layers = prepared.cache.layers
         if not all(isinstance(layer, PinnableRows) for layer in layers) or len(set(map(device_of, layers))) > 1:
@@ -146,6 +180,7 @@ class Steps:
         for tensor in {**kwargs, **({} if recording is None else recording.inputs)}.values():
             fix_rows(tensor, rows)
         if recording is None:
+            self._not_recorded.add(cache)
             self._count(FIXED, steps)
             return call(**kwargs)
         with recording.lock:
@@ -157,12 +192,14 @@ class Steps:
                 self._count(REPLAYED, steps)
                 with self._backend.uncounted():
                     result = recording.replay(step, cache)
-                self._backend.replayed()
+                self._backend.passed_by()
                 return result
             self._count(FIXED, steps)
             runs = self._backend.runs
             result = step()
             recording.ready = not recording.refused and self._backend.replaced(runs, steps) > 0
+            if not recording.ready:
+                self._not_recorded.add(cache)
         return result
 
     def _record(self, recording: Recording, step: Callable[[], Any], cache: Any) -> None:
@@ -194,33 +231,6 @@ class Steps:
     def _count(self, how: str, steps: int = 1) -> None:
         with self._lock:
             self._counts[how] += steps
-
-    def _not_fixed(self, prepared: Prepared, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
-        """Why a decode step does not run on fixed buffers; None: it does."""
-        model, mask = self._backend.model, kwargs.get("attention_mask")
-        if -1 in prepared.reasons:
-            return prepared.reasons[-1]
-        if prepared.is_pair:
-            return "the cache of an encoder-decoder"
-        if not getattr(model, "_can_compile_fullgraph", False):  # transformers: it works with static caches
-            return f"{type(model).__name__} does not say that it works with static caches"
-        layers = [layer for layer in prepared.cache.layers if isinstance(layer, PinnableRows)]
-        if not layers or not layers[0].count():
-            return "no layer that keeps all rows, or no row"
-        if not all(x.is_compileable for n, x in enumerate(prepared.cache.layers) if n not in prepared.ours):
-            return "a layer of the cache that is not ours"
-        if any(x.count() != layers[0].count() for x in layers):
-            return "layers of several lengths"
-        if layers[0].keeping is not None and len(set(map(device_of, layers))) > 1:
-            return "layers on several devices, which keep their rows elsewhere too"
-        if len(args) > 1 or (mask is not None and not (isinstance(mask, torch.Tensor) and mask.dim() == 2)):
-            return "a mask that is not [batch, tokens], or arguments without names"
-        config = getattr(model, "config", None)
-        if layers[0].lengths is not None and getattr(config, "_attn_implementation", None) != "sdpa":
-            return "batch rows of different lengths, in an attention implementation that is not sdpa"
-        if kwargs.get("output_attentions", getattr(config, "output_attentions", False)):
-            return "attention weights are asked for"
-        return None
 
     def _tell(self, prepared: Prepared) -> None:
         """Once for each reason, to the log and the report."""

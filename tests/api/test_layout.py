@@ -44,6 +44,8 @@ PART_OF = {
     "step_loop": "session",
     "steps": "session",
     "partial_steps": "session",
+    "default_decode": "session",
+    "fixed_steps": "session",
     "call_rows": "session",
     "context_calls": "session",
     "context_model": "session",
