@@ -48,7 +48,7 @@ class Plan:
             them submodules of the attentions. Files of plans name it from where they are.
         notes: what is known about the plan, such as the loss it was accepted at; JSON values only.
 
-    A phase that is None has the default plan's policy.
+    A phase that is None has the default plan's policy. With "pays", `transform` makes decode `Exact` where it was measured to pay.
 
     Raises:
         ValueError, TypeError: a policy that is not for its phase, or a wrong argument; the message names it.

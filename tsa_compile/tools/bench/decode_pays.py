@@ -1,9 +1,9 @@
 """`tsa-compile tune`: from how many cached tokens on a decode step of `Exact` beats that of transformers on this GPU (`pays.py`).
 
-One layer's step, with what puts its row into the cache, both sides in CUDA graphs. Dense is what transformers does without padding:
-`DynamicCache` joins the rows by `torch.cat`, SDPA with `enable_gqa` reads them (K and V are not repeated). `Exact` has the row written
-into fixed buffers, and the mask of their free rows, as `steps.py` gives it. What launches take is left out: to launch its steps one by
-one, as it does, costs the dense side more.
+One layer's step, with what puts its row into the cache, both sides in CUDA graphs. Dense is what transformers does without
+padding: `DynamicCache` joins the rows by `torch.cat`, SDPA with `enable_gqa` reads them (K and V are not repeated). `Exact` has
+the row written into fixed buffers, and a mask of their free rows, as `steps.py` gives it. What launches take is left out:
+transformers launches its steps one by one, and would have to pay that besides.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SHAPES = ((32, 8), (32, 32), (12, 2))  # query and KV heads
 BATCHES = (1, 8)
 ROUND_BYTES = 1 << 28  # read in a round at least, so that L2 holds nothing of the next layer's; but
 MOST_LAYERS = 32
-ROOM = 3  # times a layer's keys and values, that must be free
+ROOM = 4  # times the keys and values of a round, that must be free
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +41,7 @@ class StepSize:
     kv_heads: int
     dim: int
     length: int
+    device: str = "cuda"
 
     @property
     def kv_bytes(self) -> int:
@@ -51,13 +52,13 @@ class StepSize:
         """Whose steps follow each other, each on rows of its own."""
         return min(MOST_LAYERS, math.ceil(ROUND_BYTES / self.kv_bytes))
 
-    def random(self, heads: int, rows: int, device: str) -> Tensor:
+    def random(self, heads: int, rows: int) -> Tensor:
         """Normal, `[batch, heads, rows, dim]`."""
-        return torch.empty(self.batch, heads, rows, self.dim, dtype=torch.bfloat16, device=device).normal_()
+        return torch.empty(self.batch, heads, rows, self.dim, dtype=torch.bfloat16, device=self.device).normal_()
 
-    def new(self, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    def new(self) -> tuple[Tensor, Tensor, Tensor]:
         """The step's query, key and value."""
-        return self.random(self.heads, 1, device), self.random(self.kv_heads, 1, device), self.random(self.kv_heads, 1, device)
+        return self.random(self.heads, 1), self.random(self.kv_heads, 1), self.random(self.kv_heads, 1)
 
 
 @torch.no_grad()
@@ -79,7 +80,8 @@ def measure(head_dims: Iterable[int], tell: Callable[[Timing], None] = lambda ro
 
 def _row(batch: int, heads: int, kv_heads: int, dim: int) -> Timing:
     sizes = [StepSize(batch, heads, kv_heads, dim, n) for n in LENGTHS]
-    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0]
     sizes = [size for size in sizes if ROOM * size.kv_bytes * size.layers < free]
     times = [(round(_graph_ms(dense(s), s), 4), round(_graph_ms(exact(s), s), 4)) for s in sizes]
     columns = [tuple(column) for column in zip(*times, strict=True)] or [(), ()]
@@ -99,10 +101,10 @@ def _graph_ms(steps: Callable[[], Iterator[Tensor]], size: StepSize) -> float:
     return graph_ms(work) / size.layers
 
 
-def dense(size: StepSize, device: str = "cuda") -> Callable[[], Iterator[Tensor]]:
+def dense(size: StepSize) -> Callable[[], Iterator[Tensor]]:
     """A round of steps, one a layer, as transformers does them; each gives its output `[batch, heads, 1, dim]`."""
-    layers = [[size.random(size.kv_heads, size.length - 1, device) for _ in range(2)] for _ in range(size.layers)]
-    q, k, v = size.new(device)
+    layers = [[size.random(size.kv_heads, size.length - 1) for _ in range(2)] for _ in range(size.layers)]
+    q, k, v = size.new()
 
     def steps() -> Iterator[Tensor]:
         for keys, values in layers:
@@ -112,14 +114,14 @@ def dense(size: StepSize, device: str = "cuda") -> Callable[[], Iterator[Tensor]
     return steps
 
 
-def exact(size: StepSize, device: str = "cuda") -> Callable[[], Iterator[Tensor]]:
+def exact(size: StepSize) -> Callable[[], Iterator[Tensor]]:
     """The same on fixed buffers, by `Exact`."""
     capacity = capacity_for(size.length)
-    layers = [[size.random(size.kv_heads, capacity, device) for _ in range(2)] for _ in range(size.layers)]
-    new = size.new(device)
-    batch = torch.arange(size.batch, device=device)[:, None]
+    layers = [[size.random(size.kv_heads, capacity) for _ in range(2)] for _ in range(size.layers)]
+    new = size.new()
+    batch = torch.arange(size.batch, device=size.device)[:, None]
     at = torch.full_like(batch, size.length - 1)
-    mask = (torch.arange(capacity, device=device) < size.length).expand(size.batch, -1).contiguous()
+    mask = (torch.arange(capacity, device=size.device) < size.length).expand(size.batch, -1).contiguous()
 
     def steps() -> Iterator[Tensor]:
         start, lengths = torch.ops.tsa.padding_range(mask)  # a graph has one for all layers
