@@ -35,8 +35,8 @@ def transform(
 
     Works as `nn.Module.compile` does: parameters, `state_dict`, `.to()`, hooks (also those added later) and `generate()` work as
     before; a copy or a pickle of the model is dense again. Decode steps (`input_ids` of one token) run as before, unless the plan
-    names a policy for them, or the default plan has `Exact` where it was measured to pay (`default_decode.py`). Graphs are traced at the other first calls (`model(...)`; `model.forward` goes around it);
-    `report(model)` then says what was replaced.
+    names a policy for them, or the default plan has `Exact` where it was measured to pay (`default_decode.py`). Graphs are traced
+    at the other first calls (`model(...)`; `model.forward` goes around it); `report(model)` then says what was replaced.
     Sites are replaced only where gradients are off (`torch.no_grad()`, `torch.inference_mode()`). To compile or export a
     transformed model, alone or in a larger one, is an error, but for decode steps; a forward pre-hook of ours sees to that.
 

@@ -48,7 +48,7 @@ class Plan:
             them submodules of the attentions. Files of plans name it from where they are.
         notes: what is known about the plan, such as the loss it was accepted at; JSON values only.
 
-    A phase that is None has the default plan's policy. With "pays", `transform` makes decode `Exact` where it was measured to pay.
+    A phase that is None has the default plan's policy. With "pays", decode is then `Exact` where `transform` knows that it pays.
 
     Raises:
         ValueError, TypeError: a policy that is not for its phase, or a wrong argument; the message names it.
@@ -124,9 +124,12 @@ class Plan:
         return self.policy_at(site.module, site.phase, site.index)
 
     def pays_from(self, policy: Policy, site: AttentionSite) -> int | None:
-        """Keys from which on a policy is to run at a site: 0 with `where="always"`; None: at no length that was measured."""
+        """Keys from which on a policy is to run at a site: 0 with `where="always"`; None: at no length that was measured.
+
+        Of prompts: whether a decode step pays is asked before it, as on buffers of ours dense attention is no faster.
+        """
         shared = bool(self.reuse)  # a selection that others read is made at any length
-        return 0 if self.where == "always" or shared else pays.pays_from(policy.name, site)
+        return 0 if self.where == "always" or shared or site.phase != "prefill" else pays.pays_from(policy.name, site)
 
     def route_for(self, site: AttentionSite) -> Route | None:
         """Whose selection the site takes; None: its own."""

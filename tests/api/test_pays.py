@@ -103,6 +103,14 @@ def test_the_nearest_row_counts(monkeypatch):
     assert pays.pays_from("TokenSparse", site) == 0
 
 
+def test_a_step_on_buffers_of_ours_is_not_made_dense(monkeypatch):
+    monkeypatch.setattr(pays, "pays_from", lambda policy, site: None)
+    prompt, step = (site_of(*qkv(q_len=n)) for n in (600, 1))
+    plan = tsa.Plan(where="pays")
+    assert plan.pays_from(SPARSE, prompt) is None
+    assert plan.pays_from(tsa.Exact(), step) == 0
+
+
 def test_sites_of_known_and_of_varying_length():
     site = site_of(*qkv())
     assert where_it_pays(SPARSE, site, 0) == (site, None)
