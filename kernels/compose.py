@@ -11,7 +11,6 @@ from tsa_compile.kernels.attend.tokens.engines import InnerEngine
 from tsa_compile.kernels.attend.tokens.packed import packed_attention
 from tsa_compile.kernels.common.launch import check_triton
 from tsa_compile.kernels.common.padding import attend_padding
-from tsa_compile.kernels.common.ranks import order_or_unread
 from tsa_compile.kernels.compose_reference import token_block_attention_reference
 from tsa_compile.kernels.score.last_queries.host import last_query_scores
 from tsa_compile.kernels.score.page_mass.host import key_block_means
@@ -52,8 +51,9 @@ def select_tokens(x: Operands, scale: float, rule: TokenRule, share: str = "head
     if k.shape[2] <= rule.min_tokens + rule.last_queries or rule.coverage == 0 or q.shape[2] == 0 or q.shape[0] == 0:
         return select_everything(k, x.view, rule.heavy, lists)
     zeroed = zeros(q.shape[0], lists, q.shape[1], q.device)
-    order, ranks = order_or_unread(x.view, q.device)
-    mean = last_query_scores(q, k, order, ranks, x.view.ranks is not None, scale, rule.last_queries, zeroed.through)
+    padded = x.view.ranks is not None
+    order, ranks = x.view.order if padded else (zeroed.through, zeroed.through)  # not read
+    mean = last_query_scores(q, k, order, ranks, padded, scale, rule.last_queries, zeroed.through)
     return select_from_means(mean, q.shape[2], x.view, rule, lists, zeroed)
 
 

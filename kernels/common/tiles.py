@@ -5,6 +5,7 @@ Chosen on an H200 (docs/measured/notebook.md); where nothing was measured, the l
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -73,7 +74,12 @@ def capability_of(device: torch.device) -> tuple[int, int]:
     """
     if torch.version.hip is not None:
         return (0, 0)
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+    return _capability(device) if device.type == "cuda" else (9, 0)
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def precision(dtype: torch.dtype) -> str:

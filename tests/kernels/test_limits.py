@@ -129,7 +129,7 @@ def test_a_gpu_of_rocm_is_no_hopper(monkeypatch):
     from tsa_compile.kernels.score.last_queries import hopper as scores
 
     monkeypatch.setattr(torch.version, "hip", "6.2")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(tiles, "_capability", lambda device: (9, 0))
     assert tiles.capability_of(torch.device("cuda", 0)) == (0, 0)
 
     class OnGpu:
@@ -167,6 +167,7 @@ def test_a_cooperative_launch_that_fails_once_is_not_tried_again(monkeypatch, me
     monkeypatch.setattr(hopper_device, "score_hopper_kernel", Kernel())
     monkeypatch.setattr(hopper, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(hopper, "_REFUSED", set())
+    monkeypatch.setattr(hopper, "_plan", hopper._plan.__wrapped__)  # nothing is kept of this kernel
     q, k = torch.empty(1, 8, 300, 64).half(), torch.empty(1, 2, 300, 64).half()
     unread = torch.zeros(8, dtype=torch.int32)
     arguments = (q, k, unread, unread, False, 0.2, 128, torch.empty(1, 8, 300), unread)

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 
 from tsa_compile.kernels.attend.tokens import hopper
+from tsa_compile.kernels.common.tiles import capability_of
 from tsa_compile.kernels.common.user_cache import user_cache
 
 Tensor = torch.Tensor
@@ -100,7 +101,7 @@ def can_pack(q: Tensor, k: Tensor, v: Tensor) -> bool:
 def packed_from(device: torch.device, head_dim: int) -> int | None:
     """Tokens from which `packed` is faster, for this compute capability and head dim; None: never, or not measured."""
     table = measured_table()
-    return table.get("{}.{}".format(*torch.cuda.get_device_capability(device)), {}).get(str(head_dim))
+    return table.get("{}.{}".format(*capability_of(device)), {}).get(str(head_dim))
 
 
 @functools.cache

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 
-from tsa_compile.kernels.common import launcher
 from tsa_compile.kernels.common.launch import multiprocessors
+from tsa_compile.kernels.common.launcher import Launch
 from tsa_compile.kernels.common.sizes import cdiv, next_power_of_2
 from tsa_compile.kernels.common.tiles import capability_of
 
 Tensor = torch.Tensor
+Shape = tuple[int, ...]
 BLOCK, MAX_SPLITS = 128, 32  # as the kernels have them
 HEAD_DIMS = (64, 128)
 _SHARED_TILES = 196_608  # bytes for tiles of queries and keys
@@ -55,31 +57,56 @@ def launch(
 
     through: int32 `[B * H]`, zero.
     """
-    from tsa_compile.kernels.score.last_queries.hopper_device import score_hopper_kernel
-    from tsa_compile.kernels.score.last_queries.hopper_ring_device import WARPS
-
-    (batch, heads, q_len, dim), (kv_heads, k_len) = q.shape, k.shape[1:3]
-    together, stages = tiles(heads // kv_heads, dim, q.element_size())
-    programs, processors = max(1, batch * heads // together), multiprocessors(q.device)
-    most = max(1, min(processors // programs, MAX_SPLITS))
-    span = cdiv(cdiv(k_len, most), BLOCK) * BLOCK
-    splits = cdiv(k_len, span)
-    part = torch.empty(2, batch, heads, splits, last_queries, dtype=torch.float32, device=q.device)
-    tensors = (q, k, *part, through, mean, order, ranks)
-    numbers = (*q.stride()[:3], *k.stride()[:3], heads, kv_heads, q_len, k_len, last_queries, splits, span, scale_log2)
-    shape = {"D": dim, "HEADS": together, "STAGES": stages, "PADDED": padded, "num_warps": WARPS.value}
-    grid = (programs, splits)
-    kernel = functools.partial(launcher.launch, score_hopper_kernel, grid, tensors, numbers, **shape)
-    if _run_at_once(grid, processors) and q.device not in _REFUSED:
+    plan = _plan(
+        q.device, q.element_size(), q.shape, k.shape, q.stride()[:3], k.stride()[:3], padded, scale_log2, last_queries,
+        multiprocessors(q.device),
+    )  # fmt: skip
+    tensors = (q, k, *torch.empty(plan.part, dtype=torch.float32, device=q.device), through, mean, order, ranks)
+    if _run_at_once(plan.at_once.grid, multiprocessors(q.device)) and q.device not in _REFUSED:
         try:
-            most = next_power_of_2(most)
-            return kernel(SPLITS=most, LSE=True, MEAN=True, launch_cooperative_grid=True)
+            return plan.at_once(*tensors)
         except RuntimeError as error:
             if "cooperative" not in str(error):
                 raise
             _REFUSED.add(q.device)
-    kernel(SPLITS=MAX_SPLITS, LSE=True, MEAN=False)
-    kernel(SPLITS=MAX_SPLITS, LSE=False, MEAN=True)
+    for run in plan.in_turns:
+        run(*tensors)
+
+
+class _Plan(NamedTuple):
+    """Launches over operands of one shape.
+
+    Args:
+        part: shape of what the first pass leaves to the second.
+        at_once: both passes, whose programs wait for each other.
+        in_turns: one pass each.
+    """
+
+    part: Shape
+    at_once: Launch
+    in_turns: tuple[Launch, Launch]
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    device: torch.device, element_size: int, q: Shape, k: Shape, q_strides: Shape, k_strides: Shape, padded: bool,
+    scale_log2: float, last_queries: int, processors: int,
+) -> _Plan:  # fmt: skip
+    from tsa_compile.kernels.score.last_queries.hopper_device import score_hopper_kernel
+    from tsa_compile.kernels.score.last_queries.hopper_ring_device import WARPS
+
+    (batch, heads, q_len, dim), (kv_heads, k_len) = q, k[1:3]
+    together, stages = tiles(heads // kv_heads, dim, element_size)
+    programs = max(1, batch * heads // together)
+    most = max(1, min(processors // programs, MAX_SPLITS))
+    span = cdiv(cdiv(k_len, most), BLOCK) * BLOCK
+    splits = cdiv(k_len, span)
+    numbers = (*q_strides, *k_strides, heads, kv_heads, q_len, k_len, last_queries, splits, span, scale_log2)
+    shape = {"D": dim, "HEADS": together, "STAGES": stages, "PADDED": padded, "num_warps": WARPS.value}
+    made = functools.partial(Launch, score_hopper_kernel, (programs, splits), numbers, **shape)
+    at_once = made(SPLITS=next_power_of_2(most), LSE=True, MEAN=True, launch_cooperative_grid=True)
+    first, second = (made(SPLITS=MAX_SPLITS, LSE=lse, MEAN=not lse) for lse in (True, False))
+    return _Plan((2, batch, heads, splits, last_queries), at_once, (first, second))
 
 
 #: GPUs of which this process has fewer multiprocessors than they have (green contexts, MPS), so that a cooperative launch failed
