@@ -114,6 +114,6 @@ def _plan(
 _REFUSED: set[torch.device] = set()
 
 
-def _run_at_once(grid: tuple[int, int], processors: int) -> bool:
+def _run_at_once(grid: Shape, processors: int) -> bool:
     """Whether all programs have a multiprocessor of their own, so that they can wait for each other."""
     return grid[0] * grid[1] <= processors

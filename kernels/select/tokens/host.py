@@ -33,7 +33,7 @@ def select_from_means(
     order, ranks = view.order if padded else (counts, counts)  # not read
     mass_bins, cuts, _ = zeroed or zeros(batch, lists, 0, mean.device)
     run.pool(mean, scores, masses, mass_bins, ranks)
-    run.count(masses, candidates, mass_bins, counts, ranks)
+    run.coverage(masses, candidates, mass_bins, counts, ranks)
     if lists < heads:
         scores = scores.unflatten(1, (lists, -1)).sum(2)
     gathered = new(2 if heavy else 1, batch, lists, k_len, dtype=torch.float32)
@@ -52,7 +52,7 @@ class _Launches(NamedTuple):
 
     chunks: int
     pool: Launch
-    count: Launch
+    coverage: Launch
     select: Launch | None
     bin: Launch
     cut: Launch
