@@ -19,6 +19,7 @@ transformers = pytest.importorskip("transformers")
 
 STEP = pays.Timing("9.0", "Exact", 16, 4, 2, (16, 30, 60), (1.0, 1.0, 1.0), (2.0, 0.5, 0.5), (1.0, 1.0, 1.0))
 PROMPT = pays.Timing("9.0", "BlockSparse", 16, 4, 2, (16, 300), (1.0, 1.0), (2.0, 0.5), (1.0, 1.0))
+MODEL_DEVICE = default_decode.model_device
 SHORT = "the model's own: below 30 cached tokens"
 MODES = {
     "beams": dict(num_beams=3),
@@ -127,6 +128,19 @@ def test_steps_that_cannot_be_recorded(models):
         patch.setattr(attached(models[1]).backend, "replaced", lambda runs, calls=1: 0)
         how = ran(models, input_ids=token_ids(70))
     assert how == {FIXED: 1, "the model's own: could not be recorded": 22}
+
+
+@pytest.mark.gpu
+def test_on_a_gpu():
+    """Recorded in CUDA graphs; the steps over a static cache are compiled by `generate()` itself."""
+    with gpu(STEP), pytest.MonkeyPatch.context() as patch:
+        for module in (default_decode, sessions):
+            patch.setattr(module, "model_device", MODEL_DEVICE)
+        patch.setattr(Steps, "recorded_on", frozenset({"cuda"}))
+        plain, ours = tiny("llama", layers=1).cuda(), tsa.transform(tiny("llama", layers=1)).cuda()
+        ids = token_ids(20).cuda()
+        assert ran((plain, ours), input_ids=ids, max_new_tokens=20) == {SHORT: 10, FIXED: 1, REPLAYED: 8}
+        assert torch.equal(*(generate(m, input_ids=ids, cache_implementation="static") for m in (plain, ours)))
 
 
 SLOWER = pays.Timing("9.0", "Exact", 16, 4, 2, (16,), (1.0,), (2.0,), (1.0,), batch=8)
