@@ -7,7 +7,7 @@ import torch
 
 from tests.vllm.engines import engine, prompts
 from tsa_compile.tools.bench.serving_alpha import alpha, read_share, with_alpha
-from tsa_compile.tools.bench.serving_engine import steps_of
+from tsa_compile.tools.bench.serving_engine import new_weights, steps_of
 from tsa_compile.tools.bench.serving_quality import ROWS, LastRows
 from tsa_compile.tools.bench.serving_requests import answer
 
@@ -36,3 +36,18 @@ def test_a_task_has_its_alpha_and_what_it_reads(model):
         assert read_share(lambda: answer(llm, [prompt], 1))[0] == before < 1.0
         found = alpha(llm, 1500, 0.8)
         assert found["pairs"] == pytest.approx(0.8, rel=0.1)
+
+
+def test_random_weights_make_uneven_attention(model, tmp_path):
+    from pathlib import Path
+
+    (tmp_path / "config.json").write_text((Path(model) / "config.json").read_text())
+    seen = {}
+    with new_weights(), engine(str(tmp_path), custom=False, load_format="dummy") as llm:
+        llm.apply_model(lambda m: seen.update(m.named_parameters()))
+        answers = answer(llm, [x["prompt_token_ids"] for x in prompts([200])], 8, logprobs=1)
+    assert seen["model.norm.weight"].unique().tolist() == [1.0]
+    embedding = seen["model.embed_tokens.weight"]
+    assert float(embedding.std()) == pytest.approx(embedding.shape[1] ** -0.5, rel=0.02)
+    ((first, *_),) = (x.outputs[0].logprobs for x in answers)
+    assert max(x.logprob for x in first.values()) > -torch.tensor(512.0).log() + 1  # one word is likelier than the others

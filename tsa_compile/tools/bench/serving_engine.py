@@ -16,8 +16,6 @@ from tsa_compile.tools.bench.serving_alpha import alpha, read_share, with_alpha
 from tsa_compile.tools.bench.serving_quality import quality
 from tsa_compile.tools.bench.serving_requests import ask
 
-SPREAD = 0.02  # standard deviation of random weights, as models are made; vLLM's are of 0.00058, which makes attention even
-
 
 def run(engine: dict[str, Any], tasks: list[dict[str, Any]], dummy: bool, out: str) -> Iterator[dict[str, Any]]:
     """Start the engine and do the tasks: a result each, with its seconds, the counts of sparse rows and the versions.
@@ -35,9 +33,8 @@ def run(engine: dict[str, Any], tasks: list[dict[str, Any]], dummy: bool, out: s
     import vllm
 
     begin = time.perf_counter()
-    llm = vllm.LLM(**engine)
-    if dummy:
-        llm.apply_model(spread)
+    with new_weights() if dummy else contextlib.nullcontext():
+        llm = vllm.LLM(**engine)
     graphs = str(llm.llm_engine.vllm_config.compilation_config.cudagraph_mode)
     yield {"name": "start", "took": time.perf_counter() - begin, "graphs": graphs, "versions": versions()}
     for number, task in enumerate(tasks):
@@ -63,12 +60,25 @@ def do(llm: Any, task: dict[str, Any], file: str) -> dict[str, Any]:
     return {**asked, **result, "chunk": task.get("chunk"), "counts": counts()}
 
 
+def new_weights() -> Any:
+    """Random weights as a new model's. vLLM's are even in +-0.001, those of norms too, so that attention is flat."""
+    from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
+
+    load = DummyModelLoader.load_weights
+
+    def loaded(self: Any, model: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+        load(self, model, *args, **kwargs)
+        spread(model)
+
+    return mock.patch.object(DummyModelLoader, "load_weights", loaded)
+
+
 @torch.no_grad()
 def spread(model: torch.nn.Module) -> None:
-    """Matrices with a deviation of `SPREAD` and norms of one, in place of vLLM's random weights, all of them even in +-0.001."""
+    """From vLLM's random weights to matrices that keep a variance of one, and norms of one."""
     for name, weight in model.named_parameters():
         if weight.dim() > 1:
-            weight.mul_(SPREAD * 3**0.5 / 1e-3)
+            weight.mul_((3 / weight.shape[-1]) ** 0.5 / 1e-3)
         elif "norm" in name:
             weight.fill_(1)
 
