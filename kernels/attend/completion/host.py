@@ -52,6 +52,7 @@ def complete_pages(
     start: Tensor | None,
     lengths: Tensor | None,
     capacity: int,
+    *,
     config: CompletionConfig = CONFIG,
 ) -> tuple[Tensor, Tensor]:
     """`tsa::complete_pages` by Triton. Nothing waits for the device; no length compiles anything."""

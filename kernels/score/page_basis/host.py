@@ -50,6 +50,7 @@ def refine_scores(
     lengths: Tensor | None,
     capacity: int,
     scale: float,
+    *,
     config: BasisConfig = CONFIG,
 ) -> tuple[Tensor, Tensor]:
     """`tsa::refine_scores` by Triton. Nothing waits for the device; no length compiles anything."""

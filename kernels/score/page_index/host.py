@@ -46,6 +46,7 @@ def page_scores(
     lengths: Tensor | None,
     capacity: int,
     scale: float,
+    *,
     config: ScoreConfig = CONFIG,
 ) -> tuple[Tensor, Tensor]:
     """`tsa::page_scores` by Triton. Products run in the dtype of `sums`. Nothing waits for the device."""
