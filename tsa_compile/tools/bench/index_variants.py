@@ -41,8 +41,8 @@ def index_variants(case: DecodeCase, buffers: Sequence[Buffers], which: str) -> 
 
         def refine(x: Buffers, config: page_basis.BasisConfig) -> object:
             index: Any = (scores[id(x)][0], x.counts, *bases[id(x)], *firsts[id(x)])
-            given: Any = (x.q, *index, None, 1, None, x.lengths, case.length, case.scale, config)
-            return page_basis.refine_scores(*given)
+            given: Any = (x.q, *index, None, 1, None, x.lengths, case.length, case.scale)
+            return page_basis.refine_scores(*given, config=config)
 
         return {label(c): lambda x, c=c: refine(x, c) for c in REFINE}  # type: ignore[misc]
     values = {id(x): torch.ops.tsa.page_sums(x.v, None, 1, None, None, None)[0] for x in buffers}
@@ -57,7 +57,7 @@ def index_variants(case: DecodeCase, buffers: Sequence[Buffers], which: str) -> 
 
 
 def _score(case: DecodeCase, x: Buffers, config: page_index.ScoreConfig) -> object:
-    return page_index.page_scores(x.q, x.sums, x.counts, None, 1, None, x.lengths, case.length, case.scale, config)
+    return page_index.page_scores(x.q, x.sums, x.counts, None, 1, None, x.lengths, case.length, case.scale, config=config)
 
 
 def label(config: page_index.ScoreConfig | page_basis.BasisConfig | completion.CompletionConfig) -> str:
