@@ -11,7 +11,7 @@ from rich.console import Console
 
 def diffusion(
     out: Annotated[Path, typer.Option(help="folder for model.pt, results.json and report.html")],
-    steps: Annotated[int, typer.Option(help="training steps", min=1)] = 6000,
+    steps: Annotated[int, typer.Option(help="training steps", min=1)] = 2500,
     minutes: Annotated[float | None, typer.Option(help="stop training after so long")] = None,
     prefix: Annotated[int, typer.Option(help="tokens before the block of questions, a multiple of 32", min=64)] = 1024,
     batch: Annotated[int, typer.Option(help="sequences of a training step", min=1)] = 32,

@@ -37,7 +37,7 @@ class Experiment:
     heads: int = 8
     kv_heads: int = 4
     mlp: int = 768
-    steps: int = 6000
+    steps: int = 2500
     batch: int = 32
     rate: float = 1e-3
     remembered: tuple[int, ...] = (16, 32, 64, 128, 256, 512)
