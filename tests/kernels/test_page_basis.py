@@ -211,7 +211,7 @@ def test_any_share_of_a_list_by_blocks_and_words(dim, group, parts):
     for b, pages in enumerate(lists):
         indices[b, 0, : len(pages)] = pages.to(indices)
     given = (q, logits, counts, *basis, indices, int32(*map(len, lists)).view(4, 1), *view, 3200, 0.3)
-    got, want = refine_scores(*given, CONFIG._replace(tile=16, resident=parts)), refine_scores_reference(*given)
+    got, want = refine_scores(*given, config=CONFIG._replace(tile=16, resident=parts)), refine_scores_reference(*given)
     for b, pages in enumerate((200, 187, 131, 2)):
         torch.testing.assert_close(got[0][b, ..., :pages], want[0][b, ..., :pages], rtol=1e-4, atol=1e-4)
         chunks = -(-pages // 64)
