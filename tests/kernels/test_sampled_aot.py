@@ -14,9 +14,9 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from tsa_compile.kernels.attend.sampled.device import draw_kernel, mass_kernel, tile_samples_kernel, value_kernel
-from tsa_compile.kernels.attend.sampled.flash_device import flash_kernel
-from tsa_compile.kernels.attend.sampled.host import heads_at_once, stages_of
+from tsa_compile.kernels.attend.sampled.config import heads_at_once, sampled_config
+from tsa_compile.kernels.attend.sampled.device import add_parts_kernel, mass_kernel, sample_kernel
+from tsa_compile.kernels.attend.sampled.host import stages_of
 from tsa_compile.kernels.attend.sampled.teams_device import team_attention_kernel, team_cut_kernel, team_scores_kernel
 from tsa_compile.kernels.state.append_teams.device import append_teams_kernel
 
@@ -48,15 +48,16 @@ for dtype, dim, heads, given in (("bf16", 128, 16, ("lengths",)), ("fp32", 256, 
                  PRECISION=precision, q_sd=1, k_sd=1, v_sd=1)
     target = (9, 0) if capability == 90 else (capability // 10, capability % 10)
     one, two = (stages_of(64 * width * size, target) for width in (dim, 2 * dim))
-    made = compile_kernel(mass_kernel, dtype, 4, one, given, **shape)
-    assert capability < 80 or dim > 128 or "cp.async" in made.asm["ptx"]
-    compile_kernel(flash_kernel, dtype, 4, two, given, **shape)
-    compile_kernel(value_kernel, dtype, 4, one, given, **shape, ONE=dim == 256)
-    compile_kernel(tile_samples_kernel, dtype, 8, 3, given, BLOCK_M=heads // 4, BLOCK_T=max(64, 2048 // (heads // 4)))
+    config = sampled_config(dim * size, dim, target)
+    made = compile_kernel(mass_kernel, dtype, config.num_warps, config.num_stages, given, **shape, TILES=config.tiles)
+    assert dim > 128 or "cp.async" in made.asm["ptx"]
+    for equal in (False, True):
+        compile_kernel(sample_kernel, dtype, config.draw_warps, 3, given, **shape, BLOCK_T=1024, CHUNK=config.chunk, EQUAL=equal,
+                       ONE=not equal)
+    compile_kernel(add_parts_kernel, dtype, 4, 3, given, **shape, AT_ONCE=32)
     compile_kernel(team_scores_kernel, dtype, 4, one, given, **shape)
     compile_kernel(team_attention_kernel, dtype, 4, two, given, **shape)
     compile_kernel(append_teams_kernel, dtype, 1, 3, given, **shape, PAGES=4, COUNT=4)
-    compile_kernel(draw_kernel, dtype, 1, 3, given, BLOCK_M=heads // 4)
 compile_kernel(team_cut_kernel, "bf16", 8, 3, ("lengths",))
 print("compiled")
 """

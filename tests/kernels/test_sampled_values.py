@@ -11,6 +11,7 @@ from tsa_compile.kernels.attend.decode.reference import decode_attention_referen
 from tsa_compile.kernels.attend.sampled.reference import sampled_value_attention_reference, value_weights
 
 pytest.importorskip("triton")
+from tsa_compile.kernels.attend.sampled import host
 from tsa_compile.kernels.attend.sampled.host import sampled_value_attention
 
 FORMS = ("prop", "flash")
@@ -69,6 +70,13 @@ def test_triton_draws_what_the_reference_draws(shape, samples, form):
     capacity = shape["capacity"]
     lengths = int32(*(capacity - 13 * b for b in range(len(x[0]))))
     check(*both(x, None, 1, None, lengths, samples=samples, form=form))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("scale", [0.1, pytest.param(4.0, marks=slow)], ids=["even", "a few heavy keys"])
+def test_samples_of_several_programs_and_totals_in_several_reads(scale, form, monkeypatch):
+    monkeypatch.setattr(host, "TILES_AT_ONCE", 4)
+    check(*both(qkv(capacity=700, batch=1), None, 1, int32(70), int32(601), scale=scale, samples=200, form=form))
 
 
 @pytest.mark.parametrize("form", FORMS)

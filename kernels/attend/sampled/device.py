@@ -1,6 +1,8 @@
-"""Attention that reads every key and some values, form "prop": masses, samples by tile, keys drawn, values added. Triton.
+"""Attention that reads every key and some values: the masses of all keys, then what is drawn from them. Triton.
 
-Four launches, in this order. Which keys are drawn is computed in whole numbers, as draw.py has it: no sum depends on its order.
+Two launches, in this order, and one that adds parts if a head draws many. Which keys are drawn is computed in whole numbers, as
+draw.py has it: no sum depends on its order. A sample is one value that is read: a head's samples are so few bytes beside the keys
+that heads of a group do not wait for each other to share them.
 """
 
 import triton
@@ -8,28 +10,22 @@ import triton.language as tl
 
 from tsa_compile.kernels.attend.sampled.draw_device import (
     TILE,
-    exponent_of,
+    exponents_of,
+    key_of_sample,
+    masses_of_keys,
     offset_of,
     position_word,
-    systematic,
-    tile_mass,
-    tile_masses,
+    tile_of_sample,
     visible_logits,
+    whole_of_row,
 )
 from tsa_compile.kernels.common.cache_device import LOG2_E, key_range, keys_of_tile, load_tile, rows_of_keys
 from tsa_compile.kernels.common.splits_device import LN_2
 
 LENGTHS = (
-    "group", "kv_heads", "capacity", "block", "per_row", "blocks_sb", "splits", "tiles", "tiles_m", "mask_sb", "mask_sl",
-    "bias_sb", "bias_sh", "bias_sl", "samples", "slots", "spare", "seed_sb",
+    "group", "kv_heads", "heads", "capacity", "block", "per_row", "blocks_sb", "splits", "parts", "tiles", "tiles_m", "mask_sb",
+    "mask_sl", "bias_sb", "bias_sh", "bias_sl", "samples", "spare", "seed_sb",
 )  # fmt: skip
-
-
-@triton.jit
-def tile_range(start, lengths, b, capacity):
-    """First position of a key, the one behind the last, and the tiles that they lie in, the last one excluded."""
-    first, end = key_range(start, lengths, b, capacity, 1, 0)
-    return first, end, first // TILE, tl.maximum(tl.cdiv(end, TILE), first // TILE)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -37,191 +33,140 @@ def mass_kernel(
     q, k, masses, totals, exponents, blocks, start, lengths, key_mask, bias,
     q_sb, q_sh, q_sd, k_sb, k_sh, k_sl, k_sd, mask_sb, mask_sl, bias_sb, bias_sh, bias_sl, blocks_sb,
     kv_heads, group, capacity, block, per_row, splits, tiles, tiles_m, scale, softcap,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, TILES: tl.constexpr, CAPPED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B * Hk * tiles_m, splits): a part of the tiles, for BLOCK_M query heads.
+    """Grid (B * Hk * tiles_m, splits): a part of the keys, TILES tiles at a time, for BLOCK_M query heads.
 
-    masses: int32 [B, H, tiles * 64]; totals, exponents: int32, float32 [B, H, tiles]. Tiles that hold no key are not written.
+    masses: int32 [B, H, tiles * 64]; totals, exponents: int32, float32 [B, H, tiles]; `tiles`: a multiple of TILES. What lies
+    before the first step that has a key, and behind the last, is not written.
     """
+    BLOCK_N: tl.constexpr = TILES * TILE
     tile_m, head_index, split = tl.program_id(0) % tiles_m, tl.program_id(0) // tiles_m, tl.program_id(1)
     b, kv_head = (head_index // kv_heads).to(tl.int64), (head_index % kv_heads).to(tl.int64)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     query_ok = m < group
     h = kv_head * group + tl.minimum(m, group - 1)
-    first, end, low, high = tile_range(start, lengths, b, capacity)
-    count = high - low
+    first, end = key_range(start, lengths, b, capacity, 1, 0)
+    low = first // BLOCK_N
+    count = tl.maximum(tl.cdiv(end, BLOCK_N) - low, 0)
     low, high = low + split * count // splits, low + (split + 1) * count // splits
     if blocks is not None:
         blocks += b * blocks_sb
     if key_mask is not None:
         key_mask += b * mask_sb
     k += kv_head * k_sh
-    d, n = tl.arange(0, BLOCK_D), tl.arange(0, TILE)
+    d, n, t = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N), tl.arange(0, TILES)
     q_at = q + b * q_sb + (h * q_sh)[:, None] + d[None, :] * q_sd
     q_tile = tl.load(q_at, mask=query_ok[:, None] & (d < D)[None, :], other=0.0)
-    of_head = (head_index * group + m).to(tl.int64) * tiles
-    for tile in tl.range(low, high):
-        j, entry, there = keys_of_tile(tile, None, 0, blocks, key_mask, mask_sl, block, first, end, TILE)
+    of_head = ((head_index * group + m).to(tl.int64) * tiles)[:, None]
+    next_j, next_entry, next_there = keys_of_tile(low, None, 0, blocks, key_mask, mask_sl, block, first, end, BLOCK_N)
+    for step in tl.range(low, high):
+        j, entry, there = next_j, next_entry, next_there
+        next_j, next_entry, next_there = keys_of_tile(  # what addresses depend on is read a step ahead
+            step + 1, None, 0, blocks, key_mask, mask_sl, block, first, end, BLOCK_N
+        )
         k_tile = load_tile(rows_of_keys(k, k_sb, k_sl, j, entry, blocks, block, per_row, b), k_sd, there, D, BLOCK_D)
         logits = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
         logits = visible_logits(logits, bias, b * bias_sb + h * bias_sh, bias_sl, query_ok, j, there, softcap, CAPPED)
-        exponent = exponent_of(logits)
-        mass = tile_masses(logits, exponent)
-        tl.store(masses + (of_head + tile)[:, None] * TILE + n[None, :], mass, mask=query_ok[:, None])
-        tl.store(totals + of_head + tile, tl.sum(mass, 1), mask=query_ok)
-        tl.store(exponents + of_head + tile, exponent, mask=query_ok)
+        logits = tl.reshape(logits, [BLOCK_M, TILES, TILE])
+        exponent = exponents_of(logits)
+        mass = masses_of_keys(logits, exponent)
+        tile = step * TILES + t[None, :]
+        tl.store(totals + of_head + tile, tl.sum(mass, 2), mask=query_ok[:, None])
+        tl.store(exponents + of_head + tile, exponent, mask=query_ok[:, None])
+        at = masses + (of_head + step * TILES) * TILE + n[None, :]
+        tl.store(at, tl.reshape(mass, [BLOCK_M, BLOCK_N]), mask=query_ok[:, None])
 
 
 @triton.jit(do_not_specialize=LENGTHS)
-def tile_samples_kernel(
-    totals, exponents, counts, first_slots, worth, lse, indices, start, lengths, sinks, seed,
-    seed_sb, kv_heads, group, capacity, tiles, samples, slots, spare,
-    BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr,
+def sample_kernel(
+    v, out, lse, part, masses, totals, exponents, blocks, start, lengths, sinks, seed,
+    v_sb, v_sh, v_sl, v_sd, o_sb, o_sh, blocks_sb, seed_sb,
+    heads, group, capacity, block, per_row, tiles, samples, spare, parts,
+    DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_T: tl.constexpr, CHUNK: tl.constexpr, EQUAL: tl.constexpr, ONE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B * Hk): how many samples each tile of each head gets, and where what they draw is written.
+    """Grid (B * H, parts): the values that CHUNK samples of a head draw, added by their weights. EQUAL: form "flash".
 
-    counts: int32 [B, H, tiles]; first_slots: int32 [B, Hk, tiles]. lse: float32 [B, H], natural. indices: int32 [B, Hk, slots],
-    -1 behind the last slot that a tile has. worth: float32 [B, H], of one sample; in a row that is exact, its lse in base 2.
+    lse: float32 [B, H], natural. part: float32 [B, H, parts, DV]; ONE: there is one, and out [B, H, 1, DV] is written.
     """
-    head_index = tl.program_id(0)
-    b, m, t = head_index // kv_heads, tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_T)
-    ok = m < group
-    h = head_index % kv_heads * group + tl.minimum(m, group - 1)
-    first, end, low, high = tile_range(start, lengths, b, capacity)
-    of_head = (head_index * group + m).to(tl.int64) * tiles
-    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    for at in tl.range(low, high, BLOCK_T):
-        there = ok[:, None] & (at + t < high)[None, :]
-        total = tl.load(totals + of_head[:, None] + at + t[None, :], mask=there, other=0)
-        exponent = tl.load(exponents + of_head[:, None] + at + t[None, :], mask=there, other=0.0)
-        top = tl.maximum(top, tl.max(tl.where(total > 0, exponent, float("-inf")), 1))
-    some = top > float("-inf")
-    top = tl.where(some, top, 0.0)
-    whole = tl.zeros([BLOCK_M], tl.int64)
-    for at in tl.range(low, high, BLOCK_T):
-        there = ok[:, None] & (at + t < high)[None, :]
-        total = tl.load(totals + of_head[:, None] + at + t[None, :], mask=there, other=0)
-        exponent = tl.load(exponents + of_head[:, None] + at + t[None, :], mask=there, other=0.0)
-        whole += tl.sum(tile_mass(total, exponent, top[:, None], spare), 1)
-
-    logs = tl.where(some, tl.log2(tl.maximum(whole, 1).to(tl.float32)) + (top - 24.0 - spare), float("-inf"))
-    share = tl.where(some, 1.0, 0.0)
-    all_logs = logs
+    number, chunk = tl.program_id(0), tl.program_id(1)
+    b, h = (number // heads).to(tl.int64), number % heads
+    first, end = key_range(start, lengths, b, capacity, 1, 0)
+    low = first // TILE
+    high = tl.maximum(tl.cdiv(end, TILE), low)
+    sampled = end - first > samples
+    each = tl.maximum(samples // tl.maximum(high - low, 1), 1) if EQUAL else samples
+    slots = tl.where(sampled, each * (high - low) if EQUAL else samples, tl.maximum(end - first, 0))
+    dv = tl.arange(0, BLOCK_DV)
+    at_part = part + (number.to(tl.int64) * parts + chunk) * DV + dv
+    if not ONE:  # noqa: SIM102
+        if (chunk > 0) & (chunk * CHUNK >= slots):
+            tl.store(at_part, tl.zeros([BLOCK_DV], tl.float32), mask=dv < DV)
+            return
+    totals += number.to(tl.int64) * tiles
+    exponents += number.to(tl.int64) * tiles
+    masses += number.to(tl.int64) * tiles * TILE
+    top, whole = whole_of_row(totals, exponents, low, high, spare, BLOCK_T)
+    divisor = tl.maximum(whole, 1)
+    logs = tl.where(whole > 0, tl.log2(divisor.to(tl.float32)) + (top - 24.0 - spare), float("-inf"))
+    share = 1.0
     if sinks is not None:
         sink = tl.load(sinks + h).to(tl.float32) * LOG2_E
         best = tl.maximum(logs, sink)
-        all_logs = best + tl.log2(tl.exp2(logs - best) + tl.exp2(sink - best))
-        share = tl.exp2(logs - all_logs)
-    sampled = end - first > samples
-    tl.store(lse + head_index * group + m, all_logs * LN_2, mask=ok)
-    tl.store(worth + head_index * group + m, tl.where(sampled, share / samples, all_logs), mask=ok)
-    used = tl.maximum(end - first, 0)
+        share = tl.exp2(logs - best)
+        logs = best + tl.log2(share + tl.exp2(sink - best))
+        share = share / (share + tl.exp2(sink - best))
+    tl.store(lse + number, logs * LN_2, mask=chunk == 0)
+
+    i = chunk * CHUNK + tl.arange(0, CHUNK)
+    live = (i < slots) & (whole > 0)
+    seed += b * seed_sb
+    row, head = b.to(tl.int32), tl.zeros([CHUNK], tl.int32) + h
+    j = first + i
+    tile, rank, drawn = j // TILE, i * 0, i * 0 + 1
     if sampled:
-        offset = offset_of(position_word(seed + b * seed_sb, -1, h, b, end - 1), whole)
-        seen, used = tl.zeros([BLOCK_M], tl.int64), tl.zeros([], tl.int32)
-        for at in tl.range(low, high, BLOCK_T):
-            there = ok[:, None] & (at + t < high)[None, :]
-            total = tl.load(totals + of_head[:, None] + at + t[None, :], mask=there, other=0)
-            exponent = tl.load(exponents + of_head[:, None] + at + t[None, :], mask=there, other=0.0)
-            mass = tile_mass(total, exponent, top[:, None], spare)
-            ends = seen[:, None] + tl.cumsum(mass, 1)
-            divisor = tl.maximum(whole, 1)[:, None]
-            drawn = (offset[:, None] + samples * ends) // divisor - (offset[:, None] + samples * (ends - mass)) // divisor
-            drawn = drawn.to(tl.int32)
-            tl.store(counts + of_head[:, None] + at + t[None, :], drawn, mask=there)
-            room = tl.minimum(tl.sum(drawn, 0), TILE)
-            tl.store(first_slots + head_index.to(tl.int64) * tiles + at + t, used + tl.cumsum(room, 0) - room, mask=at + t < high)
-            seen += tl.sum(mass, 1)
-            used += tl.sum(room)
-    for at in tl.range(used, slots, BLOCK_T):
-        tl.store(indices + head_index.to(tl.int64) * slots + at + t, -1, mask=at + t < slots)
-
-
-@triton.jit(do_not_specialize=LENGTHS)
-def draw_kernel(
-    masses, totals, exponents, counts, first_slots, worth, indices, weights, start, lengths, seed,
-    seed_sb, kv_heads, group, capacity, tiles, samples, slots,
-    BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    """Grid (tiles, B * Hk): the keys that a tile's samples draw, each once for its KV head, and what each head weighs them by.
-
-    indices: int32 [B, Hk, slots], -1 where none; weights: float32 [B, H, slots].
-    """
-    tile, head_index = tl.program_id(0), tl.program_id(1)
-    b, m, n = head_index // kv_heads, tl.arange(0, BLOCK_M), tl.arange(0, TILE)
-    first, end, low, high = tile_range(start, lengths, b, capacity)
-    if (tile < low) | (tile >= high):
-        return
-    ok = m < group
-    of_head = (head_index * group + m).to(tl.int64)
-    sampled = end - first > samples
-    drawn = tl.load(counts + of_head * tiles + tile, mask=ok & sampled, other=0)
-    room = tl.minimum(tl.sum(drawn), TILE)
-    if sampled & (room == 0):
-        return
-    mass = tl.load(masses + (of_head * tiles + tile)[:, None] * TILE + n[None, :], mask=ok[:, None], other=0)
-    value = tl.load(worth + of_head, mask=ok, other=0.0)
-    j = tile * TILE + n
-    indices += head_index.to(tl.int64) * slots
-    at = weights + of_head[:, None] * slots
+        if EQUAL:
+            tile, rank, drawn = low + i // each, i % each, i * 0 + each
+        else:
+            offset = offset_of(position_word(seed, -1, h, row, end - 1), whole)
+            tile, rank, drawn = tile_of_sample(
+                totals, exponents, low, high, spare, top, divisor, samples, offset, chunk * CHUNK, BLOCK_T, CHUNK
+            )
+    total = tl.load(totals + tile, mask=live, other=0)
+    lower = tl.minimum(tl.load(exponents + tile, mask=live, other=0.0) - top, 0.0)  # above 0 in tiles without keys alone
+    unit = tl.exp2(lower + spare) / divisor.to(tl.float32)  # of a mass
     if sampled:
-        total = tl.load(totals + of_head * tiles + tile, mask=ok, other=0)
-        h = head_index % kv_heads * group + m
-        offset = offset_of(position_word(seed + b * seed_sb, tile, h, b, end - 1), total.to(tl.int64))
-        times = systematic(mass, total, drawn, offset)
-        is_drawn = (tl.max(times, 0) > 0).to(tl.int32)
-        slot = tl.load(first_slots + head_index.to(tl.int64) * tiles + tile) + tl.cumsum(is_drawn, 0) - 1
-        tl.store(indices + slot, j, mask=is_drawn > 0)
-        tl.store(at + slot[None, :], times * value[:, None], mask=ok[:, None] & (is_drawn > 0)[None, :])
-        unused = tl.load(first_slots + head_index.to(tl.int64) * tiles + tile) + n
-        tl.store(indices + unused, -1, mask=(n >= tl.sum(is_drawn)) & (n < room))
+        offsets = offset_of(position_word(seed, tile, head, row, end - 1), total.to(tl.int64))
+        j = tile * TILE + key_of_sample(masses, tile, rank, drawn, total, offsets, live)
+        weight = tl.where(live, 1.0, 0.0) * (share / samples)
+        if EQUAL:
+            weight = total.to(tl.float32) * unit * (share / each)
     else:
-        slot, there = j - first, (j >= first) & (j < end)
-        exponent = tl.load(exponents + of_head * tiles + tile, mask=ok, other=0.0)
-        power = tl.where(tl.max(mass, 1) > 0, exponent - 24.0 - value, 0.0)  # infinite without masses
-        weight = mass.to(tl.float32) * tl.exp2(power)[:, None]
-        tl.store(indices + slot, tl.where(tl.max(mass, 0) > 0, j, -1), mask=there)
-        tl.store(at + slot[None, :], weight, mask=ok[:, None] & there[None, :])
-
-
-@triton.jit(do_not_specialize=LENGTHS)
-def value_kernel(
-    v, out, part, indices, weights, blocks, v_sb, v_sh, v_sl, v_sd, o_sb, o_sh, blocks_sb,
-    kv_heads, group, block, per_row, slots, splits, tiles_m,
-    DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, ONE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Grid (B * Hk * tiles_m, splits): adds the listed values by their weights, for BLOCK_M query heads.
-
-    part: float32 [B, H, splits, DV], of several parts of the slots. ONE: there is one, and out [B, H, 1, DV] is written.
-    """
-    tile_m, head_index, split = tl.program_id(0) % tiles_m, tl.program_id(0) // tiles_m, tl.program_id(1)
-    b, kv_head = (head_index // kv_heads).to(tl.int64), (head_index % kv_heads).to(tl.int64)
-    m, n = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, TILE)
-    ok = m < group
-    number = head_index.to(tl.int64) * group + m
-    indices += head_index.to(tl.int64) * slots
+        weight = tl.load(masses + j, mask=live, other=0).to(tl.float32) * unit * share
+    there = live & (weight > 0)
+    entry = j
     if blocks is not None:
-        blocks += b * blocks_sb
-    v += kv_head * v_sh
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    steps = tl.cdiv(slots, TILE)
-    for step in tl.range(split * steps // splits, (split + 1) * steps // splits):
-        slot = step * TILE + n
-        j = tl.load(indices + slot, mask=slot < slots, other=-1)
-        there = j >= 0
-        weight = tl.load(weights + number[:, None] * slots + slot[None, :], mask=ok[:, None] & there[None, :], other=0.0)
-        entry = j
-        if blocks is not None:
-            entry = tl.load(blocks + j // block, mask=there, other=0)
-        tile = load_tile(rows_of_keys(v, v_sb, v_sl, j, entry, blocks, block, per_row, b), v_sd, there, DV, BLOCK_DV)
-        high = weight.to(tile.dtype)  # weights in two parts: a product keeps all of a count's digits
-        low = (weight - high.to(tl.float32)).to(tile.dtype)
-        acc = tl.dot(high, tile, acc, input_precision=PRECISION)
-        acc = tl.dot(low, tile, acc, input_precision=PRECISION)
-    dv = tl.arange(0, BLOCK_DV)
-    stored = ok[:, None] & (dv < DV)[None, :]
+        entry = tl.load(blocks + b * blocks_sb + j // block, mask=there, other=0)
+    v += (h // group).to(tl.int64) * v_sh
+    values = load_tile(rows_of_keys(v, v_sb, v_sl, j, entry, blocks, block, per_row, b), v_sd, there, DV, BLOCK_DV)
+    acc = tl.sum(values.to(tl.float32) * weight[:, None], 0)
     if ONE:
-        at = out + b * o_sb + ((kv_head * group + m) * o_sh)[:, None] + dv[None, :]
-        tl.store(at, acc.to(out.dtype.element_ty), mask=stored)
+        tl.store(out + b * o_sb + h * o_sh + dv, acc.to(out.dtype.element_ty), mask=dv < DV)
     else:
-        tl.store(part + (number * splits + split)[:, None] * DV + dv[None, :], acc, mask=stored)
+        tl.store(at_part, acc, mask=dv < DV)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def add_parts_kernel(part, out, o_sb, o_sh, heads, parts, DV: tl.constexpr, BLOCK_DV: tl.constexpr, AT_ONCE: tl.constexpr):
+    """Grid (B * H): out [B, H, 1, DV] of part, float32 [B, H, parts, DV]."""
+    number = tl.program_id(0)
+    n, dv = tl.arange(0, AT_ONCE), tl.arange(0, BLOCK_DV)
+    acc = tl.zeros([BLOCK_DV], tl.float32)
+    for at in tl.range(0, parts, AT_ONCE):
+        rows = number.to(tl.int64) * parts + at + n
+        acc += tl.sum(
+            tl.load(part + rows[:, None] * DV + dv[None, :], mask=(at + n < parts)[:, None] & (dv < DV)[None, :], other=0.0), 0
+        )
+    at_out = out + (number // heads).to(tl.int64) * o_sb + number % heads * o_sh + dv
+    tl.store(at_out, acc.to(out.dtype.element_ty), mask=dv < DV)

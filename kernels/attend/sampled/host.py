@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from tsa_compile.kernels.attend.sampled.config import SampledConfig, heads_at_once, sampled_config
 from tsa_compile.kernels.attend.sampled.draw import TILE, spare_bits
 from tsa_compile.kernels.common.launch import multiprocessors, split_count
 from tsa_compile.kernels.common.launcher import launch
 from tsa_compile.kernels.common.results import empty_result
-from tsa_compile.kernels.common.sizes import next_power_of_2
+from tsa_compile.kernels.common.sizes import cdiv, next_power_of_2
 from tsa_compile.kernels.common.tiles import capability_of, precision, small_shared
 from tsa_compile.kernels.common.view import capacity_of
 from tsa_compile.kernels.types import KvView
@@ -19,7 +20,7 @@ from tsa_compile.kernels.types import KvView
 Tensor = torch.Tensor
 RESIDENT = 4  # programs that a multiprocessor is to hold at a time
 MERGED_AT_ONCE = 64  # parts of a query row
-QUERY_BYTES = 16 << 10  # of a program's query rows
+TILES_AT_ONCE = 1024  # whose totals a program of the draw looks at
 
 
 class Step(NamedTuple):
@@ -71,10 +72,10 @@ class Step(NamedTuple):
     def new(self, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.q.device)
 
-    def splits(self, programs: int, most: int) -> int:
+    def splits(self, programs: int, most: int, resident: int = RESIDENT) -> int:
         """Parts of something of at most `most` parts, so that all programs together fill whole waves of the GPU."""
         processors = multiprocessors(self.q.device) if self.q.is_cuda else 2  # the interpreter
-        return split_count(programs, most, RESIDENT * processors)
+        return split_count(programs, most, resident * processors)
 
 
 def sampled_value_attention(
@@ -96,91 +97,67 @@ def sampled_value_attention(
 ) -> tuple[Tensor, Tensor]:
     """`tsa::sampled_value_attention` by Triton. Nothing waits for the device; no length compiles anything.
 
-    Scratch of form "prop": 4 bytes for each query head and position, and 8 for each sample of a head.
+    Scratch: 4 bytes for each query head and position; of more than 128 samples, a row of float32 for each so many.
     """
-    out = empty_result(q, v)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    bias = None if mask is None else mask.expand(*q.shape[:3], mask.shape[3])
+    return attend(
+        Step(q, k, v, KvView(blocks, block, start, lengths), key_mask, bias, sinks, seed, samples, scale, softcap), form
+    )
+
+
+def attend(x: Step, form: str, config: SampledConfig | None = None) -> tuple[Tensor, Tensor]:
+    """All launches; (out, lse). `config`: for measurements; None: as chosen for this GPU."""
+    out, lse = empty_result(x.q, x.v), torch.empty(x.q.shape[:3], dtype=torch.float32, device=x.q.device)
     if out.numel() == 0:
         return out, lse
-    bias = None if mask is None else mask.expand(*q.shape[:3], mask.shape[3])
-    step = Step(q, k, v, KvView(blocks, block, start, lengths), key_mask, bias, sinks, seed, samples, scale, softcap)
-    (_proportional if form == "prop" else _equal_tiles)(step, out, lse)
+    shape = x.shapes
+    config = config or sampled_config(shape["BLOCK_D"] * x.k.element_size(), shape["BLOCK_DV"], capability_of(x.q.device))
+    _draw(x, form, config, out, lse, *_masses(x, config))
     return out, lse
 
 
-def _proportional(x: Step, out: Tensor, lse: Tensor) -> None:
-    from tsa_compile.kernels.attend.sampled import device
+def _masses(x: Step, config: SampledConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """(masses, totals, exponents) of all keys, as `mass_kernel` has them."""
+    from tsa_compile.kernels.attend.sampled.device import mass_kernel
 
-    (batch, heads), tiles, (start, lengths) = x.q.shape[:2], x.tiles, x.view[2:4]
-    masses, slots = x.new(batch, heads, tiles * TILE), x.group * x.samples
-    totals, counts, first_slots = (x.new(batch, n, tiles) for n in (heads, heads, x.k.shape[1]))
-    exponents, worth = (x.new(*shape, dtype=torch.float32) for shape in ((batch, heads, tiles), (batch, heads)))
-    indices, weights = x.new(batch, x.k.shape[1], slots), x.new(batch, heads, slots, dtype=torch.float32)
-    tiled = x.shapes
-    block_m, tiles_m = heads_at_once(x.group, max(tiled["BLOCK_D"], tiled["BLOCK_DV"]) * x.q.element_size())
-    programs = x.lists * tiles_m
-    splits = x.splits(programs, tiles)
+    steps, shape = cdiv(x.tiles, config.tiles), x.shapes
+    per_head = (*x.q.shape[:2], steps * config.tiles)
+    masses, totals, exponents = x.new(*per_head, TILE), x.new(*per_head), x.new(*per_head, dtype=torch.float32)
+    block_m, tiles_m = heads_at_once(x.group, shape["BLOCK_D"] * x.q.element_size())
+    splits = x.splits(x.lists * tiles_m, steps, config.resident)
     launch(
-        device.mass_kernel, (programs, splits),
-        (x.q, x.k, masses, totals, exponents, x.view.blocks, start, lengths, x.key_mask, x.bias),
-        (*_strides_of_scores(x), x.k.shape[1], x.group, capacity_of(x.k, x.view), x.view.block, x.per_row, splits, tiles,
-         tiles_m, x.scale, x.softcap), D=tiled["D"], BLOCK_D=tiled["BLOCK_D"], BLOCK_M=block_m, CAPPED=x.softcap > 0,
-        PRECISION=precision(x.q.dtype), num_warps=4, num_stages=stages(x, tiled["BLOCK_D"]),
+        mass_kernel, (x.lists * tiles_m, splits),
+        (x.q, x.k, masses, totals, exponents, x.view.blocks, x.view.start, x.view.lengths, x.key_mask, x.bias),
+        (*_strides_of_scores(x), x.k.shape[1], x.group, capacity_of(x.k, x.view), x.view.block, x.per_row, splits, per_head[2],
+         tiles_m, x.scale, x.softcap),
+        D=shape["D"], BLOCK_D=shape["BLOCK_D"], BLOCK_M=block_m, TILES=config.tiles, CAPPED=x.softcap > 0,
+        PRECISION=precision(x.q.dtype), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    together = next_power_of_2(x.group)
-    numbers = (x.seed_stride, x.k.shape[1], x.group, capacity_of(x.k, x.view), tiles, x.samples, slots)
-    launch(
-        device.tile_samples_kernel, (x.lists,),
-        (totals, exponents, counts, first_slots, worth, lse, indices, start, lengths, x.sinks, x.seed),
-        (*numbers, spare_bits(tiles)),
-        BLOCK_M=together, BLOCK_T=max(64, 2048 // together), num_warps=8,
-    )  # fmt: skip
-    launch(
-        device.draw_kernel, (tiles, x.lists),
-        (masses, totals, exponents, counts, first_slots, worth, indices, weights, start, lengths, x.seed), numbers,
-        BLOCK_M=together, num_warps=1 if together <= 8 else 4,
-    )  # fmt: skip
-    splits = x.splits(programs, -(-slots // TILE))
-    part = out if splits == 1 else x.new(batch, heads, splits, x.v.shape[3], dtype=torch.float32)
-    launch(
-        device.value_kernel, (programs, splits), (x.v, out, part, indices, weights, x.view.blocks),
-        (*x.v.stride(), *out.stride()[:2], x.table_stride,
-         x.k.shape[1], x.group, x.view.block, x.per_row, slots, splits, tiles_m),
-        DV=tiled["DV"], BLOCK_DV=tiled["BLOCK_DV"], BLOCK_M=block_m, ONE=splits == 1, PRECISION=precision(x.v.dtype),
-        num_warps=4, num_stages=stages(x, tiled["BLOCK_DV"]),
-    )  # fmt: skip
-    if splits > 1:
-        out.copy_(part.sum(2, keepdim=True))
+    return masses, totals, exponents
 
 
-def _equal_tiles(x: Step, out: Tensor, lse: Tensor) -> None:
-    from tsa_compile.kernels.attend.sampled.flash_device import flash_kernel
-    from tsa_compile.kernels.common.splits_device import merge_kernel
+def _draw(
+    x: Step, form: str, config: SampledConfig, out: Tensor, lse: Tensor, masses: Tensor, totals: Tensor, exponents: Tensor
+) -> None:
+    from tsa_compile.kernels.attend.sampled.device import add_parts_kernel, sample_kernel
 
-    (batch, heads), tiled = x.q.shape[:2], x.shapes
-    block_m, tiles_m = heads_at_once(x.group, max(tiled["BLOCK_D"], tiled["BLOCK_DV"]) * x.q.element_size())
-    programs = x.lists * tiles_m
-    splits = x.splits(programs, x.tiles)
-    part, part_lse = (x.new(batch, heads, splits, *shape, dtype=torch.float32) for shape in ((x.v.shape[3],), ()))
-    of_scores = _strides_of_scores(x)
+    (batch, heads), tiles, widths = x.q.shape[:2], totals.shape[2], {n: x.shapes[n] for n in ("DV", "BLOCK_DV")}
+    most = x.samples if form == "prop" else max(x.samples, x.tiles)
+    chunk = min(config.chunk, max(16, next_power_of_2(most)))
+    parts = cdiv(most, chunk)
+    part = lse if parts == 1 else x.new(batch, heads, parts, x.v.shape[3], dtype=torch.float32)
     launch(
-        flash_kernel, (programs, splits),
-        (x.q, x.k, x.v, part, part_lse, x.view.blocks, x.view.start, x.view.lengths, x.key_mask, x.bias, x.seed),
-        (*of_scores[:7], *x.v.stride(), *of_scores[7:], x.seed_stride, x.k.shape[1], x.group,
-         capacity_of(x.k, x.view), x.view.block, x.per_row, splits, tiles_m, x.samples, x.scale, x.softcap),
-        **tiled, BLOCK_M=block_m, CAPPED=x.softcap > 0, PRECISION=precision(x.q.dtype),
-        num_warps=4, num_stages=stages(x, tiled["BLOCK_D"] + tiled["BLOCK_DV"]),
+        sample_kernel, (batch * heads, parts),
+        (x.v, out, lse, part, masses, totals, exponents, x.view.blocks, x.view.start, x.view.lengths, x.sinks, x.seed),
+        (*x.v.stride(), *out.stride()[:2], x.table_stride, x.seed_stride,
+         heads, x.group, capacity_of(x.k, x.view), x.view.block, x.per_row, tiles, x.samples, spare_bits(x.tiles), parts),
+        **widths, BLOCK_T=TILES_AT_ONCE, CHUNK=chunk, EQUAL=form == "flash", ONE=parts == 1,
+        num_warps=config.draw_warps,
     )  # fmt: skip
-    launch(
-        merge_kernel, (batch * heads,), (part, part_lse, out, lse, x.sinks), (*out.stride()[:3], heads, 1, splits),
-        DV=tiled["DV"], BLOCK_DV=tiled["BLOCK_DV"], BLOCK_S=MERGED_AT_ONCE, num_warps=4 if tiled["BLOCK_DV"] <= 128 else 8,
-    )  # fmt: skip
-
-
-def heads_at_once(group: int, row_bytes: int) -> tuple[int, int]:
-    """(query heads of a KV head in one program, such programs); row_bytes: of a query row, or of the sums of one."""
-    block_m = min(64, max(16, QUERY_BYTES // row_bytes), max(16, 1 << (group - 1).bit_length()))
-    return block_m, -(-group // block_m)
+    if parts > 1:
+        launch(
+            add_parts_kernel, (batch * heads,), (part, out), (*out.stride()[:2], heads, parts), **widths, AT_ONCE=32, num_warps=4
+        )
 
 
 def stages(x: Step, width: int) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from tsa_compile.kernels.attend.sampled.host import MERGED_AT_ONCE, Step, heads_at_once, stages
+from tsa_compile.kernels.attend.sampled.config import heads_at_once
+from tsa_compile.kernels.attend.sampled.host import MERGED_AT_ONCE, Step, stages
 from tsa_compile.kernels.common.launcher import launch
 from tsa_compile.kernels.common.pages import PAGE, pages_of
 from tsa_compile.kernels.common.results import empty_result

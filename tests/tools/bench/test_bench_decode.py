@@ -9,6 +9,7 @@ from tsa_compile.tools.bench import decode, index_forms, select_variants
 from tsa_compile.tools.bench.decode_cases import CASES, ROUND_BYTES, Buffers, DecodeCase
 from tsa_compile.tools.bench.decode_forms import page_forms
 from tsa_compile.tools.bench.index_variants import index_variants
+from tsa_compile.tools.bench.sampled_variants import sampled_variants
 
 SMALL = DecodeCase(2, 512, heads=4, kv_heads=2, dim=16, keep=0.25)
 
@@ -87,3 +88,16 @@ def test_variants_of_the_indexes_give_the_operators_results():
         assert len(found) > 5
         for got in found[1:]:
             torch.testing.assert_close(got, found[0], rtol=1e-4, atol=1e-4)
+
+
+def test_variants_of_sampled_values_draw_the_same():
+    """Some of those that are timed, through Triton's interpreter; here with more keys than samples."""
+    pytest.importorskip("triton")
+    case = dataclasses.replace(SMALL, length=300, batch=1)
+    x = Buffers.random(case, "cpu")
+    x = dataclasses.replace(x, **{name: getattr(x, name).float() for name in ("q", "k", "v", "sums")})
+    found = list(sampled_variants(case).items())
+    got = [form(x) for name, form in found[::5] if name.startswith("prop")]
+    assert len(got) == 3
+    for other in got[1:]:
+        torch.testing.assert_close(other, got[0], rtol=1e-4, atol=1e-4)

@@ -69,7 +69,7 @@ def bench_attention(
 def bench_decode_step(
     only: Annotated[str | None, typer.Option(help="cases whose name contains this; several: 'B1 L32K,B8'")] = None,
     sweep: Annotated[
-        str, typer.Option(help="also time other tiles, stages, warps of: 'exact,attend,select,score,refine,complete'")
+        str, typer.Option(help="also time other tiles, stages, warps of: 'exact,attend,select,score,refine,complete,sampled'")
     ] = "",
     repeats: Repeats = 15,
     json: JsonFile = None,

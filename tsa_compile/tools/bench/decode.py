@@ -36,11 +36,12 @@ from tsa_compile.tools.bench.decode_forms import (
 )
 from tsa_compile.tools.bench.index_forms import index_floors, index_forms
 from tsa_compile.tools.bench.index_variants import index_variants
+from tsa_compile.tools.bench.sampled_variants import sampled_variants
 from tsa_compile.tools.bench.select_variants import Select, differing, select_variants
 from tsa_compile.tools.bench.timing import graph_ms
 
 Tensor = torch.Tensor
-SWEEPS = ("exact", "attend", "select", "score", "refine", "complete")
+SWEEPS = ("exact", "attend", "select", "score", "refine", "complete", "sampled")
 TOLERANCE = 1e-2  # relative error in bf16
 VARIANTS = tuple(
     DecodeConfig(0, *numbers)  # block_n, num_warps, num_stages, resident, swap
@@ -72,7 +73,7 @@ def bench_decode(
 
     Args:
         copy_tbps: the rate of a device copy, bytes read plus written, in 10**12 a second.
-        sweep: also time variants of these kernels: "exact", "attend", "select", "score", "refine", "complete".
+        sweep: also time variants of these kernels, of SWEEPS.
 
     Raises:
         RuntimeError: a result is wrong; nothing is timed then.
@@ -159,6 +160,8 @@ def run_sweep(case: DecodeCase, buffers: Sequence[Buffers], which: str, repeats:
 
     if which == "select":
         return sweep_select(case, buffers, repeats)
+    if which == "sampled":
+        return {name: round_ms(form, buffers, repeats) for name, form in sampled_variants(case).items()}
     if which in ("score", "refine", "complete"):
         return {name: round_ms(form, buffers, repeats) for name, form in index_variants(case, buffers, which).items()}
     lists = {id(x): select(case, x, score(case, x)) for x in buffers} if which == "attend" else {}
