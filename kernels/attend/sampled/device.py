@@ -79,6 +79,19 @@ def mass_kernel(
         tl.store(at, tl.reshape(mass, [BLOCK_M, BLOCK_N]), mask=query_ok[:, None])
 
 
+@triton.jit
+def log_of_row(top, whole, spare, sinks, h):
+    """(lse of the row in base 2, the part of it that keys have)."""
+    logs = tl.where(whole > 0, tl.log2(tl.maximum(whole, 1).to(tl.float32)) + (top - 24.0 - spare), float("-inf"))
+    share = 1.0
+    if sinks is not None:
+        sink = tl.load(sinks + h).to(tl.float32) * LOG2_E
+        best = tl.maximum(logs, sink)
+        keys, rest = tl.exp2(logs - best), tl.exp2(sink - best)
+        logs, share = best + tl.log2(keys + rest), keys / (keys + rest)
+    return logs, share
+
+
 @triton.jit(do_not_specialize=LENGTHS)
 def sample_kernel(
     v, out, lse, part, masses, totals, exponents, blocks, start, lengths, sinks, seed,
@@ -86,11 +99,12 @@ def sample_kernel(
     heads, group, capacity, block, per_row, tiles, samples, spare, parts,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_T: tl.constexpr, CHUNK: tl.constexpr, EQUAL: tl.constexpr, ONE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B * H, parts): the values that CHUNK samples of a head draw, added by their weights. EQUAL: form "flash".
+    """Grid (B * H, parts): the values that a part of a head's samples draw, CHUNK at a time, added by their weights.
 
     lse: float32 [B, H], natural. part: float32 [B, H, parts, DV]; ONE: there is one, and out [B, H, 1, DV] is written.
+    EQUAL: form "flash".
     """
-    number, chunk = tl.program_id(0), tl.program_id(1)
+    number, own = tl.program_id(0), tl.program_id(1)
     b, h = (number // heads).to(tl.int64), number % heads
     first, end = key_range(start, lengths, b, capacity, 1, 0)
     low = first // TILE
@@ -98,63 +112,54 @@ def sample_kernel(
     sampled = end - first > samples
     each = tl.maximum(samples // tl.maximum(high - low, 1), 1) if EQUAL else samples
     slots = tl.where(sampled, each * (high - low) if EQUAL else samples, tl.maximum(end - first, 0))
-    dv = tl.arange(0, BLOCK_DV)
-    at_part = part + (number.to(tl.int64) * parts + chunk) * DV + dv
-    if not ONE:  # noqa: SIM102
-        if (chunk > 0) & (chunk * CHUNK >= slots):
-            tl.store(at_part, tl.zeros([BLOCK_DV], tl.float32), mask=dv < DV)
-            return
     totals += number.to(tl.int64) * tiles
     exponents += number.to(tl.int64) * tiles
     masses += number.to(tl.int64) * tiles * TILE
-    top, whole = whole_of_row(totals, exponents, low, high, spare, BLOCK_T)
-    divisor = tl.maximum(whole, 1)
-    logs = tl.where(whole > 0, tl.log2(divisor.to(tl.float32)) + (top - 24.0 - spare), float("-inf"))
-    share = 1.0
-    if sinks is not None:
-        sink = tl.load(sinks + h).to(tl.float32) * LOG2_E
-        best = tl.maximum(logs, sink)
-        share = tl.exp2(logs - best)
-        logs = best + tl.log2(share + tl.exp2(sink - best))
-        share = share / (share + tl.exp2(sink - best))
-    tl.store(lse + number, logs * LN_2, mask=chunk == 0)
-
-    i = chunk * CHUNK + tl.arange(0, CHUNK)
-    live = (i < slots) & (whole > 0)
-    seed += b * seed_sb
-    row, head = b.to(tl.int32), tl.zeros([CHUNK], tl.int32) + h
-    j = first + i
-    tile, rank, drawn = j // TILE, i * 0, i * 0 + 1
-    if sampled:
-        if EQUAL:
-            tile, rank, drawn = low + i // each, i % each, i * 0 + each
-        else:
-            offset = offset_of(position_word(seed, -1, h, row, end - 1), whole)
-            tile, rank, drawn = tile_of_sample(
-                totals, exponents, low, high, spare, top, divisor, samples, offset, chunk * CHUNK, BLOCK_T, CHUNK
-            )
-    total = tl.load(totals + tile, mask=live, other=0)
-    lower = tl.minimum(tl.load(exponents + tile, mask=live, other=0.0) - top, 0.0)  # above 0 in tiles without keys alone
-    unit = tl.exp2(lower + spare) / divisor.to(tl.float32)  # of a mass
-    if sampled:
-        offsets = offset_of(position_word(seed, tile, head, row, end - 1), total.to(tl.int64))
-        j = tile * TILE + key_of_sample(masses, tile, rank, drawn, total, offsets, live)
-        weight = tl.where(live, 1.0, 0.0) * (share / samples)
-        if EQUAL:
-            weight = total.to(tl.float32) * unit * (share / each)
-    else:
-        weight = tl.load(masses + j, mask=live, other=0).to(tl.float32) * unit * share
-    there = live & (weight > 0)
-    entry = j
-    if blocks is not None:
-        entry = tl.load(blocks + b * blocks_sb + j // block, mask=there, other=0)
     v += (h // group).to(tl.int64) * v_sh
-    values = load_tile(rows_of_keys(v, v_sb, v_sl, j, entry, blocks, block, per_row, b), v_sd, there, DV, BLOCK_DV)
-    acc = tl.sum(values.to(tl.float32) * weight[:, None], 0)
+    seed += b * seed_sb
+    if blocks is not None:
+        blocks += b * blocks_sb
+    top, whole = whole_of_row(totals, exponents, low, high, spare, BLOCK_T)
+    logs, share = log_of_row(top, whole, spare, sinks, h)
+    tl.store(lse + number, logs * LN_2, mask=own == 0)
+    divisor, row = tl.maximum(whole, 1), b.to(tl.int32)
+    of_row = offset_of(position_word(seed, -1, h, row, end - 1), whole)
+    head, dv = tl.zeros([CHUNK], tl.int32) + h, tl.arange(0, BLOCK_DV)
+    acc = tl.zeros([BLOCK_DV], tl.float32)
+    chunks = tl.cdiv(slots, CHUNK)
+    for chunk in tl.range(own * chunks // parts, (own + 1) * chunks // parts, disable_licm=True):
+        i = chunk * CHUNK + tl.arange(0, CHUNK)
+        live = (i < slots) & (whole > 0)
+        j = first + i
+        tile, rank, drawn = j // TILE, i * 0, i * 0 + 1
+        if sampled:
+            if EQUAL:
+                tile, rank, drawn = low + i // each, i % each, i * 0 + each
+            else:
+                tile, rank, drawn = tile_of_sample(
+                    totals, exponents, low, high, spare, top, divisor, samples, of_row, chunk * CHUNK, BLOCK_T, CHUNK
+                )
+        total = tl.load(totals + tile, mask=live, other=0)
+        lower = tl.minimum(tl.load(exponents + tile, mask=live, other=0.0) - top, 0.0)  # above 0 in tiles without keys alone
+        unit = tl.exp2(lower + spare) / divisor.to(tl.float32) * share  # of a mass
+        if sampled:
+            offset = offset_of(position_word(seed, tile, head, row, end - 1), total.to(tl.int64))
+            j = tile * TILE + key_of_sample(masses, tile, rank, drawn, total, offset, live)
+            weight = tl.where(live, 1.0, 0.0) * (share / samples)
+            if EQUAL:
+                weight = total.to(tl.float32) * unit / each
+        else:
+            weight = tl.load(masses + j, mask=live, other=0).to(tl.float32) * unit
+        there = live & (weight > 0)
+        entry = j
+        if blocks is not None:
+            entry = tl.load(blocks + j // block, mask=there, other=0)
+        values = load_tile(rows_of_keys(v, v_sb, v_sl, j, entry, blocks, block, per_row, b), v_sd, there, DV, BLOCK_DV)
+        acc += tl.sum(values.to(tl.float32) * weight[:, None], 0)
     if ONE:
         tl.store(out + b * o_sb + h * o_sh + dv, acc.to(out.dtype.element_ty), mask=dv < DV)
     else:
-        tl.store(at_part, acc, mask=dv < DV)
+        tl.store(part + (number.to(tl.int64) * parts + own) * DV + dv, acc, mask=dv < DV)
 
 
 @triton.jit(do_not_specialize=LENGTHS)

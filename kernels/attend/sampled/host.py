@@ -20,6 +20,7 @@ from tsa_compile.kernels.types import KvView
 Tensor = torch.Tensor
 RESIDENT = 4  # programs that a multiprocessor is to hold at a time
 MERGED_AT_ONCE = 64  # parts of a query row
+DRAWS_RESIDENT = 2  # programs of the draw that a multiprocessor is to hold at a time
 TILES_AT_ONCE = 1024  # whose totals a program of the draw looks at
 
 
@@ -97,7 +98,7 @@ def sampled_value_attention(
 ) -> tuple[Tensor, Tensor]:
     """`tsa::sampled_value_attention` by Triton. Nothing waits for the device; no length compiles anything.
 
-    Scratch: 4 bytes for each query head and position; of more than 128 samples, a row of float32 for each so many.
+    Scratch: 4 bytes for each query head and position; and some rows of float32 for each query head.
     """
     bias = None if mask is None else mask.expand(*q.shape[:3], mask.shape[3])
     return attend(
@@ -144,7 +145,7 @@ def _draw(
     (batch, heads), tiles, widths = x.q.shape[:2], totals.shape[2], {n: x.shapes[n] for n in ("DV", "BLOCK_DV")}
     most = x.samples if form == "prop" else max(x.samples, x.tiles)
     chunk = min(config.chunk, max(16, next_power_of_2(most)))
-    parts = cdiv(most, chunk)
+    parts = x.splits(batch * heads, cdiv(most, chunk), DRAWS_RESIDENT)
     part = lse if parts == 1 else x.new(batch, heads, parts, x.v.shape[3], dtype=torch.float32)
     launch(
         sample_kernel, (batch * heads, parts),

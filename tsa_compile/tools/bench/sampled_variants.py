@@ -11,13 +11,13 @@ from tsa_compile.tools.bench.decode_cases import Buffers, DecodeCase
 from tsa_compile.tools.bench.decode_forms import SAMPLES, Form
 
 MASSES = tuple(
-    SampledConfig(*numbers, 128, 8)  # tiles, num_warps, num_stages, resident
+    SampledConfig(*numbers, 64, 8)  # tiles, num_warps, num_stages, resident
     for numbers in (
         (2, 4, 4, 2), (2, 4, 3, 2), (2, 8, 4, 2), (1, 4, 4, 3), (1, 4, 3, 4), (1, 4, 3, 5), (1, 2, 4, 3), (4, 4, 4, 1),
         (4, 8, 4, 1),
     )
 )  # fmt: skip
-DRAWS = tuple(MASSES[0]._replace(chunk=chunk, draw_warps=warps) for chunk, warps in ((128, 4), (128, 16), (64, 8), (32, 4)))
+DRAWS = tuple(MASSES[0]._replace(chunk=chunk, draw_warps=warps) for chunk, warps in ((128, 8), (128, 16), (32, 8), (32, 4)))
 
 
 def sampled_variants(case: DecodeCase) -> dict[str, Form]:
