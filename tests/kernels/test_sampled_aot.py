@@ -24,7 +24,7 @@ from tsa_compile.kernels.state.append_teams.device import append_teams_kernel
 SHARED = {80: 166912, 86: 101376, 90: 232448, 120: 101376}
 FLOATS = ("exponents", "worth", "lse", "weights", "part", "part_lse", "phis")
 INTS = ("masses", "totals", "counts", "first_slots", "indices", "blocks", "start", "lengths", "ranks", "cuts",
-        "begin", "end", "listed")
+        "begin", "end", "listed", "places")
 TYPES = {**dict.fromkeys(FLOATS, "*fp32"), **dict.fromkeys(INTS, "*i32"), "key_mask": "*i1", "bias": "*fp32", "sinks": "*bf16",
          "seed": "*i64", "teams": "*i64", "scale": "fp32", "softcap": "fp32"}
 OPTIONAL = ("blocks", "start", "lengths", "key_mask", "bias", "sinks")
@@ -59,7 +59,7 @@ for dtype, dim, heads, given in (("bf16", 128, 16, ("lengths",)), ("fp32", 256, 
     compile_kernel(team_scores_kernel, dtype, 4, one, given, **shape, BLOCK_G=heads // 4)
     compile_kernel(team_attention_kernel, dtype, 4, two, given, **shape)
     compile_kernel(append_teams_kernel, dtype, 1, 3, given, **shape, PAGES=4, COUNT=4)
-compile_kernel(team_cut_kernel, "bf16", 8, 3, ("lengths",))
+compile_kernel(team_cut_kernel, "bf16", 16, 3, ("lengths",))
 print("compiled")
 """
 

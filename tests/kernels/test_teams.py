@@ -14,6 +14,7 @@ from tsa_compile.kernels.common.teams import pack, teams_of, unpack
 from tsa_compile.kernels.state.append_teams.reference import append_teams_reference, page_teams_reference
 
 pytest.importorskip("triton")
+from tsa_compile.kernels.attend.sampled import teams_device
 from tsa_compile.kernels.attend.sampled.teams_host import team_attention
 from tsa_compile.kernels.state.append_teams.host import append_teams, page_teams
 
@@ -178,6 +179,22 @@ def test_triton_draws_what_the_reference_draws(shape, draws):
     x = qkv(**shape)
     lengths = int32(*(shape["capacity"] - 13 * b for b in range(len(x[0]))))
     check(*both(x, None, 1, None, lengths, draws=draws))
+
+
+@pytest.mark.parametrize("draws", [1, 255, 1500, 4096])
+@pytest.mark.parametrize("largest", [40, 1 << 30], ids=["many that are equal", "large"])
+def test_the_largest_ranks_are_found_among_more_than_are_read_at_once(draws, largest):
+    pages, recent = 1300, 2
+    slots = pages * 4
+    ranks = torch.randint(-largest, largest, (2, slots)).clamp(min=0).int()
+    ranks[1, 3500:] = 0
+    cuts, counts, listed = (torch.full(shape, -7, dtype=torch.int32, device=DEVICE) for shape in ((2,), (2,), (2, draws)))
+    tensors = (ranks.to(DEVICE), torch.empty(2, slots, dtype=torch.int32, device=DEVICE), cuts, listed, counts, None, None)
+    teams_device.team_cut_kernel[(2,)](*tensors, 2, pages * 16, slots, recent, draws, num_warps=16)
+    for row, cut, count, found in zip(ranks[:, : slots - 4 * recent], cuts.tolist(), counts.tolist(), listed.cpu(), strict=True):
+        assert cut == int(row.sort(descending=True).values[draws])  # 0 without more
+        assert found[:count].tolist() == (row > cut).nonzero().flatten().tolist()
+        assert (found[count:] == -7).all()
 
 
 def test_padding_masks_and_sinks():

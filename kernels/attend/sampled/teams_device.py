@@ -12,7 +12,7 @@ from tsa_compile.kernels.common.pages_device import PAGE, place_of_page
 from tsa_compile.kernels.common.teams_device import SLOTS, number_of_teams, representative, rows_of_team, team_of_row
 
 BINS = tl.constexpr(256)
-AT_ONCE = tl.constexpr(4096)  # ranks
+AT_ONCE, FEW = tl.constexpr(4096), tl.constexpr(1024)  # ranks
 LENGTHS = (
     "group", "kv_heads", "capacity", "block", "per_row", "block_pages", "index_row", "blocks_sb", "splits", "slots", "tiles_m",
     "mask_sb", "mask_sl", "recent", "draws", "seed_sb", "heads",
@@ -125,39 +125,72 @@ def team_scores_kernel(
         tl.store(ranks + of_head + slot[None, :], tl.where(ok, rank_of(phi + gumbel(word)), 0), mask=stored)
 
 
+@triton.jit
+def narrowed(count, cut, need, width):
+    """The `need`-th largest of ranks that begin with `cut`, by how many fall in which bin of their next `width` bits.
+
+    (`cut` with these bits, which of its bin's ranks it is, 1; 0 if there are not as many ranks).
+    """
+    above = tl.sum(count) - tl.cumsum(count, 0)  # how many in higher bins
+    here = (above < need) & (above + count >= need)
+    cut = (cut << width) | tl.sum(tl.where(here, tl.arange(0, BINS), 0))
+    return cut, need - tl.sum(tl.where(here, above, 0)), tl.sum(here.to(tl.int32))
+
+
+@triton.jit
+def bins_of(rank, cut, shift, width):
+    """How many ranks above 0 that begin with `cut` have which of the next `width` bits; `shift`: the bits behind these."""
+    upper = rank >> shift
+    return tl.histogram(upper & ((1 << width) - 1), BINS, mask=(rank > 0) & ((upper >> width) == cut))
+
+
+@triton.jit
+def least_of_largest(ranks, n, wanted):
+    """A rank above 0 that at least `wanted` of n ranks reach, if as many are above 0. By each AT_ONCE-th's largest."""
+    i, best = tl.arange(0, AT_ONCE), tl.zeros([AT_ONCE], tl.int32)
+    for at in tl.range(0, n, AT_ONCE):
+        best = tl.maximum(best, tl.load(ranks + at + i, mask=at + i < n, other=0))
+    cut, need, enough = narrowed(bins_of(best, 0, 23, 8), 0, wanted, 8)
+    found, _, both = narrowed(bins_of(best, cut, 15, 8), cut, need, 8)
+    return tl.maximum(tl.where((enough > 0) & (both > 0), found << 15, 0), 1)
+
+
 @triton.jit(do_not_specialize=LENGTHS)
-def team_cut_kernel(ranks, cuts, listed, counts, start, lengths, heads, capacity, slots, recent, draws):
+def team_cut_kernel(ranks, places, cuts, listed, counts, start, lengths, heads, capacity, slots, recent, draws):
     """Grid (B * H): the teams that are read, and the rank above which they are: of at most `draws`.
 
-    cuts, counts: int32 [B, H]; a cut is 0 where there are no more teams. listed: int32 [B, H, draws], slots, ascending.
-    Radix search: 8, 8, 8 and 7 bits.
+    places: int32 [B, H, slots], scratch: where ranks are that may be among the largest. cuts, counts: int32 [B, H]; a cut is 0
+    where there are no more teams. listed: int32 [B, H, draws], slots, ascending. Radix search: 8, 8, 8 and 7 bits.
     """
     number = tl.program_id(0)
     first, end = key_range(start, lengths, number // heads, capacity, 1, 0)
     low, high = drawn_pages(first, end, recent)
     ranks += number.to(tl.int64) * slots + low * SLOTS
-    n, bin, i = (high - low) * SLOTS, tl.arange(0, BINS), tl.arange(0, AT_ONCE)
+    places += number.to(tl.int64) * slots
+    listed += number.to(tl.int64) * draws
+    n, i, few = (high - low) * SLOTS, tl.arange(0, AT_ONCE), tl.arange(0, FEW)
+    least, kept = least_of_largest(ranks, n, draws + 1), tl.zeros([], tl.int32)
+    for at in tl.range(0, n, AT_ONCE):
+        large = (tl.load(ranks + at + i, mask=at + i < n, other=0) >= least).to(tl.int32)
+        tl.store(places + kept + tl.cumsum(large, 0) - 1, at + i, mask=large > 0)
+        kept += tl.sum(large, 0)
+    tl.debug_barrier()
     cut, need, width = tl.zeros([], tl.int32), draws + 1, tl.full([], 8, tl.int32)
     shift, enough = tl.full([], 23, tl.int32), tl.full([], 1, tl.int32)
     while (shift >= 0) & (enough > 0):
         count = tl.zeros([BINS], tl.int32)
-        for at in tl.range(0, n, AT_ONCE):
-            rank = tl.load(ranks + at + i, mask=at + i < n, other=0)
-            upper = rank >> shift
-            count += tl.histogram(upper & ((1 << width) - 1), BINS, mask=(rank > 0) & ((upper >> width) == cut))
-        above = tl.sum(count) - tl.cumsum(count, 0)  # how many in higher bins
-        here = (above < need) & (above + count >= need)
-        enough = tl.sum(here.to(tl.int32))
-        cut = (cut << width) | tl.sum(tl.where(here, bin, 0))
-        need -= tl.sum(tl.where(here, above, 0))
+        for at in tl.range(0, kept, FEW):
+            place = tl.load(places + at + few, mask=at + few < kept, other=0)
+            count += bins_of(tl.load(ranks + place, mask=at + few < kept, other=0), cut, shift, width)
+        cut, need, enough = narrowed(count, cut, need, width)
         width = tl.where(shift == 7, 7, 8)
-        shift -= tl.where(shift == 7, 7, 8)
+        shift -= width
     cut = tl.where(enough > 0, cut, 0)
     tl.store(cuts + number, cut)
-    listed += number.to(tl.int64) * draws
     used = tl.zeros([], tl.int32)
-    for at in tl.range(0, n, AT_ONCE):
-        chosen = (tl.load(ranks + at + i, mask=at + i < n, other=0) > cut).to(tl.int32)
-        tl.store(listed + used + tl.cumsum(chosen, 0) - 1, low * SLOTS + at + i, mask=chosen > 0)
+    for at in tl.range(0, kept, FEW):
+        place = tl.load(places + at + few, mask=at + few < kept, other=0)
+        chosen = (tl.load(ranks + place, mask=at + few < kept, other=0) > cut).to(tl.int32)
+        tl.store(listed + used + tl.cumsum(chosen, 0) - 1, low * SLOTS + place, mask=chosen > 0)
         used += tl.sum(chosen, 0)
     tl.store(counts + number, used)

@@ -37,7 +37,7 @@ def team_attention(
 ) -> tuple[Tensor, Tensor]:
     """`tsa::team_attention` by Triton. Nothing waits for the device; no length compiles anything.
 
-    Scratch: 32 bytes for each query head and page, 4 for each draw of a head.
+    Scratch: 48 bytes for each query head and page, 4 for each draw of a head.
     """
     from tsa_compile.kernels.attend.sampled import teams_device as device
     from tsa_compile.kernels.attend.sampled.teams_read_device import team_attention_kernel
@@ -49,7 +49,7 @@ def team_attention(
     x = Step(q, k, v, KvView(blocks, block, start, lengths), key_mask, None, sinks, seed, draws, scale, 0.0)
     (batch, heads), slots, shape = q.shape[:2], pages_of(capacity_of(k, x.view)) * SLOTS, x.shapes
     phis, ranks = x.new(batch, heads, slots, dtype=torch.float32), x.new(batch, heads, slots)
-    cuts, counts, listed = x.new(batch, heads), x.new(batch, heads), x.new(batch, heads, draws)
+    places, cuts, counts, listed = (x.new(batch, heads, *rest) for rest in ((slots,), (), (), (draws,)))
     block_m, tiles_m = heads_at_once(x.group, shape["BLOCK_D"] * q.element_size())
     of_keys = (*q.stride()[:2], q.stride(3), *k.stride())
     of_index = (*teams.stride()[:2], *((0, 0) if key_mask is None else key_mask.stride()), x.table_stride)
@@ -67,7 +67,7 @@ def team_attention(
         num_warps=4, num_stages=stages(x, shape["BLOCK_D"]),
     )  # fmt: skip
     of_cut = (heads, capacity_of(k, x.view), slots, recent, draws)
-    launch(device.team_cut_kernel, (batch * heads,), (ranks, cuts, listed, counts, start, lengths), of_cut, num_warps=8)
+    launch(device.team_cut_kernel, (batch * heads,), (ranks, places, cuts, listed, counts, start, lengths), of_cut, num_warps=16)
     splits = x.splits(batch * heads, cdiv(draws + recent, TILE // PAGE))
     part, part_lse = (x.new(batch, heads, splits, *rest, dtype=torch.float32) for rest in ((v.shape[3],), ()))
     launch(

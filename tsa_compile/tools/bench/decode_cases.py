@@ -67,6 +67,7 @@ class DecodeCase:
         if self.rows == 1:
             read |= {"pages": self.index_bytes + self.kept_bytes, "score": self.index_bytes, "attend": self.kept_bytes}
             read |= {"sampled, prop": self.kv_bytes // 2, "sampled, flash": self.kv_bytes // 2}  # all keys, and few values
+            read["sampled, teams"] = self.kv_bytes // 8  # four keys of a page, and few teams
         return {name: n / copy_tbps / 1e9 for name, n in read.items()}
 
 
