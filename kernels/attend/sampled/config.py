@@ -38,7 +38,7 @@ def sampled_config(key_bytes: int, block_dv: int, capability: tuple[int, int]) -
     flight = (48 << 10) if small_shared(capability) else (96 << 10) if capability[0] in (9, 10) else (72 << 10)
     tiles = 2 if 4 * TILE * key_bytes <= flight else 1
     stages = min(4, 1 + flight // (tiles * TILE * key_bytes))
-    return SampledConfig(tiles, 4, stages, RESIDENT, max(16, min(64, 16384 // block_dv)), 8)
+    return SampledConfig(tiles, 4, stages, RESIDENT, max(32, min(64, 16384 // block_dv)), 8)
 
 
 def heads_at_once(group: int, row_bytes: int) -> tuple[int, int]:

@@ -144,7 +144,7 @@ def _draw(
 
     (batch, heads), tiles, widths = x.q.shape[:2], totals.shape[2], {n: x.shapes[n] for n in ("DV", "BLOCK_DV")}
     most = x.samples if form == "prop" else max(x.samples, x.tiles)
-    chunk = min(config.chunk, max(16, next_power_of_2(most)))
+    chunk = min(config.chunk, max(32, next_power_of_2(most)))
     parts = x.splits(batch * heads, cdiv(most, chunk), DRAWS_RESIDENT)
     part = lse if parts == 1 else x.new(batch, heads, parts, x.v.shape[3], dtype=torch.float32)
     launch(
