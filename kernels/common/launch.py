@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -43,6 +44,24 @@ def tiles_in_yz(tiles: int) -> tuple[int, int]:
 def multiprocessors(device: torch.device) -> int:
     """Streaming multiprocessors of a GPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def program_slots(resident: int, device: torch.device) -> int:
+    """Programs that run at a time, of which a multiprocessor holds `resident`; in the interpreter it is the only one."""
+    return resident * (multiprocessors(device) if device.type == "cuda" else 1)
+
+
+class IndexConfig(NamedTuple):
+    """How an index of pages is cut into programs; `tsa-compile bench decode --sweep score,complete` times others.
+
+    Args:
+        num_warps, num_stages: of a program.
+        resident: programs that a multiprocessor holds at a time.
+    """
+
+    num_warps: int
+    num_stages: int
+    resident: int
 
 
 @functools.lru_cache(maxsize=256)

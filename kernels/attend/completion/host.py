@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
-from tsa_compile.kernels.common.launch import even_split_count, multiprocessors
+from tsa_compile.kernels.common.launch import IndexConfig, even_split_count, program_slots
 from tsa_compile.kernels.common.launcher import launch
 from tsa_compile.kernels.common.pages import CHUNK, PAGE
 from tsa_compile.kernels.common.results import empty_result
@@ -16,22 +14,8 @@ from tsa_compile.kernels.common.tiles import precision
 Tensor = torch.Tensor
 BLOCK_M = 16  # query rows of a program, the least that its products take
 MERGED_AT_ONCE = 64  # parts of a query row
-
-
-class CompletionConfig(NamedTuple):
-    """How an index is cut into programs; `tsa-compile bench decode --sweep complete` times others.
-
-    Args:
-        num_warps, num_stages: of a program. Values wait for the number of keys, and so are copied a stage later.
-        resident: programs that a multiprocessor holds at a time.
-    """
-
-    num_warps: int = 4
-    num_stages: int = 5
-    resident: int = 4
-
-
-CONFIG = CompletionConfig()
+#: Values wait for the number of keys, and so are copied a stage later than those of other indexes.
+CONFIG = IndexConfig(num_warps=4, num_stages=5, resident=4)
 
 
 def stages_of(tile_bytes: int, stages: int) -> int:
@@ -53,7 +37,7 @@ def complete_pages(
     lengths: Tensor | None,
     capacity: int,
     *,
-    config: CompletionConfig = CONFIG,
+    config: IndexConfig = CONFIG,
 ) -> tuple[Tensor, Tensor]:
     """`tsa::complete_pages` by Triton. Nothing waits for the device; no length compiles anything."""
     from tsa_compile.kernels.attend.completion.device import complete_pages_kernel
@@ -66,7 +50,7 @@ def complete_pages(
         return done, done_lse
     tiles_m, block_pages, block_dv = cdiv(group * rows, BLOCK_M), max(1, block // PAGE), max(16, next_power_of_2(dim))
     programs = batch * kv_heads * tiles_m
-    slots = config.resident * (multiprocessors(out.device) if out.is_cuda else 1)  # 1: the interpreter
+    slots = program_slots(config.resident, out.device)
     splits = even_split_count(programs, max(1, cdiv(pages, CHUNK)), slots)
     part = out.new_empty(batch * heads * rows * (splits + 1), dim, dtype=torch.float32)
     part_lse = part.new_empty(part.shape[0])

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from tsa_compile.kernels.common.launch import even_split_count, multiprocessors
+from tsa_compile.kernels.common.launch import even_split_count, program_slots
 from tsa_compile.kernels.common.launcher import launch
 from tsa_compile.kernels.common.pages import CHUNK, PAGE
 from tsa_compile.kernels.common.sizes import cdiv, next_power_of_2
@@ -66,7 +66,7 @@ def refine_scores(
     words = half // 2 if half % 2 == 0 else half
     tiles_m, block_pages = cdiv(group * rows, BLOCK_M), max(1, block // PAGE)
     listed, programs = pages if indices is None else indices.shape[2], batch * kv_heads * tiles_m
-    slots = config.resident * (multiprocessors(q.device) if q.is_cuda else 1)  # 1: the interpreter
+    slots = program_slots(config.resident, q.device)
     splits = even_split_count(programs, max(1, cdiv(listed, config.tile)), slots)
     read = basis.view(torch.int16) if half % 2 == 0 else basis
     strides = [n for x in (read, coords, scales) for n in x.stride()[:2]]

@@ -2,33 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
-from tsa_compile.kernels.common.launch import even_split_count, multiprocessors
+from tsa_compile.kernels.common.launch import IndexConfig, even_split_count, program_slots
 from tsa_compile.kernels.common.launcher import launch
 from tsa_compile.kernels.common.pages import CHUNK, PAGE, pages_of
 from tsa_compile.kernels.common.sizes import cdiv, next_power_of_2
 from tsa_compile.kernels.common.tiles import precision
 
 Tensor = torch.Tensor
-
-
-class ScoreConfig(NamedTuple):
-    """How an index is cut into programs; `tsa-compile bench decode --sweep score` times others.
-
-    Args:
-        num_warps, num_stages: of a program.
-        resident: programs that a multiprocessor holds at a time.
-    """
-
-    num_warps: int = 4
-    num_stages: int = 3
-    resident: int = 4
-
-
-CONFIG = ScoreConfig()
+CONFIG = IndexConfig(num_warps=4, num_stages=3, resident=4)
 
 
 def stages_of(tile_bytes: int, stages: int) -> int:
@@ -47,7 +30,7 @@ def page_scores(
     capacity: int,
     scale: float,
     *,
-    config: ScoreConfig = CONFIG,
+    config: IndexConfig = CONFIG,
 ) -> tuple[Tensor, Tensor]:
     """`tsa::page_scores` by Triton. Products run in the dtype of `sums`. Nothing waits for the device."""
     from tsa_compile.kernels.score.page_index.device import page_scores_kernel
@@ -63,7 +46,7 @@ def page_scores(
     block_m = min(64 if block_d * sums.itemsize <= 256 else 16, max(16, next_power_of_2(group * rows)))
     tiles_m, block_pages = cdiv(group * rows, block_m), max(1, block // PAGE)
     programs = batch * kv_heads * tiles_m
-    splits = even_split_count(programs, chunks, config.resident * (multiprocessors(q.device) if q.is_cuda else 1))
+    splits = even_split_count(programs, chunks, program_slots(config.resident, q.device))
     numbers = (
         *q.stride(), *sums.stride()[:3], counts.stride(0), 0 if blocks is None else blocks.stride(0),
         block_pages, max(1, sums.shape[2] // block_pages), kv_heads, group, rows, tiles_m, capacity, pages, chunks,

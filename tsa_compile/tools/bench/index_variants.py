@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from tsa_compile.kernels.attend.completion import host as completion
+from tsa_compile.kernels.attend.sampled.config import SampledConfig
+from tsa_compile.kernels.common.launch import IndexConfig
 from tsa_compile.kernels.score.page_basis import host as page_basis
 from tsa_compile.kernels.score.page_index import host as page_index
 from tsa_compile.tools.bench.decode_cases import Buffers, DecodeCase
@@ -15,7 +17,7 @@ from tsa_compile.tools.bench.decode_forms import Form, attend, score, select
 from tsa_compile.tools.bench.index_forms import first
 
 SCORE = tuple(
-    page_index.ScoreConfig(*numbers)  # num_warps, num_stages, resident
+    IndexConfig(*numbers)  # num_warps, num_stages, resident
     for numbers in ((4, 3, 4), (4, 2, 5), (4, 2, 8), (4, 4, 3), (4, 4, 4), (4, 5, 3), (2, 3, 5), (8, 4, 3))
 )
 REFINE = tuple(
@@ -25,7 +27,7 @@ REFINE = tuple(
     )
 )  # fmt: skip
 COMPLETE = tuple(
-    completion.CompletionConfig(*numbers)  # num_warps, num_stages, resident
+    IndexConfig(*numbers)  # num_warps, num_stages, resident
     for numbers in ((4, 5, 4), (4, 3, 4), (4, 3, 5), (4, 5, 3), (4, 7, 3), (8, 5, 2), (2, 5, 4))
 )
 
@@ -49,17 +51,17 @@ def index_variants(case: DecodeCase, buffers: Sequence[Buffers], which: str) -> 
     lists = {id(x): select(case, x, scores[id(x)]) for x in buffers}
     attended = {id(x): attend(case, x, lists[id(x)]) for x in buffers}
 
-    def complete(x: Buffers, config: completion.CompletionConfig) -> object:
+    def complete(x: Buffers, config: IndexConfig) -> object:
         index = (scores[id(x)][0], values[id(x)], x.counts, *lists[id(x)])
         return completion.complete_pages(*attended[id(x)], *index, None, 1, None, x.lengths, case.length, config=config)
 
     return {label(c): lambda x, c=c: complete(x, c) for c in COMPLETE}  # type: ignore[misc]
 
 
-def _score(case: DecodeCase, x: Buffers, config: page_index.ScoreConfig) -> object:
+def _score(case: DecodeCase, x: Buffers, config: IndexConfig) -> object:
     return page_index.page_scores(x.q, x.sums, x.counts, None, 1, None, x.lengths, case.length, case.scale, config=config)
 
 
-def label(config: page_index.ScoreConfig | page_basis.BasisConfig | completion.CompletionConfig) -> str:
+def label(config: IndexConfig | page_basis.BasisConfig | SampledConfig) -> str:
     """A variant in words."""
-    return ", ".join(f"{name.removeprefix('num_')} {value}" for name, value in config._asdict().items())
+    return ", ".join(f"{name.removeprefix('num_').replace('_', ' ')} {value}" for name, value in config._asdict().items())

@@ -9,6 +9,7 @@ from tsa_compile.kernels.attend.sampled.config import SampledConfig
 from tsa_compile.kernels.types import IDENTITY
 from tsa_compile.tools.bench.decode_cases import Buffers, DecodeCase
 from tsa_compile.tools.bench.decode_forms import SAMPLES, Form
+from tsa_compile.tools.bench.index_variants import label
 
 MASSES = tuple(
     SampledConfig(*numbers, 64, 8)  # tiles, num_warps, num_stages, resident
@@ -29,8 +30,3 @@ def sampled_variants(case: DecodeCase) -> dict[str, Form]:
 
     chosen = [("prop", config) for config in (*MASSES, *DRAWS)] + [("flash", config) for config in (MASSES[0], *DRAWS)]
     return {f"{form}, {label(config)}": functools.partial(run, form=form, config=config) for form, config in chosen}
-
-
-def label(config: SampledConfig) -> str:
-    """A variant in words."""
-    return ", ".join(f"{name.removeprefix('num_').replace('_', ' ')} {value}" for name, value in config._asdict().items())
